@@ -1,0 +1,114 @@
+"""Specs: the promise about storage, exact to the byte.
+
+A spec says how one weight matrix `[out, in]` will lie on disk: which tensors, of which dtype and shape, and so how many
+bits each weight costs with *everything* counted. Solvers read it to know their freedom, the dry run reads it to predict
+the checkpoint's size, the loader reads it to know what a sound file must contain, and a test compares it with the bytes
+of the files. Expert stacks `[experts, out, in]` are stored as the matrix `[experts * out, in]`: groups run along the
+input, so rows never mix and a row range is an expert.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "uint8": torch.uint8}
+
+
+class SpecError(ValueError):
+    """A spec that cannot exist, with the sentence that says why."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One stored tensor: `dtype` by its torch name, `shape` in elements."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Base of all specs. `layout` names the `Packed` class that stores it (see `kernels/layouts.py`)."""
+
+    layout: ClassVar[str]
+
+    def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        """Every tensor stored for a weight of this `[out, in]` shape; `weight` is always the first."""
+        raise NotImplementedError
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        return sum(t.nbytes for t in self.tensors(shape).values())
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        return 8 * self.nbytes(shape) / math.prod(shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"layout": self.layout, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Uniform(Spec):
+    """Uniform grid: `w = scale * (code - zero)`, one scale and zero per row and per group of `group_size` inputs.
+
+    `bits`: 1-8. `group_size`: any positive number (the last group may be shorter), or -1 for the whole row.
+    `symmetric`: no stored zero point; the zero is `2^(bits-1)`, and 0.5 at 1 bit (levels -scale/2, +scale/2). The scale may
+    be negative, so the longer side of the grid can face either way. Asymmetric: an integer zero point of `bits` bits.
+    `scale_dtype`: float16 or bfloat16.
+    """
+
+    layout: ClassVar[str] = "uniform"
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    scale_dtype: Literal["float16", "bfloat16"] = "float16"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
+            raise SpecError(f"bits is {self.bits!r}; a uniform grid takes a whole number from 1 to 8")
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
+            raise SpecError(f"group_size is {self.group_size!r}; give a positive whole number, or -1 for whole rows")
+        if self.group_size != -1 and self.group_size < 1:
+            raise SpecError(f"group_size is {self.group_size}; give a positive number, or -1 for one group per row")
+        if not isinstance(self.symmetric, bool):
+            raise SpecError(f"symmetric is {self.symmetric!r}; give true or false")
+        if self.scale_dtype not in ("float16", "bfloat16"):
+            raise SpecError(f"scale_dtype is {self.scale_dtype!r}; give 'float16' or 'bfloat16'")
+
+    def groups(self, columns: int) -> int:
+        return math.ceil(columns / self.group_width(columns))
+
+    def group_width(self, columns: int) -> int:
+        return columns if self.group_size == -1 else min(self.group_size, columns)
+
+    def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        rows, columns = shape
+        groups = self.groups(columns)
+        stored = {
+            # one dimension, so that no float parameter has this shape: transformers without quant refuses it
+            "weight": TensorSpec("uint8", (rows * math.ceil(columns * self.bits / 8),)),
+            "scales": TensorSpec(self.scale_dtype, (rows, groups)),
+        }
+        if not self.symmetric:
+            stored["zeros"] = TensorSpec("uint8", (rows, math.ceil(groups * self.bits / 8)))
+        return stored
+
+
+def spec_from_dict(data: dict[str, Any]) -> Spec:
+    """The inverse of `Spec.to_dict`. Raises `SpecError` on an unknown layout or key."""
+    kinds: dict[str, type[Spec]] = {kind.layout: kind for kind in (Uniform,)}
+    if not isinstance(data, dict) or data.get("layout") not in kinds:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SpecError(f"layout of {data!r} is unknown; this version knows {', '.join(sorted(kinds))}")
+    fields = {key: value for key, value in data.items() if key != "layout"}
+    try:
+        return kinds[data["layout"]](**fields)
+    except TypeError as error:
+        raise SpecError(f"spec {data!r}: {error}") from None
