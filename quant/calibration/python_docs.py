@@ -1,15 +1,16 @@
 """English text that is already on every machine: the documentation shipped inside CPython.
 
-A quantizer needs text three times: to calibrate, to judge, and here to train the demonstration model. Downloading a corpus makes the
-tests depend on a network and on somebody's server, so this module reads what the interpreter carries: the language reference that
-`help()` prints (`pydoc_data.topics`, one document per topic) and the docstrings of the standard library. Modules are parsed with
-`ast` and never imported, so nothing is executed and platform-specific modules are read too.
+A quantizer needs text three times: to calibrate, to judge, and here to train the demonstration model. Downloading a
+corpus makes the tests depend on a network and on somebody's server, so this module reads what the interpreter carries:
+the language reference that `help()` prints (`pydoc_data.topics`, one document per topic) and the docstrings of the
+standard library. Modules are parsed with `ast` and never imported, so nothing is executed.
 
-Every document has an owner, `topic:<name>` or the dotted module name, and an owner belongs to exactly one split: the SHA-256 of its name
-modulo 11 gives held-out (0), calibration (1) or train (2 to 10). The rule does not depend on the Python version, the text does: bytes are
-the same only for the same CPython release with the same modules installed. A document that occurs twice is kept once, for the first owner
-in sorted order, so no exact text is on both sides of a split. CPython 3.11 to 3.13 have 1.71 to 1.75 MB of train, 0.16 to 0.17 MB of
-calibration and 0.15 to 0.16 MB of held-out text. Cost: about 2 s a call, nothing is cached.
+Every document has an owner, `topic:<name>` or the dotted module name, and an owner belongs to exactly one split: the
+SHA-256 of its name modulo 11 gives held-out (0), calibration (1) or train (2 to 10). The rule does not depend on the
+Python version, the text does: bytes are the same only for the same CPython release with the same modules installed. A
+document that occurs twice is kept once, for the first owner in sorted order, so no exact text is on both sides of a
+split. CPython 3.11 to 3.13 have 1.71 to 1.75 MB of train, 0.16 to 0.17 MB of calibration and 0.15 to 0.16 MB of
+held-out text. Cost: about 2 s a call, nothing is cached.
 """
 
 import ast
@@ -19,16 +20,26 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
-
 from pydoc_data.topics import topics
+from typing import Literal
 
 Split = Literal["train", "calibration", "heldout"]
 
 _BUCKETS = 11
 _RESERVED: dict[int, Split] = {0: "heldout", 1: "calibration"}
 _SKIPPED = frozenset(
-    {"__pycache__", "dist-packages", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "turtledemo"}
+    {
+        "__pycache__",
+        "dist-packages",
+        "ensurepip",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "site-packages",
+        "test",
+        "tests",
+        "turtledemo",
+    }
 )
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
