@@ -1,0 +1,78 @@
+"""Which kernel multiplies: an ordered table, the first row that accepts the real arguments wins.
+
+A row refuses with a reason in words, so `explain(x, packed)` can say why the fast ones were passed over. The
+environment variable `BITWRIGHT_KERNEL` names the one row to use; if that row refuses, its reason is the error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quant.kernels import reference
+from quant.kernels.layouts import Packed
+
+VARIABLE = "BITWRIGHT_KERNEL"
+
+
+class KernelError(RuntimeError):
+    """No kernel, or not the forced one, takes these arguments."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row: `refuses(x, packed)` is None where it accepts, else the reason; `run(x, packed, bias)` multiplies."""
+
+    name: str
+    refuses: Callable[[Tensor, Packed], str | None]
+    run: Callable[[Tensor, Packed, Tensor | None], Tensor]
+
+
+def _torch_refuses(x: Tensor, packed: Packed) -> str | None:
+    if x.device != packed.device:
+        return f"x is on {x.device}, the weight on {packed.device}"
+    return None if x.is_floating_point() else f"x is {x.dtype}, not floating-point"
+
+
+KERNELS: tuple[Kernel, ...] = (Kernel("torch", _torch_refuses, reference.matmul),)
+
+
+def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """`x` `[..., in]` times the packed weight `[out, in]` transposed, plus `bias`. Raises `KernelError` if no row
+    accepts.
+    """
+    return select(x, packed).run(x, packed, bias)
+
+
+def select(x: Tensor, packed: Packed) -> Kernel:
+    """The row that will run."""
+    for kernel in _candidates():
+        if kernel.refuses(x, packed) is None:
+            return kernel
+    raise KernelError(f"no kernel takes these arguments:\n{explain(x, packed)}")
+
+
+def explain(x: Tensor, packed: Packed) -> str:
+    """One line per row of the table: which one runs, which also accept, and why the others refuse."""
+    forced, lines, chosen = os.environ.get(VARIABLE), list[str](), False
+    for kernel in KERNELS:
+        if forced and kernel.name != forced:
+            lines.append(f"{kernel.name}: passed over, {VARIABLE}={forced}")
+            continue
+        reason = kernel.refuses(x, packed)
+        lines.append(f"{kernel.name}: " + (f"refuses, {reason}" if reason else "also accepts" if chosen else "runs"))
+        chosen = chosen or reason is None
+    return "\n".join(lines)
+
+
+def _candidates() -> tuple[Kernel, ...]:
+    forced = os.environ.get(VARIABLE)
+    if not forced:
+        return KERNELS
+    named = tuple(kernel for kernel in KERNELS if kernel.name == forced)
+    if not named:
+        raise KernelError(f"{VARIABLE}={forced!r} names no kernel; there are: {', '.join(k.name for k in KERNELS)}")
+    return named

@@ -1,0 +1,121 @@
+"""What a solver knows of a layer's inputs: the mean of `x xT`, streamed.
+
+The output error of a weight `Q` in place of `W` is `E |(W - Q) x|^2 = tr((W - Q) H (W - Q)T)` with `H = E[x xT]`, so
+`H` is all that the layer-wise solvers need (GPTQ, arXiv 2210.17323, section 3). Sites that share an input share one
+`Statistics`, and with it one factorisation. `cross = E[x_float xT]` also records what the float model would have fed
+the layer: it lets a solver match the float path's outputs from the quantized path's inputs (GPTAQ, arXiv 2504.02692).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from quant.errors import CalibrationError
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """`hessian` `[in, in]` float32: MEAN over `tokens` tokens of `x xT`, with `x` the inputs that the layer will really
+    see.
+
+    `cross` `[in, in]` float32: mean of `x_float xT`, or None. `prior`: a sentence on what was mixed in beyond the
+    tokens seen, or None.
+    """
+
+    hessian: Tensor
+    tokens: int
+    cross: Tensor | None = None
+    prior: str | None = None
+    _cache: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def identity(cls, features: int, device: torch.device | str = "cpu") -> Self:
+        """Data-free: every input equally likely, none correlated."""
+        return cls(torch.eye(features, device=device), 0, prior="identity: no calibration data")
+
+    @property
+    def features(self) -> int:
+        return self.hessian.shape[0]
+
+    @property
+    def diagonal(self) -> Tensor:
+        """`[in]`: mean square of each input."""
+        return self.hessian.diagonal()
+
+    def with_prior(self, prior_hessian: Tensor, strength: float, name: str = "a prior") -> Statistics:
+        """As if `strength` more tokens had come whose mean `x xT` is `prior_hessian` `[in, in]`.
+
+        For experts that saw few tokens: with the Hessian of all the layer's tokens as prior, many own tokens drown it
+        and none leave it alone. The prior's float and quantized inputs count as equal.
+        """
+        if strength <= 0:
+            raise CalibrationError(f"a prior counted as {strength} tokens; give a positive number")
+        share = strength / (self.tokens + strength)
+        prior = prior_hessian.to(self.hessian)
+        return replace(
+            self,
+            hessian=torch.lerp(self.hessian, prior, share),
+            cross=None if self.cross is None else torch.lerp(self.cross, prior, share),
+            prior=f"{name} counted as {strength:g} tokens beside {self.tokens} seen",
+        )
+
+    def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """`compute()`, once per key for as long as these statistics live: sites that share them share it."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
+
+
+class HessianCollector:
+    """Streams activations into `Statistics`. Products and sums in float32, whatever dtype the model runs in."""
+
+    def __init__(self, features: int, device: torch.device | str = "cpu", cross: bool = False) -> None:
+        self.features = features
+        self.tokens = 0
+        self._sum = torch.zeros((features, features), device=device)
+        self._cross = torch.zeros_like(self._sum) if cross else None
+
+    def update(self, x: Tensor, mask: Tensor | None = None, reference: Tensor | None = None) -> None:
+        """Adds the tokens of `x` `[..., in]` where `mask` bool `[...]` is true (everywhere without a mask).
+
+        `reference` `[..., in]`: the same tokens in the float path; required exactly when the collector was made with
+        `cross`.
+        """
+        if (reference is None) != (self._cross is None):
+            raise CalibrationError(
+                "reference inputs and a collector with cross=True need each other; one of them is missing"
+            )
+        rows = self._rows(x, mask)
+        self.tokens += rows.shape[0]
+        self._sum.addmm_(rows.T, rows)
+        if reference is not None and self._cross is not None:
+            self._cross.addmm_(self._rows(reference, mask).T, rows)
+
+    def finish(self) -> Statistics:
+        """The means. With no token seen the Hessian is zero and `tokens` 0: the caller decides on a prior.
+
+        Raises `CalibrationError` if an input was not finite (a NaN or infinity stays visible on the sum's diagonal) or
+        the squares left the range of float32.
+        """
+        bad = (~torch.isfinite(self._sum.diagonal())).nonzero().flatten().tolist()
+        if bad or (self._cross is not None and not bool(torch.isfinite(self._cross).all())):
+            where = f"channels {bad[:4]} of {self.features}" if bad else "the float path"
+            raise CalibrationError(
+                f"inputs of {where} are not finite, or their squares leave float32 ({self.tokens} tokens seen); "
+                "check the model in this dtype, or calibrate in float32"
+            )
+        count = max(1, self.tokens)
+        return Statistics(self._sum / count, self.tokens, None if self._cross is None else self._cross / count)
+
+    def _rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        if x.shape[-1] != self.features:
+            raise CalibrationError(f"inputs have {x.shape[-1]} channels; the layer takes {self.features}")
+        rows = x.reshape(-1, self.features)
+        if mask is not None:
+            rows = rows[mask.reshape(-1).to(rows.device)]  # selected, not multiplied: padding may hold NaN
+        return rows.to(self._sum.device, torch.float32)

@@ -1,0 +1,78 @@
+"""What every solver takes and gives back.
+
+A solver is a pure function of a weight, the statistics of its inputs and a spec: no hooks, no modules, no device
+policy, no prints. It works where the weight lies. Its error is relative to the float weight's own output on the
+calibration tokens,
+
+    error = tr(D H DT) / tr(W H WT),   D = W - Q,
+
+so 0.01 reads "one per cent of the output's energy" and sites of different size compare.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quant.calibration.statistics import Statistics
+from quant.errors import SolverError
+from quant.kernels.layouts import Packed
+from quant.kernels.spec import Spec
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """`weight` `[out, in]` float32: `packed` dequantized. `error`: see the module. `notes`: what did not go as
+    asked.
+    """
+
+    packed: Packed
+    weight: Tensor
+    error: float
+    notes: tuple[str, ...] = ()
+
+
+class Solver(Protocol):
+    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution:
+        """Quantizes `weight` `[out, in]`. Raises `SolverError` where the numbers do not allow it, naming what is
+        wrong.
+        """
+        ...
+
+
+def solution(packed: Packed, weight: Tensor, statistics: Statistics, notes: tuple[str, ...] = ()) -> Solution:
+    """Completes a `Solution`: dequantizes `packed` and measures its error against the float `weight`."""
+    quantized = packed.dequantize()
+    return Solution(packed, quantized, relative_error(weight, quantized, statistics.hessian), notes)
+
+
+def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """`tr(D H DT) / tr(W H WT)`; 0 where the weight's own output is zero and nothing was lost, infinity where something
+    was.
+    """
+    target = weight.float()
+    lost, whole = (_energy(matrix, hessian) for matrix in (target - quantized, target))
+    return lost / whole if whole > 0 else 0.0 if lost <= 0 else float("inf")
+
+
+def check(weight: Tensor, statistics: Statistics) -> None:
+    """Raises `SolverError` for a weight or Hessian that no solver can use."""
+    if weight.ndim != 2 or weight.shape[1] != statistics.features:
+        raise SolverError(
+            f"weight of shape {list(weight.shape)} with statistics of {statistics.features} inputs; "
+            f"a matrix [out, {statistics.features}] is expected"
+        )
+    for name, tensor in (("weight", weight), ("Hessian", statistics.hessian), ("cross moment", statistics.cross)):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise SolverError(
+                f"{count} of {tensor.numel()} values of the {name} are not finite; "
+                "check the checkpoint, or calibrate in float32"
+            )
+
+
+def _energy(matrix: Tensor, hessian: Tensor) -> float:
+    return float((matrix @ hessian).mul_(matrix).sum(dtype=torch.float64))
