@@ -1,0 +1,158 @@
+"""`evaluate`: one call that judges a model, alone or against its original.
+
+    original = open_subject("path/to/model")
+    report = evaluate("path/to/model-4bit", against=original, text="python-docs")
+    print(report.perplexity.token, report.divergence.kl, report.size.linear_bits)
+
+An original that several candidates are compared with is opened once and handed in; its logits are computed again for
+each candidate, batch by batch, which costs a forward pass and keeps memory flat.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from quant.errors import SettingsError
+from quant.eval.compare import compare
+from quant.eval.encoder import compare_encoders
+from quant.eval.footprint import cost_of, size_of
+from quant.eval import generate as generations
+from quant.eval.perplexity import Progress, Rule, measure, rule_for
+from quant.eval.report import Report, Settings, machine, versions
+from quant.eval.subject import Subject, open_subject
+from quant.eval.texts import Encoded, Text, encode, resolve
+
+Source = str | Path | PreTrainedModel | Subject
+
+
+def evaluate(
+    model_or_path: Source,
+    *,
+    against: Source | None = None,
+    text: str | Path | Text = "python-docs",
+    window: int | None = None,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    generate: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """Judges a model on a text.
+
+    Args:
+        model_or_path: a folder, a hub name, a model in memory or a `Subject`; packed by bitwright or not.
+        against: the original, likewise; enables KL divergence, top-1 agreement and the cosines of an encoder.
+        text: a name (see `quant.eval.texts`), a UTF-8 file or a `Text`.
+        window: tokens per window; None is min(512, model maximum).
+        stride: None for non-overlapping windows, else how far the ends of the windows lie apart.
+        max_windows: only the first so many windows (lines, for an encoder).
+        device, dtype: for models opened here; "auto" is the checkpoint's own dtype.
+        generate: how many prompts to continue greedily.
+        progress: called with (windows done, windows in all).
+
+    Raises:
+        SettingsError: settings that cannot be, a text too short, tokenizers that differ.
+        ModelError: a model that cannot be opened, or whose outputs are not finite.
+        CheckpointError: a packed checkpoint that is damaged.
+    """
+    start = time.perf_counter()
+    source = resolve(text)
+    subject = open_subject(model_or_path, device, dtype)
+    original = None if against is None else open_subject(against, device, dtype)
+    if original is not None and original.kind != subject.kind:
+        raise SettingsError(f"{subject.name} is a {subject.kind}, {original.name} a {original.kind}: nothing to compare.")
+    rule = _rule(subject, original, window, stride, max_windows)
+    judge = _judge_causal if subject.kind == "causal-lm" else _judge_encoder
+    found, ids_T = judge(subject, original, source, rule, generate, progress)
+    speed, memory = cost_of(subject, ids_T)
+    settings = Settings(
+        text=source.name,
+        text_sha256=source.sha256,
+        window_rule=rule.name if subject.kind == "causal-lm" else "lines",
+        window=rule.length,
+        stride=rule.stride,
+        max_windows=rule.max_windows,
+        device=str(subject.device),
+        dtype=str(subject.model.dtype).removeprefix("torch."),
+        prompts=generate,
+        new_tokens=generations.NEW_TOKENS if generate else 0,
+        machine=machine(),
+        versions=versions(),
+    )
+    parts: dict[str, Any] = {
+        "perplexity": None,
+        "original": None,
+        "divergence": None,
+        "hidden": None,
+        "generations": (),
+        **found,
+    }
+    return Report(
+        model=subject.name,
+        path=str(subject.folder) if subject.folder else None,
+        kind=subject.kind,
+        against=original.name if original else None,
+        size=size_of(subject),
+        speed=speed,
+        memory=memory,
+        seconds=time.perf_counter() - start,
+        settings=settings,
+        **parts,
+    )
+
+
+def _rule(
+    subject: Subject, original: Subject | None, window: int | None, stride: int | None, max_windows: int | None
+) -> Rule:
+    rule = rule_for(subject, window, stride, max_windows)
+    return rule if original is None else rule_for(original, rule.length, stride, max_windows)
+
+
+def _judge_causal(
+    subject: Subject, original: Subject | None, text: Text, rule: Rule, prompts: int, progress: Progress | None
+) -> tuple[dict[str, Any], torch.Tensor]:
+    tokenizer = subject.tokenizer()
+    encoded = encode(tokenizer, text)
+    found: dict[str, Any] = {}
+    if original is None:
+        found["perplexity"] = measure(subject, encoded, rule, progress)
+    else:
+        _same_tokens(subject, original, encoded)
+        both = compare(subject, original, encoded, rule, progress)
+        found |= {"perplexity": both.candidate, "original": both.original, "divergence": both.divergence}
+    if prompts:
+        found["generations"] = generations.generate(subject, original, text, tokenizer, prompts)
+    return found, encoded.ids[: rule.length]
+
+
+def _judge_encoder(
+    subject: Subject, original: Subject | None, text: Text, rule: Rule, prompts: int, progress: Progress | None
+) -> tuple[dict[str, Any], torch.Tensor]:
+    del prompts  # an encoder continues nothing
+    tokenizer = subject.tokenizer()
+    ids_T = encode(tokenizer, Text(text.name, text.text[: 16 * rule.length])).ids[: rule.length]
+    if original is None:
+        return {}, ids_T
+    hidden = compare_encoders(subject, original, text, tokenizer, rule.length, rule.max_windows, progress)
+    return {"hidden": hidden}, ids_T
+
+
+def _same_tokens(subject: Subject, original: Subject, encoded: Encoded) -> None:
+    """Raises `SettingsError` unless the original's tokenizer cuts the text into the same ids."""
+    if original.folder is None or original.folder == subject.folder:
+        return
+    theirs = encode(original.tokenizer(), encoded.text)
+    if not torch.equal(theirs.ids, encoded.ids):
+        raise SettingsError(
+            f"{subject.name} and {original.name} cut the text into different tokens, so their predictions cannot be "
+            "compared one by one; evaluate both without --against and compare bits per byte."
+        )
+
+

@@ -1,0 +1,132 @@
+"""The answer to "how good is this checkpoint?", with every setting that the answer depends on."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant.eval.compare import Divergence
+from quant.eval.encoder import HiddenStates
+from quant.eval.footprint import Memory, Size, Speed
+from quant.eval.generate import Generation
+from quant.eval.perplexity import Perplexity
+from quant.eval.subject import Kind
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a report was made."""
+
+    cpu: str
+    cores: int
+    threads: int
+    gpu: str | None
+    platform: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the figures of a report. `window_rule` is explained in `quant.eval.perplexity`."""
+
+    text: str
+    text_sha256: str
+    window_rule: str
+    window: int
+    stride: int | None
+    max_windows: int | None
+    device: str
+    dtype: str
+    prompts: int
+    new_tokens: int
+    machine: Machine
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One model judged. `original` is the original's perplexity on the same windows; what needs an original is None
+    without one, and what needs a language-model head is None for an encoder."""
+
+    model: str
+    path: str | None
+    kind: Kind
+    against: str | None
+    perplexity: Perplexity | None
+    original: Perplexity | None
+    divergence: Divergence | None
+    hidden: HiddenStates | None
+    generations: tuple[Generation, ...]
+    size: Size
+    speed: Speed
+    memory: Memory
+    seconds: float
+    settings: Settings
+
+    @property
+    def common_prefix(self) -> float | None:
+        """Mean length in tokens of what both greedy continuations share."""
+        return _mean([g.common_prefix for g in self.generations])
+
+    @property
+    def repetition(self) -> float | None:
+        """Mean share of repeated 4-grams in the greedy continuations."""
+        return _mean([g.repetition for g in self.generations])
+
+    @property
+    def ratio(self) -> float | None:
+        """Perplexity over the original's."""
+        if self.perplexity is None or self.original is None:
+            return None
+        return self.perplexity.token / self.original.token
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values only; a number that is not finite becomes None."""
+        means = {"perplexity_ratio": self.ratio, "common_prefix": self.common_prefix, "repetition": self.repetition}
+        return _plain({**asdict(self), **means})
+
+
+def machine() -> Machine:
+    """The machine this process runs on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return Machine(_cpu(), os.cpu_count() or 1, torch.get_num_threads(), gpu, platform.platform())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the figures."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("bitwright", "transformers", "tokenizers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _mean(values: list[Any]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

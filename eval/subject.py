@@ -1,0 +1,196 @@
+"""What is judged: a model with its tokenizer, opened the same way whether bitwright packed it or not.
+
+A folder whose `config.json` says `quant_method: bitwright` goes through `quant.load`; everything else through
+transformers, from safetensors only and without remote code. Transformers fills weights that a checkpoint lacks with
+random numbers and merely logs it; a judge must not, so a missing weight is an error here.
+
+A model is judged as a causal language model if its configuration names an architecture with such a head, otherwise as
+an encoder: its hidden states are compared with the original's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.hub import cached_file
+
+from quant.errors import BitwrightError, ModelError, SettingsError
+
+Kind = Literal["causal-lm", "encoder"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An opened model. `folder` is where its files lie, None for a model built in memory."""
+
+    name: str
+    model: PreTrainedModel = field(repr=False)
+    kind: Kind
+    folder: Path | None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest sequence the configuration promises, None if it promises none."""
+        config = self.model.config.get_text_config()
+        for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+            value = getattr(config, key, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        return None
+
+    def tokenizer(self) -> Any:
+        """The tokenizer stored with the model.
+
+        Raises:
+            ModelError: there is none.
+        """
+        source = self.folder or self.model.name_or_path
+        try:
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except Exception as error:  # tokenizers fail with whatever their files provoke
+            raise ModelError(
+                f"{self.name}: no tokenizer could be loaded from {str(source) or 'a model built in memory'} "
+                f"({_first_line(error)}). Copy the tokenizer files of the original model into that folder."
+            ) from error
+
+
+def open_subject(source: str | Path | PreTrainedModel | Subject, device: str = "cpu", dtype: str = "float32") -> Subject:
+    """Opens a folder, a hub name or a model already in memory (left on its device and in its dtype).
+
+    `dtype` is float32, bfloat16, float16, or auto for the checkpoint's own.
+
+    Raises:
+        SettingsError: unknown dtype or device.
+        ModelError: not a model, not reachable, or weights missing.
+        CheckpointError: a packed checkpoint is damaged.
+    """
+    if isinstance(source, Subject):
+        return source
+    if isinstance(source, PreTrainedModel):
+        folder = Path(source.name_or_path) if source.name_or_path else None
+        folder = folder if folder and folder.is_dir() else None
+        name = source.name_or_path or type(source).__name__
+        return Subject(_short(name), source.eval(), _kind([type(source).__name__]), folder)
+    if dtype not in (*DTYPES, "auto"):
+        raise SettingsError(f"dtype is {dtype!r}; give one of {', '.join(DTYPES)}, auto.")
+    check_device(device)
+    folder = _folder(str(source))
+    model, kind = _load(str(source), folder, device, dtype)
+    return Subject(_short(str(source)), model.eval(), kind, folder)
+
+
+def check_device(device: str) -> None:
+    """Raises `SettingsError` unless torch can compute on `device`."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"device {device}: torch cannot use it ({_first_line(error)}). Try --device cpu.") from error
+
+
+def packed_by_us(folder: Path) -> bool:
+    """Whether `config.json` names our quantization method."""
+    return read_config(folder).get("quantization_config", {}).get("quant_method") == "bitwright"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` as a dictionary.
+
+    Raises:
+        ModelError: missing or not JSON.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder}: no config.json, so this is not a Hugging Face model folder.") from error
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({_first_line(error)}).") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: holds a {type(config).__name__}, expected an object.")
+    return config
+
+
+def _folder(source: str) -> Path:
+    """The local folder of a model: the path itself, or where the hub's cache keeps it."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ModelError(f"{source}: not a folder; give the folder that holds config.json and the safetensors files.")
+    try:
+        config = cached_file(source, "config.json")
+    except Exception as error:  # hub errors come from three libraries
+        raise ModelError(
+            f"{source}: neither a local folder nor reachable on the Hugging Face hub ({_first_line(error)}). "
+            "Give the path of a local folder instead."
+        ) from error
+    if config is None:
+        raise ModelError(f"{source}: the hub has no config.json for it. Give the path of a local folder instead.")
+    return Path(config).parent
+
+
+def _load(source: str, folder: Path, device: str, dtype: str) -> tuple[PreTrainedModel, Kind]:
+    try:
+        if packed_by_us(folder):
+            from quant import load  # heavier than the rest of eval, and only packed folders need it
+
+            model = load(folder, device=device, dtype=DTYPES.get(dtype))
+            return model, _kind([type(model).__name__])
+        return _load_plain(source, device, dtype)
+    except (BitwrightError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # the file decides what goes wrong in transformers
+        raise ModelError(
+            f"{source}: transformers could not load it ({_first_line(error)}). It must be a safetensors checkpoint of "
+            "an architecture that transformers knows without remote code."
+        ) from error
+
+
+def _load_plain(source: str, device: str, dtype: str) -> tuple[PreTrainedModel, Kind]:
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{source}: an encoder-decoder ({config.model_type}); only causal models and encoders are judged.")
+    kind = _kind(getattr(config, "architectures", None) or [])
+    auto = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
+    model, info = auto.from_pretrained(
+        source,
+        dtype=DTYPES.get(dtype, "auto"),
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    # an encoder saved from a masked-LM class has no pooler, and the hidden states do not need it
+    missing = sorted(key for key in info["missing_keys"] if kind == "causal-lm" or "pooler" not in key)
+    if missing:
+        raise ModelError(
+            f"{source}: {len(missing)} weights are missing from its files (first: {missing[0]}), and transformers would "
+            "run on random ones. Copy the checkpoint again."
+        )
+    return model.to(device), kind
+
+
+def _kind(architectures: list[str]) -> Kind:
+    heads: set[str] = set()
+    for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        heads.update((value,) if isinstance(value, str) else value)
+    return "causal-lm" if any(name in heads for name in architectures) else "encoder"
+
+
+def _short(name: str) -> str:
+    """A folder's last part; a hub name as it is."""
+    return Path(name).expanduser().resolve().name if Path(name).expanduser().exists() else name
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().split("\n")[0] or type(error).__name__)[:300].rstrip(".")
