@@ -1,9 +1,9 @@
 """What a candidate changed: KL divergence and top-1 agreement to the original, on the same tokens.
 
 Perplexity can stay the same while the answers change; the divergence KL(original || candidate) per predicted token sees
-every change of the distribution ("Accuracy is Not All You Need", arXiv:2407.09141). Both models run in lockstep over the
-windows and the logits of one batch are all that is ever kept; of the whole text only one float32 per token remains, for
-the quantiles. Softmaxes are float32 whatever the models compute in.
+every change of the distribution ("Accuracy is Not All You Need", arXiv:2407.09141). Both models run in lockstep and the
+logits of one batch are all that is ever kept; of the whole text only one float32 per token remains, for the quantiles.
+Softmaxes are float32 whatever the models compute in.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def compare(
         logits_BTV, logits0_BTV = forward(candidate, ids_BT), forward(original, ids_BT.to(original.device))
         if logits_BTV.shape != logits0_BTV.shape:
             sizes = f"{logits_BTV.shape[-1]} and {logits0_BTV.shape[-1]}"
-            raise SettingsError(f"{candidate.name} and {original.name} predict {sizes} tokens; they cannot be compared.")
+            raise SettingsError(
+                f"{candidate.name} and {original.name} predict {sizes} tokens; they cannot be compared."
+            )
         for index, window in enumerate(batch):
             for got in _window(window, logits_BTV[index], logits0_BTV[index], ids_BT[index]):
                 total += float(got.nll.double().sum())

@@ -62,7 +62,9 @@ def compare_encoders(
         h0_BTD = _hidden(original, ids_BT, mask_BT).to(h_BTD.device)
         if h_BTD.shape != h0_BTD.shape:
             sizes = f"{h_BTD.shape[-1]} and {h0_BTD.shape[-1]}"
-            raise SettingsError(f"{candidate.name} and {original.name} have hidden sizes {sizes}; they cannot be compared.")
+            raise SettingsError(
+                f"{candidate.name} and {original.name} have hidden sizes {sizes}; they cannot be compared."
+            )
         mask_BT = mask_BT.to(h_BTD.device)
         tokens.append(cosine_similarity(h_BTD, h0_BTD, dim=-1)[mask_BT.bool()].cpu())
         sentences.append(cosine_similarity(_mean(h_BTD, mask_BT), _mean(h0_BTD, mask_BT), dim=-1).cpu())

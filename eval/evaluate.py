@@ -11,7 +11,6 @@ each candidate, batch by batch, which costs a forward pass and keeps memory flat
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ import torch
 from transformers import PreTrainedModel
 
 from quant.errors import SettingsError
+from quant.eval import generate as generations
 from quant.eval.compare import compare
 from quant.eval.encoder import compare_encoders
 from quant.eval.footprint import cost_of, size_of
-from quant.eval import generate as generations
 from quant.eval.perplexity import Progress, Rule, measure, rule_for
 from quant.eval.report import Report, Settings, machine, versions
 from quant.eval.subject import Subject, open_subject
@@ -67,7 +66,9 @@ def evaluate(
     subject = open_subject(model_or_path, device, dtype)
     original = None if against is None else open_subject(against, device, dtype)
     if original is not None and original.kind != subject.kind:
-        raise SettingsError(f"{subject.name} is a {subject.kind}, {original.name} a {original.kind}: nothing to compare.")
+        raise SettingsError(
+            f"{subject.name} is a {subject.kind}, {original.name} a {original.kind}: nothing to compare."
+        )
     rule = _rule(subject, original, window, stride, max_windows)
     judge = _judge_causal if subject.kind == "causal-lm" else _judge_encoder
     found, ids_T = judge(subject, original, source, rule, generate, progress)
@@ -146,7 +147,10 @@ def _judge_encoder(
 
 def _same_tokens(subject: Subject, original: Subject, encoded: Encoded) -> None:
     """Raises `SettingsError` unless the original's tokenizer cuts the text into the same ids."""
-    if original.folder is None or original.folder == subject.folder:
+    if original.folder is None or subject.folder is None or original.folder == subject.folder:
+        return
+    files = [folder / "tokenizer.json" for folder in (subject.folder, original.folder)]
+    if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
         return
     theirs = encode(original.tokenizer(), encoded.text)
     if not torch.equal(theirs.ids, encoded.ids):
@@ -154,5 +158,3 @@ def _same_tokens(subject: Subject, original: Subject, encoded: Encoded) -> None:
             f"{subject.name} and {original.name} cut the text into different tokens, so their predictions cannot be "
             "compared one by one; evaluate both without --against and compare bits per byte."
         )
-
-

@@ -43,13 +43,13 @@ class Stored:
 
 @dataclass(frozen=True)
 class Size:
-    """`bytes`: the weight files. `linear_bits`: bits per weight of the quantized linears (float model: of its matrices);
-    `total_bits`: all tensors over all parameters. None where it cannot be known. `measured` says where it was read."""
+    """`bytes`: the weight files. `linear_bits`: bits per weight of the quantized linears (float: of its matrices),
+    `total_bits`: all tensors over all parameters. `measured` says where all this was read."""
 
     bytes: int
-    parameters: int | None
+    parameters: int
     linear_bits: float | None
-    total_bits: float | None
+    total_bits: float
     measured: str
 
 
@@ -100,7 +100,7 @@ def size_of(subject: Subject) -> Size:
         weights = sum(sites.values())
         parameters = weights + sum(math.prod(t.shape) for name, t in stored.items() if name not in inside)
         bits = 8 * sum(stored[name].nbytes for name in inside) / weights if weights else None
-    total_bits = 8 * sum(t.nbytes for t in stored.values()) / parameters if parameters else None
+    total_bits = 8 * sum(t.nbytes for t in stored.values()) / max(1, parameters)
     return Size(total, parameters, bits, total_bits, "safetensors headers")
 
 
@@ -160,7 +160,9 @@ def _sites(subject: Subject, stored: dict[str, Stored]) -> dict[str, int] | None
             sites = config["sites"].items()
             return {name + ("_" if "experts" in site else "."): math.prod(site["shape"]) for name, site in sites}
         except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{subject.folder}/config.json: quantization_config has no sound list of sites.") from error
+            raise CheckpointError(
+                f"{subject.folder}/config.json: quantization_config has no sound list of sites."
+            ) from error
     plain = AutoConfig.from_pretrained(subject.folder, trust_remote_code=False)
     auto = AutoModelForCausalLM if subject.kind == "causal-lm" else AutoModel
     with torch.device("meta"):

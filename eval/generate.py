@@ -65,7 +65,9 @@ def prompts(text: Text, tokenizer: Any, count: int, length: int = PROMPT_TOKENS)
         size = max(1, len(text.text) // count)
         long = [text.text[at : at + size].strip() for at in range(0, len(text.text), size)]
     chosen = [long[index * len(long) // count] for index in range(min(count, len(long)))]
-    encoded = [tokenizer(piece[: 32 * length], add_special_tokens=False, verbose=False)["input_ids"] for piece in chosen]
+    encoded = [
+        tokenizer(piece[: 32 * length], add_special_tokens=False, verbose=False)["input_ids"] for piece in chosen
+    ]
     encoded = [ids for ids in encoded if len(ids) >= _SMALLEST_PROMPT]
     if not encoded:
         raise SettingsError(f"text {text.name}: too short to take a prompt from; use --no-generate.")

@@ -1,9 +1,9 @@
 """What running a model takes: the bytes of its tensors, and how far memory rises above them while it runs.
 
 On a GPU the rise is that of torch's allocator on the device. On a CPU it is that of the resident set of this process
-(`VmHWM` of Linux, reset before the run; elsewhere the lifetime maximum of `getrusage`, which can be too low a rise after
-something bigger ran). The resident set itself also holds Python, torch (about 0.5 GB) and whatever else is loaded, so
-the rise is reported apart from the peak.
+(`VmHWM` of Linux, reset before the run; elsewhere the lifetime maximum of `getrusage`, which hides a rise after
+something bigger ran). The resident set itself also holds Python, torch (about 0.5 GB) and whatever else is loaded, so the rise is
+reported apart from the peak.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ class Watched:
 
 
 @contextmanager
-def watch(device: torch.device) -> Iterator[Watched]:
+def watch(device: torch.device) -> Generator[Watched]:
     """Measures the peak inside the block; `result` is there after it."""
     meter = _cuda(device) if device.type == "cuda" else _process()
     watched = Watched()

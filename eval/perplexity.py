@@ -78,7 +78,9 @@ class Rule:
         """
         L = self.length
         if tokens < 2 or (self.stride is None and tokens < L):
-            raise SettingsError(f"the text has {tokens} tokens, fewer than one window of {L}; give --window or more text.")
+            raise SettingsError(
+                f"the text has {tokens} tokens, fewer than one window of {L}; give --window or more text."
+            )
         if self.stride is None:
             windows = [Window(start, start + 1, start + L) for start in range(0, tokens - L + 1, L)]
         else:
@@ -195,7 +197,9 @@ def summarize(total: float, windows: Sequence[Window], encoded: Encoded) -> Perp
 
 
 def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700.0))  # e^700 is the last that fits; a model that bad has no perplexity worth more digits
+    return math.exp(
+        min(nats, 700.0)
+    )  # e^700 is the last that fits; a model that bad has no perplexity worth more digits
 
 
 def _command(
@@ -223,8 +227,8 @@ def _command(
     typer.echo(f"perplexity {got.token:.5f}  bits/byte {per_byte}  word perplexity {word}")
     strides = "" if stride is None else f", stride {stride}"
     typer.echo(
-        f"{got.windows} {rule.name} windows of {rule.length} tokens{strides}, {got.tokens} tokens predicted, {dtype} on "
-        f"{device}, text {source.name} sha256 {source.sha256[:12]}"
+        f"{got.windows} {rule.name} windows of {rule.length} tokens{strides}, {got.tokens} tokens predicted, {dtype} "
+        f"on {device}, text {source.name} sha256 {source.sha256[:12]}"
     )
 
 

@@ -65,7 +65,9 @@ class Subject:
             ) from error
 
 
-def open_subject(source: str | Path | PreTrainedModel | Subject, device: str = "cpu", dtype: str = "float32") -> Subject:
+def open_subject(
+    source: str | Path | PreTrainedModel | Subject, device: str = "cpu", dtype: str = "float32"
+) -> Subject:
     """Opens a folder, a hub name or a model already in memory (left on its device and in its dtype).
 
     `dtype` is float32, bfloat16, float16, or auto for the checkpoint's own.
@@ -95,7 +97,9 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f"device {device}: torch cannot use it ({_first_line(error)}). Try --device cpu.") from error
+        raise SettingsError(
+            f"device {device}: torch cannot use it ({_first_line(error)}). Try --device cpu."
+        ) from error
 
 
 def packed_by_us(folder: Path) -> bool:
@@ -143,7 +147,7 @@ def _folder(source: str) -> Path:
 def _load(source: str, folder: Path, device: str, dtype: str) -> tuple[PreTrainedModel, Kind]:
     try:
         if packed_by_us(folder):
-            from quant import load  # heavier than the rest of eval, and only packed folders need it
+            from quant import load  # pyright: ignore # heavier than the rest of eval, and only packed folders need it
 
             model = load(folder, device=device, dtype=DTYPES.get(dtype))
             return model, _kind([type(model).__name__])
@@ -160,22 +164,25 @@ def _load(source: str, folder: Path, device: str, dtype: str) -> tuple[PreTraine
 def _load_plain(source: str, device: str, dtype: str) -> tuple[PreTrainedModel, Kind]:
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{source}: an encoder-decoder ({config.model_type}); only causal models and encoders are judged.")
+        raise ModelError(
+            f"{source}: an encoder-decoder ({config.model_type}); only causal models and encoders are judged."
+        )
     kind = _kind(getattr(config, "architectures", None) or [])
     auto = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
-    model, info = auto.from_pretrained(
+    loaded: Any = auto.from_pretrained(
         source,
         dtype=DTYPES.get(dtype, "auto"),
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
     )
+    model, info = loaded
     # an encoder saved from a masked-LM class has no pooler, and the hidden states do not need it
     missing = sorted(key for key in info["missing_keys"] if kind == "causal-lm" or "pooler" not in key)
     if missing:
         raise ModelError(
-            f"{source}: {len(missing)} weights are missing from its files (first: {missing[0]}), and transformers would "
-            "run on random ones. Copy the checkpoint again."
+            f"{source}: {len(missing)} weights are missing from its files (first: {missing[0]}), and transformers "
+            "would run on random ones. Copy the checkpoint again."
         )
     return model.to(device), kind
 

@@ -1,8 +1,8 @@
 """Texts to judge on, their names, and their tokens.
 
 A perplexity means nothing without its text, so a text always travels with a name and the SHA-256 of what was read. A
-name is `python-docs` (what every CPython carries: needs no network), `wikitext2` (downloaded by `datasets`), or the path
-of a UTF-8 file. Names win over files; `./wikitext2` is the file.
+name is `python-docs` (what every CPython carries: needs no network), `wikitext2` (downloaded by `datasets`), or the
+path of a UTF-8 file. Names win over files; `./wikitext2` is the file.
 
 Token ids are those of the whole text without special tokens. The tokenizer is fed pieces of at most 200,000 characters
 cut after a newline, since some tokenizers take quadratic time and most warn about length; the cut is part of the rule,
@@ -60,7 +60,7 @@ class Encoded:
         return [match.start() for match in re.finditer(r"\S+", self.text.text)]
 
     def extent(self, first: int, stop: int) -> tuple[int, int] | None:
-        """UTF-8 bytes and words of tokens `first` to `stop - 1`; a word belongs to the token that holds its first letter.
+        """UTF-8 bytes and words of tokens `first` to `stop - 1`; a word belongs to the token with its first letter.
 
         None when the tokenizer gave no offsets. The extents of adjacent ranges add up to that of their union.
         """

@@ -1,0 +1,192 @@
+"""`quant-eval`: judge one or several checkpoints from the command line.
+
+Exit codes: 0 done; 2 settings that cannot be; 3 a model that cannot be read; 6 a packed checkpoint that is damaged; 8
+out of memory or disk; 130 interrupted. An error is one sentence on stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import huggingface_hub
+import torch
+import transformers
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from quant.errors import BitwrightError, ResourceError, SettingsError
+from quant.eval.evaluate import evaluate
+from quant.eval.report import Report
+from quant.eval.subject import Subject, open_subject
+from quant.eval.table import console_for, continuations, table
+from quant.eval.texts import resolve
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+
+_EPILOG = """
+**Examples**
+
+`quant-eval out/model-4bit` : perplexity, bits, speed and memory of one checkpoint
+
+`quant-eval out/4bit out/2bit --against models/original --plot size.png` : what each lost, and the picture
+
+`quant-eval gpt2 --text wikitext2 --stride 256` : a model from the hub, strided windows
+
+`quant-eval out/4bit --against models/original --text notes.txt --max-windows 40 --json -` : own text, JSON on stdout
+
+`quant-eval out/encoder-4bit --against models/encoder` : cosines of hidden states
+"""
+
+
+@app.command(epilog=_EPILOG)
+def command(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub names; packed or not.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="ORIGINAL", help="The original: adds KL divergence, agreement, cosines.")
+    ] = None,
+    text: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE", help="python-docs[:calibration|train], wikitext2[:validation|train], a file."
+        ),
+    ] = "python-docs",
+    window: Annotated[
+        int | None, typer.Option(help="Tokens per window.", show_default="min(512, model maximum)")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Strided windows this far apart.", show_default="non-overlapping")
+    ] = None,
+    max_windows: Annotated[
+        int | None, typer.Option(help="Only the first so many windows (lines for encoders).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.")] = "float32",
+    prompts: Annotated[int, typer.Option(help="Prompts from the text to continue greedily.", min=1)] = 3,
+    no_generate: Annotated[bool, typer.Option("--no-generate", help="No continuations.")] = False,
+    json_to: Annotated[
+        str | None, typer.Option("--json", metavar="FILE|-", help="All figures and settings; - is stdout.")
+    ] = None,
+    plot_to: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Size against perplexity.")] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="The table alone: no progress, no continuations shown.")
+    ] = False,
+) -> None:
+    """Say how good a checkpoint is: perplexity, divergence from the original, bits, speed and memory."""
+    with _errors():
+        _calm()
+        settings = {"text": resolve(text), "window": window, "stride": stride, "max_windows": max_windows}
+        settings |= {"device": device, "dtype": dtype}
+        prompts = 0 if no_generate else prompts
+        _writable(json_to, plot_to)
+        original, reports = _judge(models, against, prompts, quiet, settings)
+        everything = [original, *reports] if original is not None else reports
+        out = console_for(stderr=json_to == "-")
+        out.print(table(everything))
+        for panel in [] if quiet else continuations(reports):
+            out.print(panel)
+        if plot_to is not None:
+            from quant.eval.plot import plot  # matplotlib takes a second to import
+
+            plot(reports, original, plot_to)
+            out.print(f"plot: {plot_to}", soft_wrap=True)
+        if json_to is not None:
+            _write_json(json_to, original, reports)
+
+
+def main() -> None:
+    """The console entry point."""
+    app(prog_name="quant-eval")
+
+
+def _judge(
+    models: list[str], against: str | None, prompts: int, quiet: bool, settings: dict[str, Any]
+) -> tuple[Report | None, list[Report]]:
+    """The original's report (None without one) and those of the models, with a progress bar on stderr."""
+    console = console_for(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet or not console.is_terminal
+    ) as bar:
+
+        def run(source: str | Subject, name: str, original: Subject | None, generate: int) -> Report:
+            task = bar.add_task(name, total=None)
+            return evaluate(
+                source,
+                against=original,
+                generate=generate,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                **settings,
+            )
+
+        if against is None:
+            reports = [run(model, model, None, prompts) for model in models]
+            if any(report.kind == "encoder" for report in reports):
+                name = next(report.model for report in reports if report.kind == "encoder")
+                raise SettingsError(
+                    f"{name} has no language-model head, so it has no perplexity; give --against ORIGINAL to compare "
+                    "its hidden states."
+                )
+            return None, reports
+        opened = open_subject(against, settings["device"], settings["dtype"])
+        original = run(opened, against, None, 0)
+        return original, [run(model, model, opened, prompts) for model in models]
+
+
+@contextmanager
+def _errors() -> Generator[None]:
+    """Turns our errors into a sentence and their exit code."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        _fail(ResourceError("out of memory; try a smaller --window, --dtype bfloat16, or leave --against out."))
+    except BitwrightError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _fail(error: BitwrightError) -> None:
+    typer.echo(f"Error: {error}", err=True)
+    raise typer.Exit(error.exit_code) from None
+
+
+def _calm() -> None:
+    """Our progress bar is the only one, and our sentence the only complaint."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # importing datasets to say so takes a second
+    huggingface_hub.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _writable(*targets: str | Path | None) -> None:
+    """Raises `SettingsError` now rather than after the work when an output file has no folder to lie in."""
+    for target in targets:
+        if target is not None and target != "-" and not Path(target).absolute().parent.is_dir():
+            raise SettingsError(f"{target}: its folder does not exist; create it first.")
+
+
+def _write_json(target: str, original: Report | None, reports: list[Report]) -> None:
+    data = {
+        "format": 1,
+        "command": ["quant-eval", *sys.argv[1:]],
+        "original": None if original is None else original.to_dict(),
+        "models": [report.to_dict() for report in reports],
+    }
+    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(target).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"json {target}: cannot be written ({error.strerror}).") from error
+
+
+if __name__ == "__main__":
+    main()
