@@ -1,1 +1,24 @@
-"""bitwright: post-training quantization of language models, from a float checkpoint to a packed low-bit one."""
+"""bitwright: post-training quantization of language models, from a float checkpoint to a packed low-bit one.
+
+`quantize(model, out, recipe)` makes a checkpoint, `load(out)` gives a transformers model that runs it. Importing this
+package also teaches transformers' own `from_pretrained` to read such checkpoints.
+"""
+
+from quant.checkpoint.loader import load
+from quant.errors import BitwrightError
+from quant.kernels.spec import Uniform
+from quant.pipeline import Settings, quantize
+from quant.recipe import Calibration, Recipe, load_recipe
+from quant.version import VERSION as __version__
+
+__all__ = [
+    "BitwrightError",
+    "Calibration",
+    "Recipe",
+    "Settings",
+    "Uniform",
+    "__version__",
+    "load",
+    "load_recipe",
+    "quantize",
+]

@@ -4,17 +4,22 @@ Block k needs what the whole model would give it: hidden states, but also masks,
 the architecture computes around its blocks. Instead of recording and guessing (which breaks for models whose layers get
 different masks), a `Replay` calls the real forward with every other block replaced: those before k answer at once with
 the stored output of block k-1, and k's own output ends the pass. The cost is the glue between blocks, a few
-microseconds each; the gain is that no model needs code of its own.
+microseconds each; the gain is that no model needs code of its own. `models/trace` proves for each model that this gives
+what the whole pass gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+
+from quant.errors import ModelError
 
 
 class Stop(BaseException):
@@ -27,29 +32,46 @@ class Replay:
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.model = model
         self.names = tuple(names)
+        self._patched: list[tuple[nn.Module, Any]] = []
+        self._cacheless = cacheless(model)
         self._active = 0
-        self._given: Any = None
+        self._given: Any = None  # what block `_active` gets from the one before it
+        self._filler: Any = None  # what the blocks before that answer; its numbers never arrive anywhere
         self._result: Any = None
+        self._reached = False
         self._only_arguments = False
 
     def __enter__(self) -> Replay:
+        self._cacheless.__enter__()
         for index, name in enumerate(self.names):
             module = self.model.get_submodule(name)
+            self._patched.append((module, module.__dict__.get("forward")))
             module.forward = self._stand_in(index, module.forward)  # pyright: ignore[reportAttributeAccessIssue]
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in self.names:
-            del self.model.get_submodule(name).forward  # the class's own forward shows again
+        while self._patched:
+            module, own = self._patched.pop()
+            if own is None:
+                del module.forward  # the class's forward shows again
+            else:
+                module.forward = own
+        self._cacheless.__exit__(None, None, None)
 
     def _stand_in(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            if index < self._active:
+            if index == self._active - 1:
                 return self._given
-            if self._only_arguments:
-                self._result = (args, kwargs)
-            else:
-                self._result = forward(*args, **kwargs)
+            if index < self._active:
+                return self._filler
+            if index > self._active:
+                raise ModelError(
+                    f"{self.names[index]}: called before {self.names[self._active]}, after which it came in the traced "
+                    "pass; a model whose order of blocks depends on its input cannot be run block by block"
+                )
+            self._reached = True
+            self._result = (args, kwargs) if self._only_arguments else forward(*args, **kwargs)
             raise Stop
 
         return stand_in
@@ -58,33 +80,63 @@ class Replay:
         """Block `index`'s output on a batch, given the output of the block before it (None for the first).
 
         A hook inside the block may raise `Stop` to end the pass early; the result is then None.
+
+        Raises:
+            ModelError: this batch does not take the model through block `index`.
         """
-        return self._run(index, batch, previous, only_arguments=False)
+        self._only_arguments = False
+        return self._run(index, batch, previous)
 
     def arguments(self, index: int, batch: Mapping[str, Any], previous: Any) -> Any:
         """The `(args, kwargs)` that block `index` would be called with."""
-        return self._run(index, batch, previous, only_arguments=True)
+        self._only_arguments = True
+        return self._run(index, batch, previous)
 
     def head(self, batch: Mapping[str, Any], last: Any) -> Any:
         """The whole model's output, given the output of the last block."""
-        self._active = len(self.names)
-        self._given = copy(last)
-        return self.model(**batch)
+        with self._answering(len(self.names), last):
+            return self.model(**batch)
 
-    def _run(self, index: int, batch: Mapping[str, Any], previous: Any, only_arguments: bool) -> Any:
-        self._active, self._only_arguments = index, only_arguments
-        self._given = copy(previous)
-        self._result = None
-        try:
-            self.model(**batch)
-        except Stop:
-            pass
-        finally:
-            self._given = None
+    def _run(self, index: int, batch: Mapping[str, Any], previous: Any) -> Any:
+        self._result, self._reached = None, False
+        with self._answering(index, previous):
+            try:
+                self.model(**batch)
+            except Stop:
+                pass
         result, self._result = self._result, None
+        if not self._reached:
+            raise ModelError(
+                f"{self.names[index] or 'the model'}: not reached by this batch; every batch must take the same way"
+            )
         return result
+
+    @contextmanager
+    def _answering(self, index: int, previous: Any) -> Iterator[None]:
+        self._active = index
+        self._given = copy(previous)
+        self._filler = copy(previous) if index > 1 else None
+        try:
+            yield
+        finally:
+            self._given = self._filler = None
 
 
 def copy(tree: Any) -> Any:
     """Own memory for every tensor of a nest: models may write into what they are given."""
     return pytree.tree_map_only(torch.Tensor, torch.clone, tree)
+
+
+@contextmanager
+def cacheless(model: nn.Module) -> Iterator[None]:
+    """No pass here is continued, so none needs to keep keys and values; some models keep them unless told not to."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kept = [(part, part.use_cache) for part in (config, text) if hasattr(part, "use_cache")]
+    try:
+        for part, _ in kept:
+            part.use_cache = False  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        yield
+    finally:
+        for part, value in reversed(kept):
+            part.use_cache = value  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]

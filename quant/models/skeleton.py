@@ -10,7 +10,7 @@ the meta device after use. Tied parameters follow their source.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -53,19 +53,34 @@ def model_class(source: Source, config: Any) -> Any:
 
 
 class Skeleton:
-    """`model` with parameters on meta, and the rules to fill them. `dtype` is what float parameters are loaded as."""
+    """`model` with parameters on meta, and the rules to fill them. `dtype` is what float parameters are loaded as.
 
-    def __init__(self, source: Source, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    `prepare` changes the model before its parameters are mapped: the verification of a packed checkpoint puts packed
+    modules in place.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        prepare: Callable[[nn.Module], None] | None = None,
+    ) -> None:
         self.source = source
         self.dtype = dtype
         self.device = device
         config = read_config(source)
-        if getattr(config, "quantization_config", None) is not None:
+        if prepare is not None:
+            del config.quantization_config
+        elif getattr(config, "quantization_config", None) is not None:
             raise ModelError(
                 f"{source.name}: already quantized ({config.quantization_config}); give the float model it was made from"
             )
         self.config = config
         self.model = build(model_class(source, config), config, dtype, source.name)
+        if prepare is not None:
+            prepare(self.model)
         self.place_buffers()
         self.remap()
 

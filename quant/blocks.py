@@ -1,0 +1,199 @@
+"""Quantizes one block: stage by stage, each on the inputs that the already quantized part of the model gives it.
+
+A stage is a group of sites that read the same tensor. Its statistics are collected, its sites solved, and their float
+weights replaced in place by the dequantized ones before the next stage is looked at ("true sequential" order).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from quant.calibration.capture import Stage, collect, collect_matched
+from quant.calibration.replay import Replay
+from quant.calibration.samples import Batch
+from quant.calibration.statistics import Statistics
+from quant.errors import SolverError
+from quant.kernels.layouts import Packed, PackedUniform, concatenate
+from quant.kernels.spec import Spec
+from quant.models.walk import Block, Site
+from quant.recipe import Plan, Recipe
+from quant.solvers.solution import Solution
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One site's packed weight. `error`: relative output error on its calibration inputs (see `solvers.solution`), or the
+    relative squared error of the weight when data-free. `tokens`: seen by each matrix of the site."""
+
+    site: Site
+    spec: Spec
+    packed: Packed
+    error: float
+    tokens: tuple[int, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "site": self.site.name,
+            "spec": self.spec.to_dict(),
+            "shape": list(self.site.shape),
+            "experts": self.site.experts,
+            "bits_per_weight": self.spec.bits_per_weight(self.site.shape),
+            "nbytes": self.spec.nbytes(self.site.shape),
+            "error": self.error,
+            "tokens": list(self.tokens),
+            "notes": list(self.notes),
+            "seconds": round(self.seconds, 4),
+        }
+
+
+class BlockSolver:
+    """Everything that solving a block needs beside the block. `float_store`: the float path's activations, for recipes
+    that match it."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        recipe: Recipe,
+        plan: Plan,
+        batches: Sequence[Batch],
+        store: Sequence[Any],
+        float_store: Sequence[Any] | None,
+        on_site: Callable[[Solved], None],
+    ) -> None:
+        self.replay, self.recipe, self.plan = replay, recipe, plan
+        self.batches, self.store, self.float_store = batches, store, float_store
+        self.on_site = on_site
+        self.model: nn.Module = replay.model
+
+    def solve(self, index: int, block: Block, originals: dict[str, torch.Tensor]) -> list[Solved]:
+        """Solves block `index` of the chain and leaves its dequantized weights in the model. `originals` is filled with
+        the float weights that were replaced when the recipe matches the float path."""
+        stages = [tuple(s for s in stage if self.plan.specs[s.name] is not None) for stage in block.stages]
+        stages = [stage for stage in stages if stage]
+        if self.recipe.calibration is None or not self.recipe.sequential:
+            statistics = self._statistics_at_once(index, stages)
+        else:
+            statistics = None
+        solved: list[Solved] = []
+        for number, stage in enumerate(stages):
+            stats = statistics[number] if statistics is not None else self._statistics(index, stage, originals)
+            for site in stage:
+                began = time.perf_counter()
+                result = self._solve_site(site, stats, began)
+                self._replace(site, result.packed, originals)
+                self.on_site(result)
+                solved.append(result)
+        return solved
+
+    def _statistics_at_once(self, index: int, stages: Sequence[Sequence[Site]]) -> list[dict[int, Statistics]]:
+        if self.recipe.calibration is None:
+            return [
+                {e: Statistics.identity(stage[0].inputs, self._device()) for e in range(max(1, stage[0].experts))}
+                for stage in stages
+            ]
+        watched = [Stage(self.model, stage, cross=False) for stage in stages]
+        collect(watched, self.replay, index, self.batches, self.store)
+        return [stage.finish() for stage in watched]
+
+    def _statistics(
+        self, index: int, stage: Sequence[Site], originals: dict[str, torch.Tensor]
+    ) -> dict[int, Statistics]:
+        matched = self.float_store is not None and stage[0].kind == "linear"
+        watched = Stage(self.model, stage, cross=matched)
+        if matched and self.float_store is not None:
+            swap = lambda: float_weights(self.model, originals)  # noqa: E731 (a fresh context for each batch)
+            collect_matched(watched, self.replay, index, self.batches, self.store, self.float_store, swap)
+        else:
+            collect([watched], self.replay, index, self.batches, self.store)
+        return watched.finish()
+
+    def _solve_site(self, site: Site, stats: dict[int, Statistics], began: float) -> Solved:
+        spec = self.plan.specs[site.name]
+        assert spec is not None
+        weight = oriented(self.model.get_parameter(site.parameter), site).float()
+        tokens = tuple(stats[e].tokens for e in sorted(stats))
+        if site.kind == "linear":
+            parts = [self._solve(site.name, weight, stats[0], spec)]
+            notes = parts[0].notes
+        else:
+            stats, notes = self._with_priors(stats)
+            parts = [self._solve(f"{site.name}[{e}]", weight[e], stats[e], spec) for e in range(site.experts)]
+            notes += tuple(f"expert {e}: {note}" for e, part in enumerate(parts) for note in part.notes)
+        packed = parts[0].packed if len(parts) == 1 else concatenate([_uniform(part.packed) for part in parts])
+        weights = [max(1, count) for count in tokens]
+        error = sum(part.error * w for part, w in zip(parts, weights, strict=True)) / sum(weights)
+        return Solved(site, spec, packed, error, tokens, notes, time.perf_counter() - began)
+
+    def _solve(self, name: str, weight: torch.Tensor, statistics: Statistics, spec: Spec) -> Solution:
+        try:
+            return self.recipe.solver.solve(weight, statistics, spec)
+        except SolverError as error:
+            raise SolverError(f"{name}: {error}") from None
+
+    def _with_priors(self, stats: dict[int, Statistics]) -> tuple[dict[int, Statistics], tuple[str, ...]]:
+        """Experts with too few tokens get the whole stack's mean Hessian as a prior; without any token, none is needed."""
+        minimum = self.recipe.experts.minimum_tokens
+        few = [e for e, s in stats.items() if s.tokens < minimum]
+        total = sum(s.tokens for s in stats.values())
+        if not few or self.recipe.calibration is None:
+            return stats, ()
+        if total == 0:
+            free = {e: Statistics.identity(s.features, s.hessian.device) for e, s in stats.items()}
+            return free, ("no expert saw a token: rounded without data",)
+        pooled = torch.zeros_like(stats[0].hessian)
+        for s in stats.values():
+            pooled += s.hessian * (s.tokens / total)
+        mended = {
+            e: s.with_prior(pooled, minimum, "its stack's mean Hessian") if e in few else s for e, s in stats.items()
+        }
+        return mended, tuple(f"expert {e}: saw {stats[e].tokens} tokens, {mended[e].prior}" for e in few)
+
+    def _replace(self, site: Site, packed: Packed, originals: dict[str, torch.Tensor]) -> None:
+        parameter = self.model.get_parameter(site.parameter)
+        if self.float_store is not None:
+            originals[site.parameter] = parameter.data.clone()
+        fill(parameter, site, packed)
+
+    def _device(self) -> torch.device:
+        return next(p.device for p in self.model.parameters() if p.device.type != "meta")
+
+
+def oriented(parameter: torch.Tensor, site: Site) -> torch.Tensor:
+    """A site's weight as `[out, in]`, or `[experts, out, in]`."""
+    return parameter.detach().transpose(-1, -2) if site.transposed else parameter.detach()
+
+
+def fill(parameter: torch.Tensor, site: Site, packed: Packed) -> None:
+    """Writes the dequantized weight into a float parameter, matrix by matrix."""
+    target = oriented(parameter, site)
+    rows = site.out
+    for expert in range(max(1, site.experts)):
+        part = packed.dequantize(parameter.dtype, expert * rows, (expert + 1) * rows).to(parameter.device)
+        (target[expert] if site.experts else target).copy_(part)
+
+
+@contextmanager
+def float_weights(model: nn.Module, originals: dict[str, torch.Tensor]) -> Generator[None]:
+    """The model with the float weights of already solved sites back in place."""
+    kept = {name: model.get_parameter(name).data for name in originals}
+    for name, weight in originals.items():
+        model.get_parameter(name).data = weight
+    try:
+        yield
+    finally:
+        for name, weight in kept.items():
+            model.get_parameter(name).data = weight
+
+
+def _uniform(packed: Packed) -> PackedUniform:
+    assert isinstance(packed, PackedUniform)
+    return packed

@@ -1,0 +1,70 @@
+"""The tensors between two blocks, one nest per batch: in memory up to a limit, past it on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils import _pytree as pytree
+
+_TENSOR = object()  # where a nest had a tensor
+
+
+class Activations:
+    """A list of block outputs that keeps at most `limit` bytes in memory and spills the rest to files in `folder`.
+
+    What is read back from a file is bit for bit what was put in.
+    """
+
+    def __init__(self, count: int, folder: Path, limit: int, device: str = "cpu") -> None:
+        self.folder = folder
+        self.device = device
+        self.limit = limit
+        self.held = 0
+        self.spilled = 0
+        self._items: list[tuple[list[torch.Tensor] | Path, Any, list[Any]] | None] = [None] * count
+
+    def __setitem__(self, index: int, tree: Any) -> None:
+        self._drop(index)
+        leaves, structure = pytree.tree_flatten(tree)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        others = [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        size = sum(tensor.nbytes for tensor in tensors)
+        if self.held + size <= self.limit:
+            self.held += size
+            self._items[index] = (tensors, structure, others)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{index:06d}.safetensors"
+        save_file({str(place): tensor.contiguous().cpu() for place, tensor in enumerate(tensors)}, path)
+        self.spilled += size
+        self._items[index] = (path, structure, others)
+
+    def __getitem__(self, index: int) -> Any:
+        item = self._items[index]
+        if item is None:
+            return None
+        held, structure, others = item
+        if isinstance(held, Path):
+            stored = load_file(held, device=self.device)
+            tensors = [stored[str(place)] for place in range(len(stored))]
+        else:
+            tensors = held
+        remaining = iter(tensors)
+        leaves = [next(remaining) if other is _TENSOR else other for other in others]
+        return pytree.tree_unflatten(leaves, structure)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def _drop(self, index: int) -> None:
+        item = self._items[index]
+        if item is None:
+            return
+        if isinstance(item[0], Path):
+            item[0].unlink(missing_ok=True)
+        else:
+            self.held -= sum(tensor.nbytes for tensor in item[0])
+        self._items[index] = None

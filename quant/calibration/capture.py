@@ -1,0 +1,118 @@
+"""Statistics of what a stage's sites read, from one block run on every batch.
+
+A linear's input comes from a hook on it; since all sites of a stage read the same tensor, the first one called is
+enough and the pass ends there. An expert's input is seen where it is multiplied: a function mode recognises the matrix by
+its place inside the stack's memory, so every expert gets its own statistics and its own count of tokens, however the
+architecture routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from quant.calibration.replay import Replay, Stop
+from quant.calibration.samples import Batch
+from quant.calibration.statistics import HessianCollector, Statistics
+from quant.errors import CalibrationError
+from quant.models.walk import Site, product
+
+Take = Callable[[int, torch.Tensor], None]  # expert (0 for a linear), its tokens [..., in]
+
+
+class Stage:
+    """Collectors for one stage: one for its shared input, or one per expert of its stack."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], cross: bool) -> None:
+        self.model = model
+        self.site = sites[0]
+        device = model.get_parameter(self.site.parameter).device
+        self.collectors = {
+            expert: HessianCollector(self.site.inputs, device=device, cross=cross)
+            for expert in range(max(1, self.site.experts))
+        }
+
+    def watch(self, take: Take, alone: bool) -> AbstractContextManager[Any]:
+        """A context in which `take(expert, x)` sees the stage's inputs; `alone`: the pass may end once they came."""
+        if self.site.kind == "experts":
+            return _ExpertInputs(self.model.get_parameter(self.site.parameter), take)
+        return _linear_inputs(self.model.get_submodule(self.site.name), take, alone)
+
+    def finish(self) -> dict[int, Statistics]:
+        try:
+            return {expert: collector.finish() for expert, collector in self.collectors.items()}
+        except CalibrationError as error:
+            raise CalibrationError(f"{self.site.name}: {error}") from None
+
+
+@contextmanager
+def _linear_inputs(module: nn.Module, take: Take, alone: bool) -> Generator[None]:
+    def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        take(0, args[0])
+        if alone:
+            raise Stop
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _ExpertInputs(TorchFunctionMode):
+    """Sees every product with a matrix that lies inside one stack's memory."""
+
+    def __init__(self, stack: torch.Tensor, take: Take) -> None:
+        super().__init__()
+        self.place = stack.untyped_storage().data_ptr()
+        self.first, self.step = stack.storage_offset(), stack.stride(0)
+        self.take = take
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        used = product(func, args)
+        if used is not None and used[1].untyped_storage().data_ptr() == self.place:
+            x, weight, _ = used
+            if weight.dim() == 3:
+                for expert in range(weight.shape[0]):
+                    self.take(expert, x[expert])
+            else:
+                self.take((weight.storage_offset() - self.first) // self.step, x)
+        return func(*args, **(kwargs or {}))
+
+
+def collect(
+    stages: Sequence[Stage], replay: Replay, index: int, batches: Sequence[Batch], previous: Sequence[Any]
+) -> None:
+    """Feeds the stages' collectors with block `index` on every batch; `previous[b]`: the earlier block's output."""
+    for number, batch in enumerate(batches):
+        with ExitStack() as watching:
+            for stage in stages:
+                watching.enter_context(stage.watch(_add_to(stage), alone=len(stages) == 1))
+            replay.output(index, batch, previous[number])
+
+
+def _add_to(stage: Stage) -> Take:
+    return lambda expert, x: stage.collectors[expert].update(x)
+
+
+def collect_matched(
+    stage: Stage,
+    replay: Replay,
+    index: int,
+    batches: Sequence[Batch],
+    previous: Sequence[Any],
+    float_previous: Sequence[Any],
+    float_weights: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """As `collect` for a stage of linears, with the float path's inputs of the same tokens (`Statistics.cross`)."""
+    for number, batch in enumerate(batches):
+        seen: list[torch.Tensor] = []
+        with float_weights(), stage.watch(lambda _, x: seen.append(x.detach().clone()), alone=True):
+            replay.output(index, batch, float_previous[number])
+        with stage.watch(lambda _, x: stage.collectors[0].update(x, reference=seen[0]), alone=True):
+            replay.output(index, batch, previous[number])

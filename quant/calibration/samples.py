@@ -1,0 +1,108 @@
+"""Calibration inputs: windows of tokens cut from one text, the same for everyone with the same seed.
+
+Windows are full, so no padding ever enters a Hessian; sequences that a caller brings with padding are cut out of it.
+The starting places are the ones that the shared rule for comparing tools prescribes (`torch.randint`, seed 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from quant.errors import CalibrationError, ModelError
+from quant.eval.texts import encode, resolve
+from quant.models.source import Source
+from quant.recipe import Calibration
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """`batches`: keyword arguments of the model's forward. `text`, `sha256`: what they were cut from; `tokens`: how many."""
+
+    batches: tuple[Batch, ...]
+    text: str
+    sha256: str
+    tokens: int
+
+
+def load_tokenizer(source: Source) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise of every kind, down to a bare Exception
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{source.name}: its tokenizer cannot be loaded ({reason}); calibration needs one: add tokenizer.json, or use "
+            "--recipe rtn, which reads no text"
+        ) from None
+
+
+def draw(calibration: Calibration, source: Source, config: Any) -> Samples:
+    """`samples` windows from the calibration text.
+
+    Raises:
+        CalibrationError: the text is shorter than one window.
+    """
+    text = resolve(calibration.text)
+    ids = encode(load_tokenizer(source), text).ids
+    length = min(calibration.sequence_length, context_length(config))
+    if len(ids) <= length + 1:
+        raise CalibrationError(
+            f"calibration text {text.name}: {len(ids)} tokens, and one window takes {length}; give a longer text "
+            "(128 windows want about 65,000 tokens) or a smaller --sequence-length"
+        )
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if vocabulary is not None and int(ids.max()) >= vocabulary:
+        raise CalibrationError(
+            f"calibration text {text.name}: the tokenizer gave id {int(ids.max())}, the model knows {vocabulary}; "
+            "tokenizer and model do not belong together"
+        )
+    generator = torch.Generator().manual_seed(calibration.seed)
+    starts = torch.randint(0, len(ids) - length - 1, (calibration.samples,), generator=generator).tolist()
+    windows = torch.stack([ids[start : start + length] for start in starts])
+    batches = tuple({"input_ids": part} for part in windows.split(calibration.batch_size))
+    return Samples(batches, text.name, text.sha256, windows.numel())
+
+
+def noise(config: Any, length: int = 64) -> Samples:
+    """Random token ids, for recipes that read no text: only the verification of the saved checkpoint runs on them."""
+    vocabulary = int(getattr(config.get_text_config(), "vocab_size", 2))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (1, min(length, context_length(config))), generator=generator)
+    return Samples(({"input_ids": ids},), "none (data-free)", "", ids.numel())
+
+
+def bring(batches: Iterable[Mapping[str, Any]]) -> Samples:
+    """A caller's own batches (`input_ids` `[B, T]`, optionally `attention_mask`), padding cut away row by row."""
+    made: list[Batch] = []
+    for batch in batches:
+        mask = batch.get("attention_mask")
+        if mask is None or bool(mask.bool().all()):
+            made.append({key: value for key, value in batch.items() if key != "attention_mask"})
+            continue
+        if set(batch) - {"input_ids", "attention_mask"}:
+            raise CalibrationError(
+                f"a padded batch with {sorted(set(batch))}: padding can be cut only from input_ids; bring rows of full length"
+            )
+        for row, keep in zip(batch["input_ids"], mask.bool(), strict=True):
+            if bool(keep.any()):
+                made.append({"input_ids": row[keep][None]})
+    if not made:
+        raise CalibrationError("no calibration batch was given, or padding is all they hold")
+    tokens = sum(next(iter(batch.values())).numel() for batch in made)
+    return Samples(tuple(made), "the caller's own", "", tokens)
+
+
+def context_length(config: Any) -> int:
+    """The most tokens that the model's positions allow."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 2**31

@@ -1,0 +1,207 @@
+"""Packed checkpoints in transformers: `quant.load`, and `from_pretrained` once `quant` is imported.
+
+transformers finds the method by the name in `config.json`; this module registers it. Before a weight is read the folder is
+verified (`manifest.verify`), sites are replaced by packed modules on the meta device, and transformers fills them like
+any other tensor: packed weights are never expanded on the way in. `save_pretrained` of such a model writes the same
+tensors back.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quant.checkpoint.manifest import METHOD, PackedSite, read_config, read_sites
+from quant.checkpoint.manifest import verify as verify_folder
+from quant.errors import CheckpointError
+from quant.kernels.layouts import LayoutError
+from quant.linear import PackedExperts, PackedLinear, packed_stack, put_packed
+
+_verified: ContextVar[bool] = ContextVar("verified", default=False)  # whether `load` has done so already
+
+
+@register_quantization_config(METHOD)
+class BitwrightConfig(QuantizationConfigMixin):
+    """`quantization_config` as read from config.json; see `manifest` for the keys."""
+
+    def __init__(self, **entries: Any) -> None:
+        self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
+        entries.pop("quant_method", None)
+        self.entries = entries
+
+    def to_dict(self) -> dict[str, Any]:
+        kept = {key: value for key, value in self.entries.items() if key != "checksums"}  # a new folder, a new seal
+        return {"quant_method": METHOD, **kept}
+
+
+@register_quantizer(METHOD)
+class BitwrightQuantizer(HfQuantizer):
+    """Puts packed modules in place before transformers loads the tensors, and checks them after."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config: Any = self.quantization_config
+        files = kwargs.get("checkpoint_files") or []
+        if files and not _verified.get():
+            verify_folder(Path(files[0]).parent)
+        for packed in read_sites(config.to_dict(), getattr(model.config, "name_or_path", "") or "checkpoint").values():
+            put_site(model, packed)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        check_values(model)
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        return unpack_model(model, dtype or torch.float32)
+
+
+def put_site(model: Any, packed: PackedSite) -> None:
+    """Replaces one site in a model on the meta device, whether it is the whole model or its base.
+
+    Raises:
+        CheckpointError: the model has no such matrix.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for name in (packed.name, packed.name.removeprefix(prefix), prefix + packed.name):
+        site = PackedSite(name, packed.shape, packed.spec, packed.experts, packed.transposed).site()
+        try:
+            parameter = model.get_parameter(site.parameter)
+        except AttributeError:
+            continue
+        rows, columns = (site.inputs, site.out) if site.transposed else (site.out, site.inputs)
+        if tuple(parameter.shape) != ((site.experts, rows, columns) if site.experts else (rows, columns)):
+            raise CheckpointError(
+                f"{packed.name}: config.json says {list(packed.shape)}, the model has {list(parameter.shape)}; config.json "
+                "and weights do not belong together"
+            )
+        owner = model.get_submodule(site.parameter.rpartition(".")[0])
+        bias = site.kind == "linear" and getattr(owner, "bias", None) is not None
+        put_packed(
+            model,
+            PackedSite(name, packed.shape, packed.spec, packed.experts, packed.transposed).site(bias),
+            packed.spec,
+        )
+        return
+    raise CheckpointError(f"{packed.name}: config.json lists this site, but the model has no such matrix")
+
+
+def check_values(model: nn.Module) -> None:
+    """Raises `CheckpointError` for values that no layout allows, naming the site."""
+    for name, module in model.named_modules():
+        stacks = module.bitwright_stacks if isinstance(module, PackedExperts) else {}
+        try:
+            if isinstance(module, PackedLinear) and module.get_buffer("weight").device.type != "meta":
+                module.packed.validate()
+            for leaf in stacks:
+                packed_stack(module, leaf).validate()
+        except LayoutError as error:
+            raise CheckpointError(f"{name}: {error}") from None
+
+
+def unpack_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Every packed site expanded to the float module it stands for, in place; nothing of ours remains."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, module.unpack(dtype).train(module.training))
+        elif isinstance(module, PackedExperts):
+            unpack_experts(module, dtype)
+    return model
+
+
+def unpack_experts(module: Any, dtype: torch.dtype) -> None:
+    for leaf, (spec, site) in module.bitwright_stacks.items():
+        weight = packed_stack(module, leaf).dequantize(dtype).unflatten(0, (site.experts, -1))
+        for key in spec.tensors(site.shape):
+            del module._buffers[leaf if key == "weight" else f"{leaf}_{key}"]
+        weight = weight.transpose(1, 2).contiguous() if site.transposed else weight
+        module._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+    module.__class__ = type(module).__mro__[2]
+    del module.bitwright_stacks
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    dequantize: bool = False,
+    verify: bool = True,
+) -> Any:
+    """A packed checkpoint as a transformers model, in eval mode.
+
+    `checkpoint`: a local folder or a hub name. `device`: where all of it goes, or "auto". `dtype` of what is not packed and of
+    the computation: by default float32 on a CPU and the checkpoint's own elsewhere. `dequantize`: a plain float model with
+    the same values, for tools that know nothing of this package; the memory of a float model. `verify`: check every
+    file's sha256 first.
+
+    Raises:
+        CheckpointError: the folder is not a sound packed checkpoint; says which file or tensor.
+    """
+    folder = _folder(str(checkpoint))
+    config = read_config(folder)
+    read_sites(config.get("quantization_config"), str(folder))
+    if verify:
+        verify_folder(folder)
+    names = [n for n in config.get("architectures") or [] if isinstance(n, str) and hasattr(transformers, n)]
+    if not names:
+        raise CheckpointError(f"{folder}: architectures {config.get('architectures')} are unknown to transformers here")
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    options: dict[str, Any] = {} if device == "cpu" else {"device_map": "auto" if device == "auto" else {"": device}}
+    token = _verified.set(True)
+    try:
+        model, info = getattr(transformers, names[0]).from_pretrained(
+            folder,
+            dtype=dtype or (torch.float32 if device == "cpu" else "auto"),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OSError,
+        AssertionError,
+        ZeroDivisionError,
+    ) as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{folder}: transformers cannot load it ({reason[0] if reason else type(error).__name__})"
+        ) from error
+    finally:
+        _verified.reset(token)
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info.get(what):
+            raise CheckpointError(
+                f"{folder}: {what.replace('_', ' ')}: {sorted(info[what])[:3]}; copy the checkpoint again"
+            )
+    return model.dequantize() if dequantize else model
+
+
+def _folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    from quant.models.source import find
+
+    return find(name).folder

@@ -1,0 +1,195 @@
+"""The checkpoint's own account of itself: which sites are packed how, and a checksum of every file.
+
+`config.json` carries `quantization_config`: `quant_method` "bitwright", `format_version`, `version` of the writer, `sites`
+(per site: `shape` `[rows, in]`, `spec`, and `experts` or `transposed` where they apply), and `checksums`, the sha256 of
+`checksums.json`. That file lists the sha256 of every other file except those written for people (README.md, report.*);
+of config.json it takes the content without the `checksums` entry. So one flipped bit anywhere is noticed before a tensor
+is touched. A folder written by transformers' `save_pretrained` has no `checksums` entry; its tensors are still checked
+against the specs by name, dtype and shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from quant.checkpoint.shards import INDEX, NAMES, Piece, read_pieces, sha256
+from quant.errors import CheckpointError
+from quant.kernels.spec import Spec, SpecError, spec_from_dict
+from quant.linear import stored_name
+from quant.models.walk import Site
+
+METHOD = "bitwright"
+FORMAT_VERSION = 1
+CHECKSUMS = "checksums.json"
+FOR_PEOPLE = ("README.md", "report.json", "report.html", CHECKSUMS)
+KEYS = {"quant_method", "format_version", "version", "sites", "checksums"}
+SITE_KEYS = {"shape", "spec", "experts", "transposed"}
+
+
+@dataclass(frozen=True)
+class PackedSite:
+    """One entry of `sites`."""
+
+    name: str
+    shape: tuple[int, int]
+    spec: Spec
+    experts: int = 0
+    transposed: bool = False
+
+    def site(self, bias: bool = False) -> Site:
+        kind = "experts" if self.experts else "linear"
+        rows = self.shape[0] // max(1, self.experts)
+        return Site(self.name, kind, rows, self.shape[1], self.transposed, self.experts, bias)
+
+    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Stored tensor name -> (safetensors dtype, shape)."""
+        tensors = self.spec.tensors(self.shape)
+        return {stored_name(self.site(), key): (NAMES[t.dtype], t.shape) for key, t in tensors.items()}
+
+
+def quantization_config(sites: Mapping[str, tuple[Site, Spec]], version: str) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint with these sites, without checksums."""
+    entries: dict[str, Any] = {}
+    for name, (site, spec) in sites.items():
+        entries[name] = {"shape": list(site.shape), "spec": spec.to_dict()}
+        if site.experts:
+            entries[name]["experts"] = site.experts
+        if site.transposed:
+            entries[name]["transposed"] = True
+    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "version": version, "sites": entries}
+
+
+def read_sites(config: Any, where: str) -> dict[str, PackedSite]:
+    """The packed sites of a `quantization_config`.
+
+    Raises:
+        CheckpointError: not ours, a newer format, an unknown key, or an impossible entry.
+    """
+    if not isinstance(config, dict) or config.get("quant_method") != METHOD:
+        raise CheckpointError(
+            f"{where}: not a bitwright checkpoint (its config.json has no quantization_config of ours)"
+        )
+    if config.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: format version {config.get('format_version')!r}; this bitwright reads {FORMAT_VERSION}: upgrade it"
+        )
+    unknown = sorted(set(config) - KEYS, key=str)
+    if unknown or not isinstance(config.get("sites"), dict):
+        raise CheckpointError(f"{where}: quantization_config is damaged ({unknown or 'no sites'}); copy it again")
+    return {str(name): _read_site(str(name), entry, where) for name, entry in config["sites"].items()}
+
+
+def _read_site(name: str, entry: Any, where: str) -> PackedSite:
+    try:
+        if set(entry) - SITE_KEYS:
+            raise ValueError(f"unknown keys {sorted(set(entry) - SITE_KEYS)}")
+        rows, columns = entry["shape"]
+        experts, transposed = entry.get("experts", 0), entry.get("transposed", False)
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (rows, columns, experts))
+        if not whole or min(rows, columns) < 1 or experts < 0 or not isinstance(transposed, bool):
+            raise ValueError(f"shape {entry['shape']}, experts {experts}, transposed {transposed}")
+        if experts and rows % experts:
+            raise ValueError(f"{rows} rows do not divide into {experts} experts")
+        return PackedSite(name, (rows, columns), spec_from_dict(entry["spec"]), experts, transposed)
+    except (ValueError, TypeError, KeyError, SpecError) as error:
+        raise CheckpointError(
+            f"{where}: the entry of site {name} is damaged ({error}); copy config.json again"
+        ) from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as a dict. Raises `CheckpointError` when it is not there or not JSON."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{folder}: config.json cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: not valid JSON ({error}); copy the checkpoint again"
+        ) from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / 'config.json'}: not a JSON object; copy the checkpoint again")
+    return config  # pyright: ignore[reportUnknownVariableType]
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """sha256 of a config without its `checksums` entry."""
+    bare = {
+        **config,
+        "quantization_config": {k: v for k, v in config["quantization_config"].items() if k != "checksums"},
+    }
+    return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
+
+
+def seal(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
+    """The texts of `checksums.json` and `config.json` for a folder whose other files are all written."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    files = {name: sha256(folder / name) for name in names if name not in (*FOR_PEOPLE, "config.json")}
+    files["config.json"] = config_digest(config)
+    manifest = json.dumps({"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}, indent=2) + "\n"
+    digest = hashlib.sha256(manifest.encode()).hexdigest()
+    sealed = {**config, "quantization_config": {**config["quantization_config"], "checksums": digest}}
+    return manifest, json.dumps(sealed, indent=2) + "\n"
+
+
+def verify(folder: Path) -> dict[str, PackedSite]:
+    """Checks a checkpoint folder, files before tensors, and returns its sites.
+
+    Raises:
+        CheckpointError: a file is missing, altered or cut short, or a tensor is not what its spec promises.
+    """
+    config = read_config(folder)
+    sites = read_sites(config.get("quantization_config"), str(folder))
+    if "checksums" in config["quantization_config"]:
+        _verify_files(folder, config)
+    stored = stored_tensors(folder)
+    for site in sites.values():
+        for name, (dtype, shape) in site.stored().items():
+            piece = stored.get(name)
+            if piece is None:
+                raise CheckpointError(f"{folder}: {name} is missing; {site.spec} of {site.name} needs it")
+            if (piece.dtype, piece.shape) != (dtype, shape):
+                raise CheckpointError(
+                    f"{folder}: {name} is {piece.dtype} {list(piece.shape)}; {dtype} {list(shape)} was expected"
+                )
+    return sites
+
+
+def _verify_files(folder: Path, config: dict[str, Any]) -> None:
+    path = folder / CHECKSUMS
+    if not path.is_file() or sha256(path) != config["quantization_config"]["checksums"]:
+        state = "altered" if path.is_file() else "missing"
+        raise CheckpointError(f"{path}: {state}; copy the checkpoint again, whole")
+    files: dict[str, str] = json.loads(path.read_text())["files"]
+    for name, digest in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing; copy the checkpoint again, whole")
+        if (config_digest(config) if name == "config.json" else sha256(file)) != digest:
+            raise CheckpointError(
+                f"{file}: its content is not what was written (checksum differs); copy it again, or load with "
+                "verify=False if you changed it on purpose"
+            )
+
+
+def stored_tensors(folder: Path) -> dict[str, Piece]:
+    """Every tensor of the folder's safetensors files, by name, from the headers."""
+    index = folder / INDEX
+    if index.exists():
+        try:
+            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index}: damaged ({error}); copy the checkpoint again") from None
+    else:
+        names = ["model.safetensors"]
+    stored: dict[str, Piece] = {}
+    for name in names:
+        if PurePosixPath(name).name != name:
+            raise CheckpointError(f"{index}: names {name!r}, which is not a file of this folder")
+        stored.update(read_pieces(folder / name))
+    return stored

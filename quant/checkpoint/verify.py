@@ -1,0 +1,55 @@
+"""After writing: the checkpoint is read back from disk and must give the logits that the run had in memory.
+
+Files and tensors are checked first (`manifest.verify`); then the packed model runs, one block in memory at a time, on
+the probe that the pipeline carried along. What is compared went through the disk, the packing and the packed modules.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from quant.checkpoint.loader import check_values, put_site
+from quant.checkpoint.manifest import verify
+from quant.errors import CheckpointError
+from quant.models.skeleton import Skeleton
+from quant.models.source import Source
+from quant.models.stream import stream
+
+if TYPE_CHECKING:
+    from quant.pipeline import Prepared
+
+# relative to the largest logit. The weights are the same numbers; only the order of a sum may differ (a packed matrix is
+# multiplied in row chunks): a few units of roundoff, times the square root of the depth.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def compare_logits(out: Path, prepared: Prepared, expected: torch.Tensor) -> dict[str, Any]:
+    """Raises `CheckpointError` if the checkpoint in `out` does not give `expected` on the probe."""
+    sites = verify(out)
+
+    def put(model: nn.Module) -> None:
+        for packed in sites.values():
+            put_site(model, packed)
+
+    settings = prepared.settings
+    dtype = getattr(torch, settings.dtype)
+    skeleton = Skeleton(Source(out, str(out)), dtype=dtype, device=settings.device, prepare=put)
+    skeleton.model.config.use_cache = False
+    check_values(skeleton.model)
+    got = stream(skeleton, prepared.walk.chain, prepared.probe())
+    worst = float((got - expected).abs().max())
+    scale = float(expected.abs().max())
+    if not worst <= TOLERANCE[dtype] * scale:
+        raise CheckpointError(
+            f"{out}: the checkpoint read back differs from the model in memory: logits off by {worst:.3g} of {scale:.3g} "
+            f"(allowed {TOLERANCE[dtype] * scale:.3g}); the disk or this version of bitwright is at fault: do not use it"
+        )
+    return {
+        "tokens": int(expected.shape[1]) if expected.dim() > 1 else 1,
+        "worst_difference": worst,
+        "largest_logit": scale,
+    }

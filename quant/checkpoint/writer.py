@@ -1,0 +1,128 @@
+"""Makes the Hugging Face folder: shards, config, tokenizer, recipe, plan, checksums, report and model card.
+
+Packed tensors come from the journal; every other stored tensor of the float model is copied bit for bit, in its own dtype
+and under its own name, so what transformers does to it on loading stays what it was. `arrangement` decides which tensors
+go where; the dry run calls it with tensors that do not exist yet and so knows the bytes to the last one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quant.checkpoint.card import card
+from quant.checkpoint.journal import Journal
+from quant.checkpoint.manifest import CHECKSUMS, quantization_config, seal, stored_tensors
+from quant.checkpoint.report import render
+from quant.checkpoint.shards import (
+    INDEX,
+    NAMES,
+    Piece,
+    disk_error,
+    file_names,
+    group,
+    index_text,
+    read_pieces,
+    write,
+    write_text,
+)
+from quant.kernels.spec import Spec
+from quant.linear import stored_name
+from quant.models.walk import Site
+from quant.version import VERSION
+
+if TYPE_CHECKING:
+    from quant.pipeline import Prepared
+
+COPIED = (".json", ".txt", ".model", ".jinja")
+MADE = ("config.json", INDEX, "recipe.json", "plan.json", "report.json", CHECKSUMS)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint on disk. `files`: bytes of each weight file; `measured_bits`: packed bytes found on disk * 8 / weights."""
+
+    out: Path
+    files: dict[str, int]
+    measured_bits: float
+
+    def finish(self, report: dict[str, Any]) -> None:
+        """Writes what is for people."""
+        report["bits"]["measured"] = self.measured_bits
+        report["files"] = self.files
+        write_text(self.out / "report.json", json.dumps(report, indent=2) + "\n")
+        write_text(self.out / "report.html", render(report))
+        write_text(self.out / "README.md", card(report))
+
+
+def quantized_sites(prepared: Prepared) -> dict[str, tuple[Site, Spec]]:
+    specs = prepared.plan.specs
+    return {site.name: (site, spec) for site in prepared.walk.sites if (spec := specs[site.name]) is not None}
+
+
+def promised_pieces(prepared: Prepared) -> dict[str, Piece]:
+    """The packed tensors as the specs promise them, before any exists."""
+    pieces: dict[str, Piece] = {}
+    for site, spec in quantized_sites(prepared).values():
+        for key, tensor in spec.tensors(site.shape).items():
+            name = stored_name(site, key)
+            pieces[name] = Piece(name, NAMES[tensor.dtype], tensor.shape, tensor.nbytes)
+    return pieces
+
+
+def arrangement(prepared: Prepared, packed: Mapping[str, Piece]) -> list[list[Piece]]:
+    """The shards: the packed tensors, and the float model's own for all that no packed site replaces, in model order."""
+    skeleton, source = prepared.skeleton, prepared.source
+    replaced = {site.parameter for site, _ in quantized_sites(prepared).values()}
+    rank = {name: number for number, name in enumerate(prepared.walk.chain)}
+
+    def place(name: str) -> int:
+        return next((number for block, number in rank.items() if name.startswith(block + ".")), -1)
+
+    ranked = [(place(name), piece) for name, piece in packed.items()]
+    stored = {name: piece for file in source.files for name, piece in read_pieces(source.folder / file).items()}
+    for name, piece in stored.items():
+        targets = skeleton.targets[name]
+        if not replaced.intersection(targets):
+            ranked.append((place(targets[0]) if targets else -1, piece))
+    limit = max((source.folder / file).stat().st_size for file in source.files)
+    ordered = [piece for _, piece in sorted(ranked, key=lambda item: (item[0], item[1].name))]
+    return group(ordered, limit)
+
+
+def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any]) -> Written:
+    """Writes everything but what is for people; the same bytes however often it is called."""
+    out = journal.out
+    packed: dict[str, Piece] = {}
+    for index in range(len(prepared.walk.chain)):
+        packed |= journal.pieces(index)
+    shards = arrangement(prepared, packed)
+    names = file_names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
+        write(out / name, shard)
+    if len(shards) > 1:
+        write_text(out / INDEX, index_text(shards))
+    try:
+        for path in sorted(prepared.source.folder.iterdir()):
+            if path.suffix in COPIED and path.name not in MADE and path.is_file():
+                shutil.copyfile(path, out / path.name)
+    except OSError as error:
+        raise disk_error(out, error) from None
+    write_text(out / "recipe.json", json.dumps(prepared.recipe.to_dict(), indent=2) + "\n")
+    write_text(out / "plan.json", json.dumps(prepared.plan.to_dict(), indent=2) + "\n")
+    sites = quantized_sites(prepared)
+    config = {**prepared.source.config, "quantization_config": quantization_config(sites, VERSION)}
+    manifest, sealed = seal(out, config)
+    write_text(out / CHECKSUMS, manifest)
+    write_text(out / "config.json", sealed)
+    stored = stored_tensors(out)
+    packed_bytes = sum(
+        stored[stored_name(s, key)].nbytes for s, spec in sites.values() for key in spec.tensors(s.shape)
+    )
+    weights = sum(site.shape[0] * site.shape[1] for site, _ in sites.values())
+    files = {name: (out / name).stat().st_size for name in [*names, *([INDEX] if len(shards) > 1 else [])]}
+    return Written(out, files, 8 * packed_bytes / max(1, weights))

@@ -1,0 +1,353 @@
+"""Watches one forward pass: which blocks run, which matrices each multiplies by, and on which tensor.
+
+The pass runs on the CPU with weights of almost no size (one row, repeated), and every matrix product answers with noise
+seeded by the matrix's name and the input's bytes. So a trace costs no memory and milliseconds per block for a model of
+any size, every result still depends on every input, and the same input gives the same result bit for bit. That makes
+two proofs cheap. A linear module is a site only if its output is exactly `x W^T + b`. And each block, replayed from the
+output of the block before it alone, must give what it gave in the whole pass; then so must the model's head.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from transformers.pytorch_utils import Conv1D
+
+from quant.calibration.replay import Replay, cacheless, copy
+from quant.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Use:
+    """One matrix product inside a block. `source` tells input tensors apart; `oddity`: why it is not a plain linear."""
+
+    parameter: str
+    source: tuple[int, ...]
+    transposed: bool
+    oddity: str | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """`chain`: blocks that ran once, in call order; `repeated`: those that ran more often, with the count; `uses`: each
+    block's products in call order; `outside`: parameters multiplied outside all blocks; `tied`: the further names of
+    tied parameters, with the first name, which stands for them everywhere else."""
+
+    chain: tuple[str, ...]
+    repeated: dict[str, int]
+    uses: dict[str, list[Use]]
+    outside: frozenset[str]
+    tied: dict[str, str]
+
+    @cached_property
+    def users(self) -> dict[str, set[str]]:
+        """The blocks that multiply by each parameter."""
+        users: dict[str, set[str]] = {}
+        for block, uses in self.uses.items():
+            for use in uses:
+                users.setdefault(use.parameter, set()).add(block)
+        return users
+
+
+def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
+    """Runs `model(**batch)` once whole and once block by block; parameters may lie on meta and come back unchanged.
+
+    Raises:
+        ModelError: the pass fails, or a block reads more than its predecessor's output.
+    """
+    batch = pytree.tree_map_only(torch.Tensor, lambda x: x.cpu(), dict(batch))
+    with torch.no_grad(), cacheless(model), _weightless(model) as first_name:
+        watch = _Watch(model, first_name)
+        try:
+            with watch.hooked(), watch:
+                whole = copy(model(**batch))
+        except Exception as error:  # a model's own code may raise anything
+            raise ModelError(
+                f"{type(model).__name__}: the forward pass that finds its layers failed on {', '.join(batch) or 'no inputs'} "
+                f"({_line(error)})"
+            ) from error
+        chain = tuple(name for name, calls in watch.calls.items() if calls == 1)
+        repeated = {name: calls for name, calls in watch.calls.items() if calls > 1}
+        watch.recording = False
+        with watch:
+            _prove_chain(model, batch, chain, watch.outputs, whole)
+    tied = {name: first for name, first in first_name.items() if name != first}
+    return Trace(chain, repeated, watch.uses, frozenset(watch.outside), tied)
+
+
+def candidates(model: nn.Module) -> list[str]:
+    """Names of the modules that may be blocks: the children with matrices of the outermost lists of like modules.
+
+    A bare linear is no block; a model without such lists is one block, named `""`.
+    """
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if any(name == taken or name.startswith(taken + ".") for taken in names):
+            continue
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            heavy = [(key, child) for key, child in module.named_children() if matrices(child) and not is_linear(child)]
+            alike = max(Counter(type(child) for _, child in heavy).values(), default=0)
+            if alike > 1 or (heavy and isinstance(module, nn.ModuleList)):
+                names += [f"{name}.{key}" if name else key for key, _ in heavy]
+    return names or [""]
+
+
+def matrices(module: nn.Module, prefix: str = "") -> list[str]:
+    """Names of the linear weights and the 3-D stacks under a module."""
+    found: list[str] = []
+    for path, part in module.named_modules(prefix=prefix):
+        for leaf, parameter in part.named_parameters(recurse=False):
+            stack = parameter.dim() == 3 and not isinstance(part, _ConvNd)
+            if stack or (leaf == "weight" and is_linear(part)):
+                found.append(f"{path}.{leaf}" if path else leaf)
+    return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+_PRODUCTS = (
+    torch.matmul,
+    torch.bmm,
+    torch.mm,
+    torch.Tensor.matmul,
+    torch.Tensor.bmm,
+    torch.Tensor.mm,
+    torch.Tensor.__matmul__,
+)
+_SUMS = (torch.addmm, torch.baddbmm)
+
+
+def product(func: Any, args: Any) -> tuple[torch.Tensor, torch.Tensor, bool] | None:
+    """`(x, weight, transposed)` if this torch call is `x @ weight^T` (linear) or `x @ weight` (Conv1D, stacks)."""
+    if func is nn.functional.linear:
+        return args[0], args[1], False
+    if func in _SUMS:
+        return args[1], args[2], True
+    if func in _PRODUCTS and all(isinstance(arg, torch.Tensor) for arg in args[:2]):
+        return args[0], args[1], True
+    return None
+
+
+class _Watch(TorchFunctionMode):
+    """Records blocks and products, and answers each product with noise."""
+
+    def __init__(self, model: nn.Module, first_name: Mapping[str, str]) -> None:
+        super().__init__()
+        self.model = model
+        self.parameters = {  # by the address of the one row that each keeps
+            parameter.untyped_storage().data_ptr(): (first_name[name], parameter)
+            for name, parameter in model.named_parameters()
+            if parameter.dim() in (2, 3)
+        }
+        self.recording = True
+        self.calls: Counter[str] = Counter()
+        self.outputs: dict[str, Any] = {}
+        self.uses: dict[str, list[Use]] = {}
+        self.outside: set[str] = set()
+        self.block: str | None = None
+        self.linear: tuple[str, torch.Tensor | None] | None = None  # the one running: its weight's name, its input
+        self.answer: torch.Tensor | None = None
+        self.alive: list[torch.Tensor] = []  # a block's inputs are kept until it ends, so that no two share an address
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        hooks: list[Any] = []
+        for name in candidates(self.model):
+            module = self.model.get_submodule(name)
+            hooks.append(module.register_forward_pre_hook(self._enter_block(name)))
+            hooks.append(module.register_forward_hook(self._leave_block(name)))
+        for name, module in self.model.named_modules():
+            if is_linear(module):
+                hooks.append(
+                    module.register_forward_pre_hook(self._enter_linear(f"{name}.weight" if name else "weight"))
+                )
+                hooks.append(module.register_forward_hook(self._leave_linear))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _enter_block(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any) -> None:
+            self.block = name
+            self.calls[name] += 1
+
+        return hook
+
+    def _leave_block(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            self.block = None
+            self.alive.clear()
+            self.outputs[name] = copy(output) if self.calls[name] == 1 else None
+
+        return hook
+
+    def _enter_linear(self, weight: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any) -> None:
+            self.linear = (weight, args[0] if args else None)
+            self.answer = None
+
+        return hook
+
+    def _leave_linear(self, module: nn.Module, _args: Any, output: Any) -> None:
+        """What a packed linear will compute must be what this one did: `x W^T + b`, no more."""
+        answer, self.answer, self.linear = self.answer, None, None
+        uses = self.uses.get(self.block or "", [])
+        if answer is None or not uses or self.block is None:
+            return
+        bias = module.bias
+        expected = answer if bias is None else answer + bias
+        if not isinstance(output, torch.Tensor) or not _same(output.flatten(), expected.flatten()):
+            last = uses.pop()
+            oddity = last.oddity or f"{type(module).__name__} computes more than x W^T + b"
+            uses.append(Use(last.parameter, last.source, last.transposed, oddity))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        named = tuple(kwargs[key] for key in ("input", "weight", "other", "mat2") if key in kwargs)
+        used = product(func, args + named) if kwargs.keys() <= {"input", "weight", "bias", "other", "mat2"} else None
+        if used is None:
+            return func(*args, **kwargs)
+        x, weight, by_columns = used
+        name, parameter = self.parameters.get(weight.untyped_storage().data_ptr(), ("", None))
+        if parameter is None or weight.dim() < 2:
+            return func(*args, **kwargs)
+        flipped = weight.stride(-1) == 0 and weight.shape[-1] > 1  # the stored row is the dimension that has a stride
+        answer = _noise(name, x, weight if by_columns else weight.mT)
+        if self.recording:
+            self._record(name, parameter, x, weight.mT if flipped else weight, by_columns != flipped)
+            self.answer = answer
+        bias = (
+            args[0]
+            if func in _SUMS
+            else kwargs.get("bias", args[2] if func is nn.functional.linear and args[2:] else None)
+        )
+        return answer if bias is None else answer + bias
+
+    def _record(self, name: str, whole: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> None:
+        if self.block is None:
+            self.outside.add(name)
+            return
+        oddity = None
+        if weight.shape[-2:] != whole.shape[-2:]:
+            oddity = "only a part of it is multiplied by"
+        elif whole.dim() == 3 and weight.dim() == 3 and (x.dim() != 3 or len(x) != len(weight) or len(x) != len(whole)):
+            oddity = f"inputs {list(x.shape)} are multiplied by the whole stack, not one input by each matrix"
+        elif whole.dim() == 2:
+            owner = self.model.get_submodule(name.rpartition(".")[0])
+            if not is_linear(owner):
+                oddity = f"a matrix of {type(owner).__name__}, which is not a linear layer (routers stay float)"
+            elif self.linear is None or self.linear[0] != name or self.linear[1] is None:
+                oddity = "its weight is read from outside its own forward"
+            elif not _same(x.flatten(), self.linear[1].flatten()):
+                oddity = f"{type(owner).__name__} changes its input before the product"
+        self.alive.append(x)
+        place = (x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x.shape[-1], x.stride(-1), x._version)
+        self.uses.setdefault(self.block, []).append(Use(name, place, transposed, oddity))
+
+
+def _noise(name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A normal tensor of the shape of `x @ weight` that only `name` and the bytes of `x` decide."""
+    if weight.dim() == 2 or x.dim() == 1:
+        shape = (*weight.shape[:-2], *x.shape[:-1], weight.shape[-1])
+    else:
+        shape = (*torch.broadcast_shapes(x.shape[:-2], weight.shape[:-2]), x.shape[-2], weight.shape[-1])
+    generator = torch.Generator().manual_seed(zlib.crc32(_bytes(x).numpy(), zlib.crc32(name.encode())))
+    return torch.randn(shape, generator=generator).to(x.dtype)
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().reshape(-1).contiguous().view(torch.uint8)
+
+
+def _same(got: Any, expected: Any) -> bool:
+    """Whether the tensors in two nests are equal bit for bit."""
+    a = [x for x in pytree.tree_leaves(got) if isinstance(x, torch.Tensor)]
+    b = [x for x in pytree.tree_leaves(expected) if isinstance(x, torch.Tensor)]
+    return len(a) == len(b) and all(
+        x.shape == y.shape and x.dtype == y.dtype and torch.equal(_bytes(x), _bytes(y))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _prove_chain(
+    model: nn.Module, batch: Mapping[str, Any], chain: tuple[str, ...], outputs: Mapping[str, Any], whole: Any
+) -> None:
+    """Every block from its predecessor's output alone, then the head from the last block's."""
+    names = [*(name or "the model" for name in chain), "the head"]
+    expected = [*(outputs[name] for name in chain), whole]
+    with Replay(model, chain) as replay:
+        for index, name in enumerate(names if chain else []):
+            previous = expected[index - 1] if index else None
+            try:
+                got = replay.head(batch, previous) if index == len(chain) else replay.output(index, batch, previous)
+                why = None if _same(got, expected[index]) else "the results differ: a skip connection past a block?"
+            except Exception as error:  # a model's own code may raise anything
+                why = _line(error)
+            if why is not None and index == 0:
+                raise ModelError(
+                    f"{name}: does not give the same result twice ({why}); switch off what is random in it"
+                )
+            if why is not None:
+                raise ModelError(
+                    f"{name}: reads more than the output of {names[index - 1]} ({why}); models whose blocks do not form "
+                    "a chain cannot be quantized block by block yet"
+                )
+
+
+@contextmanager
+def _weightless(model: nn.Module) -> Iterator[dict[str, str]]:
+    """On the CPU, in eval mode, each parameter one row of seeded numbers, repeated. Yields the first name of every one."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = [(part, key, x) for part in model.modules() for key, x in part._buffers.items() if x is not None]
+    training = [part for part in model.modules() if part.training]
+    made: dict[int, nn.Parameter] = {}
+    first_name: dict[str, str] = {}
+    names: dict[int, str] = {}
+    try:
+        for name, old in parameters.items():
+            first_name[name] = names.setdefault(id(old), name)
+            if id(old) not in made:
+                made[id(old)] = nn.Parameter(_row(first_name[name], old).expand(old.shape), requires_grad=False)
+            _put(model, name, made[id(old)])
+        for part, key, x in buffers:
+            part._buffers[key] = torch.zeros_like(x, device="cpu") if x.device.type == "meta" else x.cpu()
+        for part in training:
+            part.training = False
+        yield first_name
+    finally:
+        for name, old in parameters.items():
+            _put(model, name, old)
+        for part, key, x in buffers:
+            part._buffers[key] = x
+        for part in training:
+            part.training = True
+
+
+def _row(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """Numbers from 0.5 to 1.5: a norm or a learned gate of zeros would hide what flows through it."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return (torch.rand(parameter.shape[-1:], generator=generator) + 0.5).to(parameter.dtype)
+
+
+def _put(model: nn.Module, name: str, value: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    model.get_submodule(path)._parameters[leaf] = value
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -1,0 +1,311 @@
+"""The straight line from a float checkpoint to a packed one: read this file to know what `quantize` does.
+
+One block of the model is in memory at a time. Its inputs are the stored outputs of the block before it, computed with
+the already quantized weights; when its sites are solved it is journalled, run once more to give the next block's inputs,
+and dropped. So the peak memory is that of the largest block, the embeddings and the activations, whatever the depth; and
+a killed run goes on from the last finished block to the very same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant.blocks import BlockSolver, Solved, fill, float_weights
+from quant.calibration.activations import Activations
+from quant.calibration.replay import Replay
+from quant.calibration.samples import Batch, Samples, draw, noise
+from quant.checkpoint.journal import FOLDER, Journal, Mode
+from quant.checkpoint.verify import compare_logits
+from quant.checkpoint.writer import Written, write_checkpoint
+from quant.errors import ModelError, ResourceError
+from quant.kernels.layouts import LAYOUTS
+from quant.kernels.spec import spec_from_dict
+from quant.linear import stored_name
+from quant.models.skeleton import Skeleton
+from quant.models.source import Source, find
+from quant.models.stream import first_tensor, outside_blocks
+from quant.models.walk import Block, Walk, walk
+from quant.progress import Progress
+from quant.recipe import Plan, Recipe, make_plan
+from quant.version import VERSION
+
+TRACE_TOKENS = 16
+PROBE_TOKENS = 64
+SPILL_BYTES = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What does not belong to a recipe: where and how a run goes. `spill_bytes`: activations kept in memory, the rest on
+    disk. `plan`: a file with specs for some sites."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    plan: Path | None = None
+    spill_bytes: int = SPILL_BYTES
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that was walked and planned, with its calibration inputs: all that is known before work starts."""
+
+    source: Source
+    skeleton: Skeleton
+    walk: Walk
+    plan: Plan
+    samples: Samples
+    recipe: Recipe
+    settings: Settings
+
+    def probe(self) -> Batch:
+        """What the verification runs on: the first window's first tokens."""
+        first = self.samples.batches[0]
+        return {key: value[:1, :PROBE_TOKENS].to(self.settings.device) for key, value in first.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share to give the same bytes."""
+        return {
+            "model": {"name": self.source.name, "sha256": self.source.fingerprint()},
+            "recipe": self.recipe.to_dict(),
+            "plan": self.plan.to_dict(),
+            "calibration": {"text": self.samples.text, "sha256": self.samples.sha256},
+            "compute": {
+                "device": self.settings.device,
+                "dtype": self.settings.dtype,
+                "threads": torch.get_num_threads(),
+                "machine": platform.machine(),
+            },
+            "versions": versions(),
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run. `report`: the content of report.json."""
+
+    out: Path
+    written: Written
+    report: dict[str, Any] = field(repr=False)
+
+
+def versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "bitwright": VERSION,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def prepare(model: str, recipe: Recipe, settings: Settings | None = None, progress: Progress | None = None) -> Prepared:
+    """Everything up to the first computation: find the model, walk it, plan it, draw the calibration windows."""
+    settings, progress = settings or Settings(), progress or Progress()
+    progress.step("reading the model")
+    source = find(model)
+    skeleton = Skeleton(source, dtype=getattr(torch, settings.dtype), device=settings.device)
+    skeleton.model.config.use_cache = False
+    trace = {"input_ids": torch.zeros((1, TRACE_TOKENS), dtype=torch.int64)}
+    found = walk(skeleton.model, trace, only=recipe.only, skip=recipe.skip)
+    plan = make_plan(recipe, found, settings.plan)
+    progress.step("reading the calibration text")
+    samples = (
+        noise(skeleton.config) if recipe.calibration is None else draw(recipe.calibration, source, skeleton.config)
+    )
+    return Prepared(source, skeleton, found, plan, samples, recipe, settings)
+
+
+def quantize(
+    model: str,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    settings: Settings | None = None,
+    mode: Mode = "new",
+    progress: Progress | None = None,
+) -> Result:
+    """Quantizes `model` (a local folder or a hub name) into the packed checkpoint folder `out`.
+
+    `mode`: "new" wants an empty or absent folder, "resume" continues an unfinished run to the same bytes, "restart" begins
+    anew.
+
+    Raises:
+        BitwrightError: see `quant.errors` for the kinds; the folder can then be resumed unless the message says otherwise.
+    """
+    progress = progress or Progress()
+    prepared = prepare(model, recipe or Recipe(), settings, progress)
+    return run(prepared, Path(out), mode, progress)
+
+
+@torch.no_grad()
+def run(prepared: Prepared, out: Path, mode: Mode = "new", progress: Progress | None = None) -> Result:
+    """The computation, the checkpoint and its verification."""
+    progress = progress or Progress()
+    began = time.perf_counter()
+    with Journal(out, prepared.identity(), mode) as journal:
+        try:
+            logits = _blocks(prepared, journal, progress)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise _out_of_memory(out, error) from None
+        except RuntimeError as error:
+            if "not enough memory" in str(error) or "out of memory" in str(error):
+                raise _out_of_memory(out, error) from None
+            raise
+        progress.step("writing the checkpoint")
+        records = [journal.record(i) for i in range(len(prepared.walk.chain)) if journal.finished(i)]
+        report = _report(prepared, records)
+        written = write_checkpoint(prepared, journal, report)
+        progress.step("verifying: reloading from disk")
+        report["verification"] = compare_logits(out, prepared, logits)
+        report["seconds"] = round(time.perf_counter() - began, 2)
+        report["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        written.finish(report)
+        journal.close()
+    return Result(out, written, report)
+
+
+def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.Tensor:
+    """Solves every block that the journal does not have; returns the quantized model's output on the probe."""
+    skeleton, recipe, chain = prepared.skeleton, prepared.recipe, prepared.walk.chain
+    model = skeleton.model
+    batches = _on_device(prepared)
+    calibration = batches[
+        :-1
+    ]  # the last one is the probe: it is carried along for the verification and seen by no solver
+    store = _activations(prepared, journal.folder, "quantized", len(batches))
+    matched = recipe.match == "float" and recipe.calibration is not None
+    float_store = _activations(prepared, journal.folder, "float", len(batches)) if matched else None
+    blocks = {block.name: block for block in prepared.walk.blocks}
+    outside, head = outside_blocks(skeleton, chain)
+    skeleton.load(outside)
+    weights = {name: sum(s.shape[0] * s.shape[1] for s in block.sites) for name, block in blocks.items()}
+    progress.begin(len(chain), sum(weights.values()), sum(journal.finished(i) for i in range(len(chain))))
+    with Replay(model, chain) as replay:
+        solver = BlockSolver(replay, recipe, prepared.plan, calibration, store, float_store, progress.site)
+        for index, name in enumerate(chain):
+            progress.block(index, name)
+            names = skeleton.names_under(name)
+            skeleton.load(names)
+            originals: dict[str, torch.Tensor] = {}
+            if journal.finished(index):
+                _restore(prepared, journal, index, blocks.get(name), originals if matched else None)
+            else:
+                solved = solver.solve(index, blocks[name], originals) if name in blocks else []
+                journal.write(
+                    index, _stored(solved, prepared, names), {"block": name, "sites": [s.record() for s in solved]}
+                )
+            _advance(replay, index, batches, store, float_store, originals)
+            skeleton.unload(names)
+            progress.advanced(index, weights.get(name, 0))
+        skeleton.load(head)
+        output = first_tensor(replay.head(batches[-1], store[len(batches) - 1]))
+        skeleton.unload([*outside, *head])
+    return output
+
+
+def _on_device(prepared: Prepared) -> list[Batch]:
+    """The calibration batches, none for a data-free recipe, and after them the probe."""
+    used = prepared.samples.batches if prepared.recipe.calibration is not None else ()
+    device = prepared.settings.device
+    return [*({key: value.to(device) for key, value in batch.items()} for batch in used), prepared.probe()]
+
+
+def _activations(prepared: Prepared, folder: Path, kind: str, count: int) -> Activations:
+    return Activations(count, folder / "activations" / kind, prepared.settings.spill_bytes, prepared.settings.device)
+
+
+def _restore(
+    prepared: Prepared, journal: Journal, index: int, block: Block | None, originals: dict[str, torch.Tensor] | None
+) -> None:
+    """Puts a finished block's dequantized weights into the model, as solving it left them."""
+    from safetensors.torch import load_file
+
+    if block is None:
+        return
+    tensors = load_file(journal.tensors(index))
+    specs = {entry["site"]: spec_from_dict(entry["spec"]) for entry in journal.record(index)["sites"]}
+    for site in block.sites:
+        if site.name not in specs:
+            continue
+        spec = specs[site.name]
+        parts = {key: tensors[stored_name(site, key)] for key in spec.tensors(site.shape)}
+        parameter = prepared.skeleton.model.get_parameter(site.parameter)
+        if originals is not None:
+            originals[site.parameter] = parameter.data.clone()
+        fill(parameter, site, LAYOUTS[spec.layout].from_tensors(spec, site.shape, parts))
+
+
+def _stored(solved: Sequence[Solved], prepared: Prepared, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """A finished block's tensors under their checkpoint names: packed sites, and float tensors that share a stored tensor
+    with a packed one (a fused qkv on disk of which only a part was quantized)."""
+    tensors = {stored_name(s.site, key): tensor for s in solved for key, tensor in s.packed.tensors().items()}
+    packed = {s.site.parameter for s in solved}
+    skeleton = prepared.skeleton
+    for key in skeleton.converted:
+        targets = skeleton.targets[key]
+        if packed.intersection(targets):
+            stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(
+                prepared.source.entries[key].dtype, torch.float32
+            )
+            for name in targets:
+                if name not in packed and name in names:
+                    tensors[name] = skeleton.model.get_parameter(name).detach().to(stored)
+    return tensors
+
+
+def _advance(
+    replay: Replay,
+    index: int,
+    batches: Sequence[Batch],
+    store: Activations,
+    float_store: Activations | None,
+    originals: dict[str, torch.Tensor],
+) -> None:
+    """Block `index`'s outputs on every batch replace its inputs in the stores."""
+    if float_store is not None:
+        with float_weights(replay.model, originals):
+            for number, batch in enumerate(batches):
+                float_store[number] = replay.output(index, batch, float_store[number])
+    for number, batch in enumerate(batches):
+        store[number] = _finite(replay.output(index, batch, store[number]), replay.names[index])
+
+
+def _finite(output: Any, block: str) -> Any:
+    if not bool(torch.isfinite(first_tensor(output)).all()):
+        raise ModelError(
+            f"{block}: its output is not finite; the model overflows in this dtype (try --dtype float32) or its weights are "
+            "damaged"
+        )
+    return output
+
+
+def _out_of_memory(out: Path, error: BaseException) -> ResourceError:
+    return ResourceError(
+        f"out of memory ({str(error).splitlines()[0] if str(error) else 'allocation failed'}); lower "
+        "--set calibration.batch_size=1 or --samples, then --restart; --dry-run predicts the peak. Unfinished work is in "
+        f"{out / FOLDER}"
+    )
+
+
+def _report(prepared: Prepared, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """report.json before the run's last figures are known."""
+    sites = [site for record in records for site in record["sites"]]
+    weights = sum(site["shape"][0] * site["shape"][1] for site in sites)
+    packed = sum(site["nbytes"] for site in sites)
+    return {
+        **json.loads(json.dumps(prepared.identity())),
+        "bits": {"promised": 8 * packed / max(1, weights), "weights": weights, "packed_bytes": packed},
+        "left_float": prepared.walk.left
+        | {n: "the plan keeps it float" for n, s in prepared.plan.specs.items() if s is None},
+        "sites": sites,
+    }

@@ -1,0 +1,22 @@
+"""What the pipeline tells whoever watches. The base class watches nothing; the command line draws it."""
+
+from __future__ import annotations
+
+from quant.blocks import Solved
+
+
+class Progress:
+    def begin(self, blocks: int, weights: int, done: int) -> None:
+        """A run of `blocks` blocks with `weights` weights to quantize in all; `done` blocks come from a journal."""
+
+    def block(self, index: int, name: str) -> None:
+        """Block `index` (from 0) begins."""
+
+    def site(self, solved: Solved) -> None:
+        """One site is solved."""
+
+    def advanced(self, index: int, weights: int) -> None:
+        """Block `index`, with `weights` quantized weights, is written and its output computed."""
+
+    def step(self, what: str) -> None:
+        """Something outside the blocks begins: reading the text, writing, verifying."""

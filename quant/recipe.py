@@ -1,0 +1,255 @@
+"""Recipes and plans: what will be done, as data that reruns it exactly.
+
+A `Recipe` holds solver *objects*; Python is the registry. Recipes that ship are files under `recipes/`, one `RECIPE`
+constant each; a user's own is the same kind of file, or the `recipe.json` that lies beside every checkpoint. Dotted
+overrides (`solver.damp=0.05`) reach any field. A `Plan` is the spec of each site, plain JSON that can be read, edited
+and given back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from quant.errors import SettingsError
+from quant.kernels.spec import Spec, SpecError, Uniform, spec_from_dict
+from quant.models.walk import Walk
+from quant.solvers.feedback import Feedback
+from quant.solvers.nearest import Nearest
+
+SOLVERS: tuple[type[Any], ...] = (Feedback, Nearest)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text the inputs come from. `text`: a name or a file; `samples` windows of `sequence_length` tokens, cut at
+    random places by `seed`; `batch_size` windows run at once (the bytes of a checkpoint depend on it in their last bits).
+    """
+
+    text: str = "python-docs:calibration"
+    samples: int = 128
+    sequence_length: int = 512
+    seed: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "sequence_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"calibration.{name} is {getattr(self, name)}; give at least 1")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts that saw fewer than `minimum_tokens` get the Hessian of all experts of their stack as a prior, counted as
+    that many tokens. Each such expert is named in the report."""
+
+    minimum_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the bytes of a checkpoint, beside the model and the machine.
+
+    `sequential`: inside a block, later sites see the inputs that the already quantized ones produce. `match`: what a
+    solver aims at: `quantized`, the layer's own outputs on inputs from the already quantized blocks; or `float`, the
+    float path's outputs from those same inputs. `calibration` None: data-free, no text is read. `only`, `skip`: glob
+    patterns over site names.
+    """
+
+    spec: Spec = field(default_factory=Uniform)
+    solver: Any = field(default_factory=Feedback)
+    calibration: Calibration | None = field(default_factory=Calibration)
+    experts: Experts = field(default_factory=Experts)
+    sequential: bool = True
+    match: Literal["quantized", "float"] = "quantized"
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {item.name: getattr(self, item.name) for item in fields(self)}
+        data["spec"] = self.spec.to_dict()
+        data["solver"] = {"kind": type(self.solver).__name__, **asdict(self.solver)}
+        data["calibration"] = None if self.calibration is None else asdict(self.calibration)
+        data["experts"] = asdict(self.experts)
+        return json.loads(json.dumps(data))
+
+
+def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
+    """The inverse of `Recipe.to_dict`; unknown keys are refused by name."""
+    values = dict(data)
+    try:
+        if "spec" in values:
+            values["spec"] = spec_from_dict(values["spec"])
+    except SpecError as error:
+        raise SettingsError(f"recipe: {error}") from None
+    if "solver" in values:
+        solver = dict(_mapping(values["solver"], "solver"))
+        kinds = {kind.__name__: kind for kind in SOLVERS}
+        kind = solver.pop("kind", None)
+        if kind not in kinds:
+            raise SettingsError(f"recipe: solver kind {kind!r} is unknown; this version has {', '.join(sorted(kinds))}")
+        values["solver"] = _build(kinds[kind], solver, "solver")
+    for name, kind in (("calibration", Calibration), ("experts", Experts)):
+        if values.get(name) is not None:
+            values[name] = _build(kind, _mapping(values[name], name), name)
+    return _build(Recipe, values, "recipe")
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by the name of a shipped one, or from a `.json` or `.py` file."""
+    path = Path(name)
+    if path.suffix == ".json":
+        try:
+            return recipe_from_dict(_mapping(json.loads(path.read_text(encoding="utf-8")), name))
+        except (OSError, json.JSONDecodeError) as error:
+            raise SettingsError(f"--recipe {name}: cannot be read ({error})") from None
+    if path.suffix == ".py":
+        spec = importlib.util.spec_from_file_location("bitwright_recipe", path)
+        if spec is None or spec.loader is None or not path.is_file():
+            raise SettingsError(f"--recipe {name}: no such file")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            if not name.isidentifier():
+                raise ModuleNotFoundError
+            module = importlib.import_module(f"quant.recipes.{name}")
+        except ModuleNotFoundError:
+            raise SettingsError(
+                f"--recipe {name}: no such recipe; shipped are {', '.join(shipped_recipes())}, or give a .json or .py file"
+            ) from None
+    recipe = getattr(module, "RECIPE", None)
+    if not isinstance(recipe, Recipe):
+        raise SettingsError(f"--recipe {name}: the file defines no RECIPE of type quant.Recipe")
+    return recipe
+
+
+def shipped_recipes() -> list[str]:
+    folder = Path(__file__).parent / "recipes"
+    return sorted(path.stem for path in folder.glob("*.py"))
+
+
+def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """The recipe with dotted `path=value` settings applied, values read as the field's own type."""
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals or not path:
+            raise SettingsError(f"--set {setting}: write it as path=value, for example solver.damp=0.05")
+        recipe = _replace_at(recipe, path.split("."), text, setting)
+    return recipe
+
+
+def _replace_at(owner: Any, path: list[str], text: str, setting: str) -> Any:
+    names = [item.name for item in fields(owner)]
+    if path[0] not in names:
+        raise SettingsError(f"--set {setting}: {type(owner).__name__} has no {path[0]!r}; it has {', '.join(names)}")
+    old = getattr(owner, path[0])
+    if len(path) > 1:
+        if not is_dataclass(old):
+            raise SettingsError(f"--set {setting}: {path[0]} is {old!r}, which has no parts")
+        value = _replace_at(old, path[1:], text, setting)
+    elif is_dataclass(old):
+        raise SettingsError(
+            f"--set {setting}: {path[0]} has parts; set one of them, for example {path[0]}.{fields(old)[0].name}"
+        )
+    else:
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+    return _build(type(owner), {**{n: getattr(owner, n) for n in names}, path[0]: value}, f"--set {setting}")
+
+
+def _build(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
+    """`kind(**values)` with names and types checked against the annotations."""
+    hints = get_type_hints(kind)
+    names = [item.name for item in fields(kind)]
+    for name in values:
+        if name not in names:
+            raise SettingsError(f"{where}: unknown key {name!r}; known are {', '.join(names)}")
+    try:
+        return kind(**{name: _coerce(value, hints[name], f"{where}: {name}") for name, value in values.items()})
+    except (SpecError, ValueError, TypeError) as error:
+        raise SettingsError(str(error) if isinstance(error, SettingsError) else f"{where}: {error}") from None
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    origin, options = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin is Literal:
+        if value in options:
+            return value
+        raise SettingsError(f"{where} is {value!r}; choose {', '.join(map(str, options))}")
+    if origin in (Union, UnionType):
+        for option in options:
+            if option is type(None) and value is None:
+                return None
+        return _coerce(value, next(option for option in options if option is not type(None)), where)
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_coerce(item, options[0], where) for item in value)  # pyright: ignore[reportUnknownVariableType]
+        return (_coerce(value, options[0], where),)
+    if is_dataclass(hint) and isinstance(value, Mapping):
+        return _build(hint, value, where)  # pyright: ignore[reportArgumentType]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise SettingsError(f"{where} is {value!r}; a {getattr(hint, '__name__', hint)} is expected")
+    return value
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise SettingsError(f"{where}: expected a JSON object, found {value!r}")
+    return value  # pyright: ignore[reportUnknownVariableType]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The spec of every site, by name in call order; None keeps a site float."""
+
+    specs: dict[str, Spec | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: None if spec is None else spec.to_dict() for name, spec in self.specs.items()}
+
+
+def make_plan(recipe: Recipe, found: Walk, file: Path | None = None) -> Plan:
+    """The recipe's spec for each site, with those that a plan file names replaced.
+
+    Raises:
+        SettingsError: the file cannot be read, names a site that is not there, or holds an impossible spec.
+    """
+    specs: dict[str, Spec | None] = {site.name: recipe.spec for site in found.sites}
+    if file is None:
+        return Plan(specs)
+    try:
+        given = _mapping(json.loads(file.read_text(encoding="utf-8")), f"--plan {file}")
+    except (OSError, json.JSONDecodeError) as error:
+        raise SettingsError(f"--plan {file}: cannot be read ({error})") from None
+    for name, spec in given.items():
+        if name not in specs:
+            raise SettingsError(f"--plan {file}: {name} is not a site of this model; --dry-run lists the sites")
+        try:
+            specs[name] = None if spec is None else spec_from_dict(spec)
+        except SpecError as error:
+            raise SettingsError(f"--plan {file}: {name}: {error}") from None
+    return Plan(specs)
+
+
+def with_spec(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with fields of its spec replaced; None leaves a field alone."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    try:
+        return replace(recipe, spec=replace(recipe.spec, **given))
+    except SpecError as error:
+        raise SettingsError(str(error)) from None
+    except TypeError as error:
+        raise SettingsError(f"the recipe's spec {type(recipe.spec).__name__}: {error}") from None

@@ -1,0 +1,3 @@
+"""The version, said once: packaging, checkpoints and reports read it here."""
+
+VERSION = "0.1.0"
