@@ -10,8 +10,8 @@ what the whole pass gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
 
@@ -99,11 +99,8 @@ class Replay:
 
     def _run(self, index: int, batch: Mapping[str, Any], previous: Any) -> Any:
         self._result, self._reached = None, False
-        with self._answering(index, previous):
-            try:
-                self.model(**batch)
-            except Stop:
-                pass
+        with self._answering(index, previous), suppress(Stop):
+            self.model(**batch)
         result, self._result = self._result, None
         if not self._reached:
             raise ModelError(
@@ -112,7 +109,7 @@ class Replay:
         return result
 
     @contextmanager
-    def _answering(self, index: int, previous: Any) -> Iterator[None]:
+    def _answering(self, index: int, previous: Any) -> Generator[None]:
         self._active = index
         self._given = copy(previous)
         self._filler = copy(previous) if index > 1 else None
@@ -128,15 +125,15 @@ def copy(tree: Any) -> Any:
 
 
 @contextmanager
-def cacheless(model: nn.Module) -> Iterator[None]:
+def cacheless(model: nn.Module) -> Generator[None]:
     """No pass here is continued, so none needs to keep keys and values; some models keep them unless told not to."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kept = [(part, part.use_cache) for part in (config, text) if hasattr(part, "use_cache")]
     try:
         for part, _ in kept:
-            part.use_cache = False  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            part.use_cache = False
         yield
     finally:
         for part, value in reversed(kept):
-            part.use_cache = value  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            part.use_cache = value

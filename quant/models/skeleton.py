@@ -27,25 +27,25 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from quant.errors import ModelError
-from quant.models.source import Source
+from quant.models.source import Source, first_line
 
 
 def read_config(source: Source) -> Any:
     """The transformers config of a source. Raises `ModelError` when transformers does not know the architecture."""
     try:
         return transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a config class may raise anything
         raise ModelError(
-            f"{source.name}: transformers {transformers.__version__} cannot read its config.json ({reason})"
+            f"{source.name}: transformers {transformers.__version__} cannot read its config.json ({first_line(error)})"
         ) from None
 
 
 def model_class(source: Source, config: Any) -> Any:
     """The transformers class named in `architectures`; never code from the checkpoint."""
     for name in getattr(config, "architectures", None) or ():
-        if isinstance(name, str) and hasattr(transformers, name):
-            return getattr(transformers, name)
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
     raise ModelError(
         f"{source.name}: config.json names architectures {getattr(config, 'architectures', None)}, none of which is in "
         f"transformers {transformers.__version__}; bitwright runs no code from a checkpoint"
@@ -75,7 +75,8 @@ class Skeleton:
             del config.quantization_config
         elif getattr(config, "quantization_config", None) is not None:
             raise ModelError(
-                f"{source.name}: already quantized ({config.quantization_config}); give the float model it was made from"
+                f"{source.name}: already quantized ({_method(config.quantization_config)}); give the float model that "
+                "it was made from"
             )
         self.config = config
         self.model = build(model_class(source, config), config, dtype, source.name)
@@ -91,82 +92,121 @@ class Skeleton:
                     module._buffers[name] = buffer.to(self.device)
 
     def remap(self) -> None:
-        """Works out which stored tensors make which parameters; call again after modules were replaced."""
-        mapping = get_model_conversion_mapping(self.model)
-        self.mapping = mapping
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        """Works out which stored tensors make which parameters; call again after modules were replaced.
+
+        `targets`: the parameters that each stored tensor goes into. `converted`: the stored tensors that are merged,
+        split or turned on the way. `tied`: the further names of tied parameters, with the name whose tensor fills them.
+        """
+        self.mapping: list[Any] = list(get_model_conversion_mapping(self.model))
+        renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         state: dict[str, Any] = self.model.state_dict()
         prefix = self.model.base_model_prefix
         self.targets: dict[str, tuple[str, ...]] = {}
+        converted: set[str] = set()
         for key in self.source.entries:
             name, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if name not in state and key in state:
                 name, pattern = rename_source_key(key, [], [], prefix, state)
-            if pattern is None:
-                self.targets[key] = (name,) if name in state else ()
-            else:
-                patterns = by_pattern[pattern].target_patterns
-                names = tuple(name.replace(patterns[0], target) for target in patterns)
-                self.targets[key] = tuple(target for target in names if target in state)
-        self.converted = frozenset(
-            key for key in self.targets if rename_source_key(key, renamings, converters, prefix, state)[1] is not None
-        )
-        self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+            names = (name,)
+            if pattern is not None:
+                first, *others = by_pattern[pattern].target_patterns
+                names = (name, *(name.replace(first, other) for other in others))
+                converted.add(key)
+            self.targets[key] = tuple(target for target in names if target in state)
+        self.converted = frozenset(converted)
+        self.tied = self._tie()
         found = {name for names in self.targets.values() for name in names}
-        for target, origin in list(self.tied.items()):  # whichever of the pair is stored is the source of the other
-            if origin not in found and target in found:
-                del self.tied[target]
-                self.tied[origin] = target
         missing = [name for name in state if name not in found and self.tied.get(name) not in found]
         if missing:
             raise ModelError(
-                f"{self.source.name}: {len(missing)} parameters have no stored weights, first {missing[0]}; the checkpoint "
-                "is incomplete or belongs to another architecture"
+                f"{self.source.name}: {len(missing)} parameters have no stored weights, first {missing[0]}; the "
+                "checkpoint is incomplete or belongs to another architecture"
             )
 
+    def _tie(self) -> dict[str, str]:
+        """Ties on meta what the architecture ties; like transformers, not two stored tensors that differ."""
+        stored = {target: key for key, targets in self.targets.items() for target in targets}
+        groups: dict[str, list[str]] = {}
+        for target, origin in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            groups.setdefault(origin, [origin]).append(target)
+        tied: dict[str, str] = {}
+        for members in groups.values():
+            origin = next((name for name in members if name in stored), members[0])
+            for name in members:
+                if name != origin and (name not in stored or self.source.same(stored[name], stored[origin])):
+                    tied[name] = origin
+                    self._put(name, self._get(origin))
+        return tied
+
     def load(self, names: Iterable[str]) -> None:
-        """Fills the named parameters and persistent buffers, and the tied ones among them."""
-        wanted = set(names)
-        wanted |= {self.tied[name] for name in wanted if name in self.tied}
+        """Fills the named parameters and persistent buffers, and every name tied to one of them.
+
+        Raises:
+            ModelError: stored tensors that do not fit, or hold NaN or infinite numbers.
+        """
+        wanted = {self.tied.get(name, name) for name in names}
         keys = [key for key, targets in self.targets.items() if wanted.intersection(targets)]
+        along = {name for key in keys for name in self.targets[key]} - wanted  # split out of the same stored tensor
+        along = {name for name in along if self._get(name).device.type == "meta"}
         with self.source.open(keys) as slices, _quiet():
             info, _ = convert_and_load_state_dict_in_model(
                 self.model,
                 slices,
-                LoadStateDictConfig(dtype=self.dtype, weight_mapping=self.mapping, device_map={"": self.device}),
+                LoadStateDictConfig(
+                    dtype=self.dtype,
+                    dtype_plan=self.model._get_dtype_plan(self.dtype),
+                    weight_mapping=self.mapping,
+                    device_map={"": self.device},
+                ),
             )
-        if info.mismatched_keys or info.conversion_errors:
-            what = sorted(info.mismatched_keys) or sorted(info.conversion_errors)
-            raise ModelError(f"{self.source.name}: stored tensors do not fit the architecture: {what[0]}")
-        for name in wanted & set(self.tied):
-            owner, leaf = self._owner(name)
-            origin, origin_leaf = self._owner(self.tied[name])
-            setattr(owner, leaf, getattr(origin, origin_leaf))
+        self.unload(along)
+        for name, stored, expected in info.mismatched_keys:
+            raise ModelError(
+                f"{self.source.name}: {name} is stored as {list(stored)}, and the architecture in config.json takes "
+                f"{list(expected)}; config and weights do not belong together"
+            )
+        for name, report in info.conversion_errors.items():  # a traceback, the message, then which operation it was
+            why = report.strip().splitlines()[-2:][0]
+            raise ModelError(f"{self.source.name}: {name}: its stored parts do not fit together ({why})")
         for name in wanted:
-            parameter = getattr(*self._owner(name))
-            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            parameter = self._get(name)
+            if not _finite(parameter):
                 raise ModelError(
-                    f"{name}: holds NaN or infinite weights; the checkpoint is damaged or was saved in too narrow a dtype"
+                    f"{self.source.name}: {name} holds NaN or infinite weights; the checkpoint is damaged or was saved "
+                    "in too narrow a dtype"
                 )
-            if isinstance(parameter, nn.Parameter):
-                parameter.requires_grad_(False)
+            parameter.requires_grad_(False)
+        for name, origin in self.tied.items():
+            if origin in wanted:
+                self._put(name, self._get(origin))
 
     def unload(self, names: Iterable[str]) -> None:
-        """Returns parameters to the meta device, so that their memory is free."""
+        """Returns parameters to the meta device. The memory of tied ones is free once all their names are."""
         for name in names:
-            owner, leaf = self._owner(name)
-            old = getattr(owner, leaf)
-            empty = torch.empty_like(old, device="meta")
-            if isinstance(old, nn.Parameter):
-                owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
-            else:
-                owner._buffers[leaf] = empty
+            origin = self.tied.get(name, name)
+            others = [
+                self._get(other)
+                for other in (origin, *(k for k, v in self.tied.items() if v == origin))
+                if other != name
+            ]
+            empty = next((other for other in others if other.device.type == "meta"), None)
+            self._put(name, torch.empty_like(self._get(name), device="meta") if empty is None else empty)
 
-    def _owner(self, name: str) -> tuple[nn.Module, str]:
+    def _get(self, name: str) -> torch.Tensor:
         path, _, leaf = name.rpartition(".")
-        return self.model.get_submodule(path), leaf
+        return getattr(self.model.get_submodule(path), leaf)
+
+    def _put(self, name: str, value: torch.Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(path)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = value
+        else:
+            owner._parameters[leaf] = (
+                value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+            )
 
     def names_under(self, *prefixes: str) -> list[str]:
         """State names inside the modules of these names (`""` is the whole model)."""
@@ -178,13 +218,27 @@ def build(cls: Any, config: Any, dtype: torch.dtype, name: str) -> Any:
     try:
         with init_empty_weights(include_buffers=False), _quiet():
             model = cls._from_config(config, dtype=dtype, experts_implementation="eager")
-    except (ValueError, TypeError, AttributeError, ImportError, RuntimeError, KeyError, ZeroDivisionError) as error:
-        raise ModelError(f"{name}: transformers cannot build this model from its config.json ({error})") from None
+    except Exception as error:  # a model's constructor may raise anything
+        raise ModelError(
+            f"{name}: transformers cannot build this model from its config.json ({first_line(error)})"
+        ) from None
     return model.eval()
 
 
 def _inside(name: str, prefix: str) -> bool:
     return not prefix or name == prefix or name.startswith(prefix + ".")
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Without a temporary of the tensor's size, as `isfinite` would make."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    low, high = tensor.detach().aminmax()
+    return bool(low.isfinite() and high.isfinite())
+
+
+def _method(config: Any) -> str:
+    return str(config.get("quant_method", "?") if isinstance(config, dict) else getattr(config, "quant_method", "?"))
 
 
 class _quiet:

@@ -1,16 +1,16 @@
 """The float checkpoint on disk: found, checked, and read one tensor at a time.
 
-A `Source` is a Hugging Face folder (or a hub name, downloaded once) whose weights are safetensors. Nothing is read until
-asked for, nothing in it is executed, and no path named inside it may leave its folder. Its fingerprint tells two models
-apart without reading either whole: every tensor's name, dtype, shape and a sample of its bytes.
+A `Source` is a Hugging Face folder (or a hub name, downloaded once) whose weights are safetensors. Nothing is read
+until asked for, nothing in it is executed, and no path named inside it may leave its folder. Its fingerprint tells two
+models apart without reading either whole: every tensor's name, dtype, shape and a sample of its bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +22,7 @@ from quant.errors import ModelError
 
 SAMPLE_BYTES = 64 * 1024
 NEEDED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+DUPLICATES = ("*/*.safetensors", "consolidated*.safetensors")  # the same weights in other people's layouts
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class Source:
 
     def _weight_files(self) -> list[str]:
         index = self.folder / "model.safetensors.index.json"
-        if index.exists():
+        if (self.folder / "model.safetensors").is_file():  # as transformers does: before an index, and alone
+            names = ["model.safetensors"]
+        elif index.exists():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ModelError(f"{index}: no weight_map; the index is damaged, download the model again")
@@ -73,27 +76,45 @@ class Source:
         try:
             with safe_open(self.folder / file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                    if key in self.entries:
+                        raise ModelError(
+                            f"{self.folder}: {key} is stored twice, in {self.entries[key].file} and in {file}; remove "
+                            "the file that does not belong to the model"
+                        )
                     view = tensors.get_slice(key)
                     self.entries[key] = Entry(file, view.get_dtype(), tuple(view.get_shape()))
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.folder / file}: not a readable safetensors file ({error})") from None
 
     @contextmanager
-    def open(self, keys: list[str]) -> Iterator[dict[str, Any]]:
+    def open(self, keys: Iterable[str]) -> Generator[dict[str, Any]]:
         """Lazy slices of the named tensors: indexing one with `[...]` reads it."""
-        handles: dict[str, Any] = {}
-        try:
-            for file in sorted({self.entries[key].file for key in keys}):
-                handles[file] = safe_open(self.folder / file, framework="pt").__enter__()
-            yield {key: handles[self.entries[key].file].get_slice(key) for key in keys}
-        finally:
-            for handle in handles.values():
-                handle.__exit__(None, None, None)
+        keys = list(keys)
+        with ExitStack() as stack:
+            handles: dict[str, Any] = {}
+            try:
+                for file in sorted({self.entries[key].file for key in keys}):
+                    handles[file] = stack.enter_context(safe_open(self.folder / file, framework="pt"))
+                slices = {key: handles[self.entries[key].file].get_slice(key) for key in keys}
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{self.folder}: changed while it was being read ({first_line(error)})") from None
+            yield slices
 
     def tensor(self, key: str) -> torch.Tensor:
         """One stored tensor, bit for bit, on the CPU."""
         with self.open([key]) as slices:
             return slices[key][...]
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two stored tensors are equal bit for bit."""
+        if (a := self.entries[first]).dtype != (b := self.entries[second]).dtype or a.shape != b.shape:
+            return False
+        with self.open([first, second]) as slices:
+            step = max(1, SAMPLE_BYTES // max(1, *a.shape[1:]))
+            return all(
+                torch.equal(slices[first][row : row + step], slices[second][row : row + step])
+                for row in range(0, a.shape[0], step)
+            )
 
     def nbytes(self) -> int:
         return sum((self.folder / file).stat().st_size for file in self.files)
@@ -129,11 +150,12 @@ def find(model: str) -> Source:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Source(Path(snapshot_download(model, allow_patterns=list(NEEDED))), model)
+        return Source(
+            Path(snapshot_download(model, allow_patterns=list(NEEDED), ignore_patterns=list(DUPLICATES))), model
+        )
     except (OSError, HFValidationError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{model}: no folder of this name here, and the hub did not give it ({reason}). "
+            f"{model}: no folder of this name here, and the hub did not give it ({first_line(error)}). "
             "Give the path of a local folder, or download the model where there is a network and copy it here."
         ) from None
 
@@ -143,8 +165,15 @@ def read_json(path: Path) -> dict[str, Any]:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: missing; give a folder that transformers can load") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not valid JSON ({error})") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({first_line(error)})") from None
+    except (ValueError, RecursionError) as error:  # what is not JSON, not UTF-8, or nested without end
+        raise ModelError(f"{path}: not valid JSON ({first_line(error)})") from None
     if not isinstance(data, dict):
         raise ModelError(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data  # pyright: ignore[reportUnknownVariableType]
+
+
+def first_line(error: object) -> str:
+    """What an error says, in one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +33,7 @@ class Use:
     """One matrix product inside a block. `source` tells input tensors apart; `oddity`: why it is not a plain linear."""
 
     parameter: str
-    source: tuple[int, ...]
+    source: tuple[Any, ...]
     transposed: bool
     oddity: str | None
 
@@ -74,8 +74,8 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
                 whole = copy(model(**batch))
         except Exception as error:  # a model's own code may raise anything
             raise ModelError(
-                f"{type(model).__name__}: the forward pass that finds its layers failed on {', '.join(batch) or 'no inputs'} "
-                f"({_line(error)})"
+                f"{type(model).__name__}: the forward pass that finds its layers failed, given "
+                f"{', '.join(batch) or 'nothing'} ({_line(error)})"
             ) from error
         chain = tuple(name for name, calls in watch.calls.items() if calls == 1)
         repeated = {name: calls for name, calls in watch.calls.items() if calls > 1}
@@ -163,7 +163,7 @@ class _Watch(TorchFunctionMode):
         self.alive: list[torch.Tensor] = []  # a block's inputs are kept until it ends, so that no two share an address
 
     @contextmanager
-    def hooked(self) -> Iterator[None]:
+    def hooked(self) -> Generator[None]:
         hooks: list[Any] = []
         for name in candidates(self.model):
             module = self.model.get_submodule(name)
@@ -209,7 +209,7 @@ class _Watch(TorchFunctionMode):
         uses = self.uses.get(self.block or "", [])
         if answer is None or not uses or self.block is None:
             return
-        bias = module.bias
+        bias: Any = module.bias
         expected = answer if bias is None else answer + bias
         if not isinstance(output, torch.Tensor) or not _same(output.flatten(), expected.flatten()):
             last = uses.pop()
@@ -266,7 +266,7 @@ def _noise(name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         shape = (*weight.shape[:-2], *x.shape[:-1], weight.shape[-1])
     else:
         shape = (*torch.broadcast_shapes(x.shape[:-2], weight.shape[:-2]), x.shape[-2], weight.shape[-1])
-    generator = torch.Generator().manual_seed(zlib.crc32(_bytes(x).numpy(), zlib.crc32(name.encode())))
+    generator = torch.Generator().manual_seed(zlib.crc32(_bytes(x).numpy().data, zlib.crc32(name.encode())))
     return torch.randn(shape, generator=generator).to(x.dtype)
 
 
@@ -304,14 +304,14 @@ def _prove_chain(
                 )
             if why is not None:
                 raise ModelError(
-                    f"{name}: reads more than the output of {names[index - 1]} ({why}); models whose blocks do not form "
-                    "a chain cannot be quantized block by block yet"
+                    f"{name}: reads more than the output of {names[index - 1]} ({why}); models whose blocks do not "
+                    "form a chain cannot be quantized block by block yet"
                 )
 
 
 @contextmanager
-def _weightless(model: nn.Module) -> Iterator[dict[str, str]]:
-    """On the CPU, in eval mode, each parameter one row of seeded numbers, repeated. Yields the first name of every one."""
+def _weightless(model: nn.Module) -> Generator[dict[str, str]]:
+    """On the CPU, in eval mode, each parameter one row of seeded numbers, repeated. Yields each one's first name."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = [(part, key, x) for part in model.modules() for key, x in part._buffers.items() if x is not None]
     training = [part for part in model.modules() if part.training]

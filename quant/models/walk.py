@@ -1,8 +1,8 @@
 """Finds what can be quantized by watching one forward pass: no list of layer names, for any architecture.
 
-The trace (`models/trace`) gives the facts: call order is the order of blocks and sites; the same input tensor makes the
-group of sites that share one Hessian; a 3-D parameter whose slices are used as matrices is a stack of experts. Here they
-become blocks, stages and sites, and every weight matrix that stays float is listed with its reason.
+The trace (`models/trace`) gives the facts: call order is the order of blocks and sites; the same input tensor makes
+the group of sites that share one Hessian; a 3-D parameter whose slices are used as matrices is a stack of experts. Here
+they become blocks, stages and sites, and every weight matrix that stays float is listed with its reason.
 """
 
 from __future__ import annotations

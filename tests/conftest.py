@@ -1,0 +1,57 @@
+"""What the tests share: one thread, no network, and a few models, texts and checkpoints made once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import quant
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The trained model that lies in the repository: two million weights, 1024 tokens, tied embeddings."""
+    return ROOT / "demo" / "model"
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 6000 characters."""
+    return tiny.text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two blocks with a tokenizer. Never write into it."""
+    return tiny.model("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def packed_llama(llama: Path, words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`llama` at 4 bits, group 32. Never write into it."""
+    out = tmp_path_factory.mktemp("packed") / "llama"
+    quant.quantize(str(llama), out, tiny.recipe(words))
+    return out
+
+
+@pytest.fixture(scope="session")
+def packed_moe(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mixtral at 3 bits, its experts included. Never write into it."""
+    folder = tmp_path_factory.mktemp("moe")
+    quant.quantize(str(tiny.model("mixtral", folder / "model")), folder / "out", tiny.recipe(words, bits=3))
+    return folder / "out"

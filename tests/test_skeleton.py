@@ -1,0 +1,378 @@
+"""A model filled part by part is the model that transformers loads, and whatever is wrong on disk is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from architectures import ARCHITECTURES, batch, make_from
+from quant.errors import ModelError
+from quant.models.skeleton import Skeleton
+from quant.models.source import find
+
+Checkpoint = Callable[[str], Path]
+
+
+def reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """What from_pretrained makes of the folder."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    (name,) = config.architectures or ()
+    cls = getattr(transformers, name)
+    return cls.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
+
+
+def filled(folder: Path | str, dtype: torch.dtype = torch.float32) -> Any:
+    skeleton = Skeleton(find(str(folder)), dtype=dtype)
+    skeleton.load(skeleton.names_under(""))
+    return skeleton.model
+
+
+def copied(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to / "model"))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def real(model: Any) -> set[str]:
+    """The state that is not on meta."""
+    return {name for name, tensor in model.state_dict().items() if tensor.device.type != "meta"}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_filled_model_is_the_one_transformers_loads(name: str, checkpoint: Checkpoint) -> None:
+    model, expected = filled(checkpoint(name)), reference(checkpoint(name))
+    state = model.state_dict()
+    assert list(state) == list(expected.state_dict())
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(state[key], tensor), key
+    with torch.no_grad():
+        assert torch.equal(model(**batch(2))[0], expected(**batch(2))[0])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_one_block_comes_alone_and_goes_again(name: str, checkpoint: Checkpoint) -> None:
+    skeleton = Skeleton(find(str(checkpoint(name))))
+    buffers = real(skeleton.model)
+    block = next(key for key, _ in skeleton.model.named_modules() if key.endswith(".1"))
+    names = skeleton.names_under(block)
+    skeleton.load(names)
+    assert real(skeleton.model) - buffers == set(names) - buffers
+    skeleton.unload(names)
+    assert all(parameter.device.type == "meta" for parameter in skeleton.model.parameters())
+    skeleton.load(names)
+    assert set(names) <= real(skeleton.model)
+
+
+def test_experts_are_stored_one_by_one_and_merged(checkpoint: Checkpoint) -> None:
+    source = find(str(checkpoint("qwen3-moe")))
+    skeleton = Skeleton(source)
+    parts = [key for key in source.entries if ".layers.0.mlp.experts." in key]
+    assert len(parts) == 9 * 3
+    assert set(parts) <= skeleton.converted
+    assert skeleton.targets[parts[0]][0].startswith("model.layers.0.mlp.experts.")
+    assert "model.layers.0.self_attn.q_proj.weight" not in skeleton.converted
+
+
+def test_what_is_split_from_one_tensor_does_not_stay_behind(checkpoint: Checkpoint) -> None:
+    """Loading one target of a split tensor reads the others too; they return to meta."""
+    skeleton = Skeleton(find(str(checkpoint("llama"))))
+    key, other = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
+    skeleton.targets[key] = (key, other)
+    skeleton.load([key])
+    assert real(skeleton.model) == {key}
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2", "gemma3", "opt", "gpt2", "falcon"])
+def test_tied_weights_are_one_tensor(name: str, checkpoint: Checkpoint) -> None:
+    skeleton = Skeleton(find(str(checkpoint(name))))
+    ((target, origin),) = skeleton.tied.items()
+
+    def pair() -> tuple[torch.Tensor, torch.Tensor]:
+        return skeleton.model.get_parameter(target), skeleton.model.get_parameter(origin)
+
+    assert pair()[0] is pair()[1]  # on meta as well, so that a walk sees it
+    for asked in ([target], [origin], [target, origin]):
+        skeleton.load(asked)
+        assert pair()[0] is pair()[1]
+        assert pair()[0].device.type == "cpu"
+        skeleton.unload([target])
+        assert [part.device.type for part in pair()] == ["meta", "cpu"]
+        skeleton.unload([origin])
+        assert pair()[0] is pair()[1]
+        assert pair()[0].device.type == "meta"
+
+
+@pytest.mark.parametrize("stored", ["head", "both", "both, different"])
+def test_ties_follow_what_is_stored(stored: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Older checkpoints hold the head, or both copies; transformers ties them only if they are equal."""
+    folder = copied(checkpoint("llama-tied"), tmp_path)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        if stored == "head":
+            del tensors["model.embed_tokens.weight"]
+        if stored == "both, different":
+            tensors["lm_head.weight"] += 1
+
+    edit_weights(folder, change)
+    model = filled(folder)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (stored != "both, different")
+    with torch.no_grad():
+        assert torch.equal(model(**batch())[0], reference(folder)(**batch())[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_are_cast(dtype: torch.dtype, tmp_path: Path) -> None:
+    make_from("LlamaForCausalLM", **_small()).to(torch.bfloat16).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.get_slice("lm_head.weight").get_dtype() == "BF16"
+    model = filled(tmp_path, dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    with torch.no_grad():
+        assert torch.equal(model(**batch())[0], reference(tmp_path, dtype)(**batch())[0])
+
+
+def test_parameters_that_an_architecture_keeps_in_float32_stay_so(tmp_path: Path) -> None:
+    settings = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 128}
+    make_from("T5EncoderModel", **settings).save_pretrained(tmp_path)
+    model, expected = filled(tmp_path, torch.float16), reference(tmp_path, torch.float16)
+    assert {key: tensor.dtype for key, tensor in model.state_dict().items()} == {
+        key: tensor.dtype for key, tensor in expected.state_dict().items()
+    }
+
+
+def test_shards_are_read_through_the_index(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    reference(checkpoint("qwen3-moe")).save_pretrained(tmp_path, max_shard_size="50kB")
+    assert len(find(str(tmp_path)).files) > 3
+    with torch.no_grad():
+        assert torch.equal(filled(tmp_path)(**batch())[0], reference(checkpoint("qwen3-moe"))(**batch())[0])
+
+
+def test_a_tensor_is_read_bit_for_bit(checkpoint: Checkpoint) -> None:
+    source = find(str(checkpoint("gpt2")))
+    assert list(source.entries) == sorted(source.entries)
+    stored = load_file(source.folder / "model.safetensors")
+    for key, entry in source.entries.items():
+        assert torch.equal(source.tensor(key), stored[key])
+        assert entry.shape == tuple(stored[key].shape)
+    assert source.nbytes() == (source.folder / "model.safetensors").stat().st_size
+
+
+def test_the_fingerprint_tells_models_apart(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint("llama"), tmp_path)
+    first = find(str(folder)).fingerprint()
+    assert first == find(str(checkpoint("llama"))).fingerprint()
+    edit_weights(folder, lambda tensors: tensors["lm_head.weight"][0].zero_())
+    assert find(str(folder)).fingerprint() != first
+
+
+def _small() -> dict[str, Any]:
+    return {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "eos_token_id": 2,
+    }
+
+
+# what is refused, and how
+
+
+def refusal(folder: Path | str) -> str:
+    with pytest.raises(ModelError) as caught:
+        filled(folder)
+    message = str(caught.value)
+    assert "Traceback" not in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("place", ["../outside.safetensors", "/etc/hostname", "sub/model.safetensors", "..", "absent"])
+def test_an_index_cannot_leave_its_folder(place: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint("llama"), tmp_path)
+    shutil.move(folder / "model.safetensors", tmp_path / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": place}}))
+    message = refusal(folder)
+    assert repr(place) in message
+    assert "not a file of this folder" in message
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", "{", '{"weight_map": 3}', "[" * 100_000])
+def test_a_damaged_index_is_named(index: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint("llama"), tmp_path)
+    shutil.move(folder / "model.safetensors", folder / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text(index)
+    assert "model.safetensors.index.json" in refusal(folder)
+
+
+def test_a_tensor_stored_twice_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint("llama"), tmp_path)
+    shutil.move(folder / "model.safetensors", folder / "a.safetensors")
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+    assert "stored twice, in a.safetensors and in b.safetensors" in refusal(folder)
+
+
+def test_other_layouts_beside_the_model_are_left_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint("llama"), tmp_path)
+    save_file({"layers.0.w": torch.zeros(2)}, folder / "consolidated.safetensors")
+    assert find(str(folder)).files == ["model.safetensors"]
+
+
+def test_a_pickle_is_never_opened(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint("llama"), tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    message = refusal(folder)
+    assert "pytorch_model.bin" in message
+    assert "save_pretrained" in message
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    assert "config.json: missing" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert "no .safetensors weights" in refusal(tmp_path)
+
+
+def test_a_file_instead_of_a_folder(checkpoint: Checkpoint) -> None:
+    assert "not a folder" in refusal(checkpoint("llama") / "model.safetensors")
+    assert "not a folder" in refusal("./no/such/place")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_weights_are_named(value: float, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint("llama"), tmp_path)
+    edit_weights(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][3].fill_(value))
+    message = refusal(folder)
+    assert "model.layers.1.mlp.up_proj.weight" in message
+    assert "NaN or infinite" in message
+
+
+def test_a_missing_tensor_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint("llama"), tmp_path)
+    edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    message = refusal(folder)
+    assert "1 parameters have no stored weights" in message
+    assert "model.layers.1.mlp.up_proj.weight" in message
+
+
+def test_a_missing_expert_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint("qwen3-moe"), tmp_path)
+    edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.experts.4.down_proj.weight"))
+    message = refusal(folder)
+    assert "model.layers.1.mlp.experts.down_proj" in message
+
+
+def test_a_tensor_of_another_shape_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint("llama"), tmp_path)
+    edit_config(folder, intermediate_size=100)
+    message = refusal(folder)
+    assert "[96, 64]" in message or "[64, 96]" in message
+    assert "do not belong together" in message
+
+
+def test_experts_of_unequal_shape_are_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint("qwen3-moe"), tmp_path)
+    key = "model.layers.1.mlp.experts.4.down_proj.weight"
+    edit_weights(folder, lambda tensors: tensors.update({key: torch.zeros(64, 20)}))
+    message = refusal(folder)
+    assert "model.layers.1.mlp.experts" in message
+    assert "do not fit together (" in message
+
+
+@pytest.mark.parametrize("cut", [3, 200, 20_000])
+def test_a_truncated_file_is_named(cut: int, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint("llama"), tmp_path)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    message = refusal(folder)
+    assert "model.safetensors: not a readable safetensors file" in message
+
+
+def test_a_file_that_goes_away_while_in_use(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    skeleton = Skeleton(find(str(copied(checkpoint("llama"), tmp_path))))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="changed while it was being read"):
+        skeleton.load(["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "no-such-model"},
+        {"model_type": None},
+        {"hidden_size": "many"},
+        {"num_attention_heads": 0},
+        {"architectures": ["NoSuchModel"]},
+        {"architectures": ["Trainer"]},
+        {"architectures": [None]},
+        {"architectures": None},
+        {"auto_map": {"AutoConfig": "x.Y"}, "model_type": "mine"},
+    ],
+    ids=str,
+)
+def test_a_config_that_transformers_cannot_use(changes: dict[str, Any], checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint("llama"), tmp_path)
+    edit_config(folder, **changes)
+    assert str(folder) in refusal(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", "[" * 100_000, '{"model_type": "llama"'])
+def test_a_config_that_is_not_json(content: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint("llama"), tmp_path)
+    (folder / "config.json").write_text(content)
+    assert "config.json" in refusal(folder)
+
+
+def test_a_quantized_model_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = copied(checkpoint("llama"), tmp_path)
+    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    message = refusal(folder)
+    assert "already quantized (gptq)" in message
+    assert "float model" in message
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-model", "a/b/c", "sp ace/x"])
+def test_a_hub_that_cannot_be_reached(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    message = refusal(name)
+    assert message.startswith(f"{name}: no folder of this name")
+    assert "path of a local folder" in message
+
+
+def test_a_hub_name_is_downloaded_without_duplicates(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **settings: Any) -> str:
+        asked.update(settings, name=name)
+        return str(checkpoint("llama"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find("someone/llama").name == "someone/llama"
+    assert asked["name"] == "someone/llama"
+    assert "*.bin" not in asked["allow_patterns"]
+    assert "consolidated*.safetensors" in asked["ignore_patterns"]
