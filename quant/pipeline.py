@@ -1,9 +1,9 @@
 """The straight line from a float checkpoint to a packed one: read this file to know what `quantize` does.
 
 One block of the model is in memory at a time. Its inputs are the stored outputs of the block before it, computed with
-the already quantized weights; when its sites are solved it is journalled, run once more to give the next block's inputs,
-and dropped. So the peak memory is that of the largest block, the embeddings and the activations, whatever the depth; and
-a killed run goes on from the last finished block to the very same bytes.
+the already quantized weights; when its sites are solved it is journalled, run once more to give the next block's
+inputs, and dropped. So the peak memory is that of the largest block, the embeddings and the activations, whatever the
+depth; and a killed run goes on from the last finished block to the very same bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from quant.calibration.activations import Activations
 from quant.calibration.replay import Replay
 from quant.calibration.samples import Batch, Samples, draw, noise
 from quant.checkpoint.journal import FOLDER, Journal, Mode
+from quant.checkpoint.provenance import provenance
 from quant.checkpoint.verify import compare_logits
 from quant.checkpoint.writer import Written, write_checkpoint
 from quant.errors import ModelError, ResourceError
@@ -45,8 +46,8 @@ SPILL_BYTES = 2 * 1024**3
 
 @dataclass(frozen=True)
 class Settings:
-    """What does not belong to a recipe: where and how a run goes. `spill_bytes`: activations kept in memory, the rest on
-    disk. `plan`: a file with specs for some sites."""
+    """What does not belong to a recipe: where and how a run goes. `spill_bytes`: activations kept in memory, the rest
+    on disk. `plan`: a file with specs for some sites."""
 
     device: str = "cpu"
     dtype: str = "float32"
@@ -136,11 +137,11 @@ def quantize(
 ) -> Result:
     """Quantizes `model` (a local folder or a hub name) into the packed checkpoint folder `out`.
 
-    `mode`: "new" wants an empty or absent folder, "resume" continues an unfinished run to the same bytes, "restart" begins
-    anew.
+    `mode`: "new" wants an empty or absent folder, "resume" continues an unfinished run to the same bytes, "restart"
+    begins anew.
 
     Raises:
-        BitwrightError: see `quant.errors` for the kinds; the folder can then be resumed unless the message says otherwise.
+        BitwrightError: see `quant.errors` for the kinds; the folder can then be resumed unless the message says no.
     """
     progress = progress or Progress()
     prepared = prepare(model, recipe or Recipe(), settings, progress)
@@ -153,6 +154,7 @@ def run(prepared: Prepared, out: Path, mode: Mode = "new", progress: Progress | 
     progress = progress or Progress()
     began = time.perf_counter()
     with Journal(out, prepared.identity(), mode) as journal:
+        resumed = sum(journal.finished(i) for i in range(len(prepared.walk.chain)))
         try:
             logits = _blocks(prepared, journal, progress)
         except (MemoryError, torch.OutOfMemoryError) as error:
@@ -168,6 +170,8 @@ def run(prepared: Prepared, out: Path, mode: Mode = "new", progress: Progress | 
         progress.step("verifying: reloading from disk")
         report["verification"] = compare_logits(out, prepared, logits)
         report["seconds"] = round(time.perf_counter() - began, 2)
+        report["resumed_blocks"] = resumed
+        report["peak_gpu_bytes"] = torch.cuda.max_memory_allocated() if "cuda" in prepared.settings.device else 0
         report["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         written.finish(report)
         journal.close()
@@ -193,6 +197,7 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
     with Replay(model, chain) as replay:
         solver = BlockSolver(replay, recipe, prepared.plan, calibration, store, float_store, progress.site)
         for index, name in enumerate(chain):
+            began = time.perf_counter()
             progress.block(index, name)
             names = skeleton.names_under(name)
             skeleton.load(names)
@@ -201,9 +206,9 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
                 _restore(prepared, journal, index, blocks.get(name), originals if matched else None)
             else:
                 solved = solver.solve(index, blocks[name], originals) if name in blocks else []
-                journal.write(
-                    index, _stored(solved, prepared, names), {"block": name, "sites": [s.record() for s in solved]}
-                )
+                seconds = round(time.perf_counter() - began, 4)
+                record = {"block": name, "seconds": seconds, "sites": [s.record() for s in solved]}
+                journal.write(index, _stored(solved, prepared, names), record)
             _advance(replay, index, batches, store, float_store, originals)
             skeleton.unload(names)
             progress.advanced(index, weights.get(name, 0))
@@ -246,8 +251,8 @@ def _restore(
 
 
 def _stored(solved: Sequence[Solved], prepared: Prepared, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """A finished block's tensors under their checkpoint names: packed sites, and float tensors that share a stored tensor
-    with a packed one (a fused qkv on disk of which only a part was quantized)."""
+    """A finished block's tensors under their checkpoint names: packed sites, and float tensors that share a stored
+    tensor with a packed one (a fused qkv on disk of which only a part was quantized)."""
     tensors = {stored_name(s.site, key): tensor for s in solved for key, tensor in s.packed.tensors().items()}
     packed = {s.site.parameter for s in solved}
     skeleton = prepared.skeleton
@@ -283,8 +288,8 @@ def _advance(
 def _finite(output: Any, block: str) -> Any:
     if not bool(torch.isfinite(first_tensor(output)).all()):
         raise ModelError(
-            f"{block}: its output is not finite; the model overflows in this dtype (try --dtype float32) or its weights are "
-            "damaged"
+            f"{block}: its output is not finite; the model overflows in this dtype (try --dtype float32) or its weights "
+            "are damaged"
         )
     return output
 
@@ -292,14 +297,14 @@ def _finite(output: Any, block: str) -> Any:
 def _out_of_memory(out: Path, error: BaseException) -> ResourceError:
     return ResourceError(
         f"out of memory ({str(error).splitlines()[0] if str(error) else 'allocation failed'}); lower "
-        "--set calibration.batch_size=1 or --samples, then --restart; --dry-run predicts the peak. Unfinished work is in "
-        f"{out / FOLDER}"
+        "--set calibration.batch_size=1 or --samples, then --restart; --dry-run predicts the peak. Unfinished work is "
+        f"in {out / FOLDER}"
     )
 
 
 def _report(prepared: Prepared, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """report.json before the run's last figures are known."""
-    sites = [site for record in records for site in record["sites"]]
+    sites = [{"block": record["block"], **site} for record in records for site in record["sites"]]
     weights = sum(site["shape"][0] * site["shape"][1] for site in sites)
     packed = sum(site["nbytes"] for site in sites)
     return {
@@ -307,5 +312,7 @@ def _report(prepared: Prepared, records: Sequence[dict[str, Any]]) -> dict[str, 
         "bits": {"promised": 8 * packed / max(1, weights), "weights": weights, "packed_bytes": packed},
         "left_float": prepared.walk.left
         | {n: "the plan keeps it float" for n, s in prepared.plan.specs.items() if s is None},
+        **provenance(prepared),
+        "blocks": [{"name": record["block"], "seconds": record["seconds"]} for record in records],
         "sites": sites,
     }
