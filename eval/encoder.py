@@ -86,9 +86,11 @@ def compare_encoders(
 
 @torch.no_grad()
 def _hidden(subject: Subject, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """Last hidden states `[B, T, D]` float32."""
+    """Last hidden states `[B, T, D]` float32; a head on top, if the checkpoint kept one, is left out."""
     device = subject.device
-    return subject.model(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device)).last_hidden_state.float()
+    return subject.model.base_model(
+        input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device)
+    ).last_hidden_state.float()
 
 
 def _mean(h_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:

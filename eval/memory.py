@@ -2,8 +2,8 @@
 
 On a GPU the rise is that of torch's allocator on the device. On a CPU it is that of the resident set of this process
 (`VmHWM` of Linux, reset before the run; elsewhere the lifetime maximum of `getrusage`, which hides a rise after
-something bigger ran). The resident set itself also holds Python, torch (about 0.5 GB) and whatever else is loaded, so the rise is
-reported apart from the peak.
+something bigger ran). The resident set itself also holds Python, torch (about 0.5 GB) and whatever else is loaded, so
+the rise is reported apart from the peak.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 from quant.errors import SettingsError
 from quant.eval.report import Report
@@ -68,7 +69,8 @@ def _label(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
-    taken = [_dot(axes, x, y) for x, y, _ in points]
+    taken = [_box(axes, x, y, 8) for x, y, _ in points]
+    taken += [_box(axes, x, line.get_ydata()[0], 1, across=frame.width) for line in axes.lines for x, *_ in points[:1]]
     for x, y, name in sorted(points, key=lambda point: -point[1]):
         text = None
         for dx, dy, where in _places():
@@ -95,8 +97,8 @@ def _places() -> list[tuple[int, int, str]]:
     ]
 
 
-def _dot(axes: Any, x: float, y: float) -> Any:
-    from matplotlib.transforms import Bbox
-
+def _box(axes: Any, x: float, y: float, high: float, across: float | None = None) -> Any:
+    """Pixels that a label must not cover: a dot, or the original's line."""
     px, py = axes.transData.transform((x, y))
-    return Bbox.from_extents(px - 8, py - 8, px + 8, py + 8)
+    wide = high if across is None else across
+    return Bbox.from_extents(px - wide, py - high, px + wide, py + high)

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
+import quant
 from quant.errors import BitwrightError, ModelError, SettingsError
 
 Kind = Literal["causal-lm", "encoder"]
@@ -147,9 +148,9 @@ def _folder(source: str) -> Path:
 def _load(source: str, folder: Path, device: str, dtype: str) -> tuple[PreTrainedModel, Kind]:
     try:
         if packed_by_us(folder):
-            from quant import load  # pyright: ignore # heavier than the rest of eval, and only packed folders need it
-
-            model = load(folder, device=device, dtype=DTYPES.get(dtype))
+            if dtype == "auto":
+                dtype = str(read_config(folder).get("dtype", "float32"))
+            model = quant.load(folder, device=device, dtype=dtype)
             return model, _kind([type(model).__name__])
         return _load_plain(source, device, dtype)
     except (BitwrightError, torch.OutOfMemoryError, MemoryError):
