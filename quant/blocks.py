@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quant.calibration.capture import Stage, collect, collect_matched
+from quant.calibration.capture import Outputs, Stage, collect, collect_matched
 from quant.calibration.replay import Replay
 from quant.calibration.samples import Batch
 from quant.calibration.statistics import Statistics
@@ -26,11 +26,13 @@ from quant.models.walk import Block, Site
 from quant.recipe import Plan, Recipe
 from quant.solvers.solution import Solution
 
+SMALL = 4 * 1024 * 1024  # weights of a matrix that one thread solves fastest
+
 
 @dataclass(frozen=True)
 class Solved:
-    """One site's packed weight. `error`: relative output error on its calibration inputs (see `solvers.solution`), or the
-    relative squared error of the weight when data-free. `tokens`: seen by each matrix of the site."""
+    """One site's packed weight. `error`: relative output error on its calibration inputs (see `solvers.solution`), or
+    the relative squared error of the weight when data-free. `tokens`: seen by each matrix of the site."""
 
     site: Site
     spec: Spec
@@ -65,8 +67,8 @@ class BlockSolver:
         recipe: Recipe,
         plan: Plan,
         batches: Sequence[Batch],
-        store: Sequence[Any],
-        float_store: Sequence[Any] | None,
+        store: Outputs,
+        float_store: Outputs | None,
         on_site: Callable[[Solved], None],
     ) -> None:
         self.replay, self.recipe, self.plan = replay, recipe, plan
@@ -120,6 +122,12 @@ class BlockSolver:
         spec = self.plan.specs[site.name]
         assert spec is not None
         weight = oriented(self.model.get_parameter(site.parameter), site).float()
+        with _few_threads(weight):
+            return self._solve_matrices(site, spec, weight, stats, began)
+
+    def _solve_matrices(
+        self, site: Site, spec: Spec, weight: torch.Tensor, stats: dict[int, Statistics], began: float
+    ) -> Solved:
         tokens = tuple(stats[e].tokens for e in sorted(stats))
         if site.kind == "linear":
             parts = [self._solve(site.name, weight, stats[0], spec)]
@@ -140,7 +148,7 @@ class BlockSolver:
             raise SolverError(f"{name}: {error}") from None
 
     def _with_priors(self, stats: dict[int, Statistics]) -> tuple[dict[int, Statistics], tuple[str, ...]]:
-        """Experts with too few tokens get the whole stack's mean Hessian as a prior; without any token, none is needed."""
+        """Experts with too few tokens get their whole stack's mean Hessian as a prior."""
         minimum = self.recipe.experts.minimum_tokens
         few = [e for e, s in stats.items() if s.tokens < minimum]
         total = sum(s.tokens for s in stats.values())
@@ -192,6 +200,21 @@ def float_weights(model: nn.Module, originals: dict[str, torch.Tensor]) -> Gener
     finally:
         for name, weight in kept.items():
             model.get_parameter(name).data = weight
+
+
+@contextmanager
+def _few_threads(weight: torch.Tensor) -> Generator[None]:
+    """One thread for small matrices on a CPU: a column of a few hundred rows is done before a second thread wakes up
+    (measured: 3 to 40 times slower with two threads on a busy two-core machine)."""
+    before = torch.get_num_threads()
+    small = weight.device.type == "cpu" and weight.shape[-2] * weight.shape[-1] < SMALL
+    if small:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if small:
+            torch.set_num_threads(before)
 
 
 def _uniform(packed: Packed) -> PackedUniform:

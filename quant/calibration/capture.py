@@ -16,12 +16,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from quant.calibration.activations import Activations
 from quant.calibration.replay import Replay, Stop
 from quant.calibration.samples import Batch
 from quant.calibration.statistics import HessianCollector, Statistics
 from quant.errors import CalibrationError
 from quant.models.walk import Site, product
 
+Outputs = Sequence[Any] | Activations  # a block's outputs, one nest per batch
 Take = Callable[[int, torch.Tensor], None]  # expert (0 for a linear), its tokens [..., in]
 
 
@@ -85,9 +87,7 @@ class _ExpertInputs(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def collect(
-    stages: Sequence[Stage], replay: Replay, index: int, batches: Sequence[Batch], previous: Sequence[Any]
-) -> None:
+def collect(stages: Sequence[Stage], replay: Replay, index: int, batches: Sequence[Batch], previous: Outputs) -> None:
     """Feeds the stages' collectors with block `index` on every batch; `previous[b]`: the earlier block's output."""
     for number, batch in enumerate(batches):
         with ExitStack() as watching:
@@ -105,8 +105,8 @@ def collect_matched(
     replay: Replay,
     index: int,
     batches: Sequence[Batch],
-    previous: Sequence[Any],
-    float_previous: Sequence[Any],
+    previous: Outputs,
+    float_previous: Outputs,
     float_weights: Callable[[], AbstractContextManager[None]],
 ) -> None:
     """As `collect` for a stage of linears, with the float path's inputs of the same tokens (`Statistics.cross`)."""

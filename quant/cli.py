@@ -1,0 +1,238 @@
+"""`quantize`: from a float model to a packed checkpoint, in one command.
+
+Exit codes: 0 done; 1 unexpected; 2 settings; 3 model; 4 calibration; 5 solver; 6 checkpoint; 7 the folder belongs to
+another run; 8 disk or memory; 130 interrupted, 143 terminated (both leave a folder that `--resume` continues).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from quant.checkpoint.journal import Mode
+from quant.display import Display, human
+from quant.errors import BitwrightError, SettingsError
+from quant.estimate import Estimate, estimate
+from quant.kernels.spec import SpecError
+from quant.pipeline import Prepared, Result, Settings, prepare, run
+from quant.progress import Progress
+from quant.recipe import Recipe, load_recipe, override, shipped_recipes, with_spec
+
+HELP = f"""Turn a float model into a packed low-bit checkpoint.
+
+Shipped recipes: {", ".join(shipped_recipes())}. The default is gptq.
+
+Examples:
+
+  quantize --model ./Llama-3.1-8B --bits 4
+
+  quantize --model Qwen/Qwen3-4B --bits 3 --group-size 64 --calibration notes.txt --out q3
+
+  quantize --model ./model --bits 4 --dry-run
+
+  quantize --model ./model --bits 2 --recipe rtn
+
+  quantize --model ./model --bits 3 --skip '*.down_proj' --set solver.damp=0.05
+
+  quantize --model ./model --bits 4 --out q4 --resume
+
+Exit codes: 0 done, 2 settings, 3 model, 4 calibration, 5 solver, 6 checkpoint, 7 folder in use by another run,
+8 disk or memory, 130 interrupted, 143 terminated, 1 anything else.
+"""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised like KeyboardInterrupt, so that files are closed and the lock is given back."""
+
+
+@app.command(help=HELP)
+def quantize(
+    model: Annotated[str, typer.Option(help="A local folder, or a name on the Hugging Face hub.")],
+    bits: Annotated[float | None, typer.Option(help="Bits of each code, 1 to 8. Scales and zeros come on top.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: <model>-<bits>bit here.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; -1 for whole rows.")] = None,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="No zero points, or with.")] = None,
+    recipe: Annotated[str, typer.Option(help="A shipped recipe, or a .py or .json file.")] = "gptq",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the recipe, e.g. solver.damp=0.05.")
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="Calibration text: a name or a UTF-8 file.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda where there is one.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the computation; default: float32 on a CPU, else bfloat16.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the calibration windows.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Keep sites of this pattern float ('*.down_proj').")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Quantize only sites of this pattern.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan.json with the spec of some or all sites.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what is in --out and begin anew.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sites, bytes, memory and time; write nothing.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
+) -> None:
+    if resume and restart:
+        raise SettingsError("--resume and --restart exclude each other")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    chosen = with_spec(load_recipe(recipe), bits=_whole(bits), group_size=group_size, symmetric=symmetric)
+    values = {"text": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
+    chosen = _with_calibration(override(chosen, settings or []), values)
+    chosen = replace(chosen, only=tuple(only or chosen.only), skip=tuple(skip or chosen.skip))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = Settings(device, _dtype(dtype, device), plan)
+    console = Console(stderr=True, quiet=quiet)
+    with Display(console) if not quiet else _Silent() as shown:
+        prepared = prepare(model, chosen, place, shown)
+        predicted, result = None, None
+        if dry_run:
+            shown.step("rehearsing the largest block")
+            predicted = estimate(prepared)
+        else:
+            folder = out or Path(f"{Path(prepared.source.name).name}-{chosen.spec.to_dict().get('bits', 'mixed')}bit")
+            mode: Mode = "resume" if resume else "restart" if restart else "new"
+            result = run(prepared, folder, mode, shown)
+    if predicted is not None:
+        _show_estimate(prepared, predicted, as_json, quiet)
+    if result is not None:
+        _show_result(result, prepared.source.nbytes(), console, as_json)
+
+
+class _Silent(Progress):
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _whole(bits: float | None) -> int | None:
+    if bits is None or bits == int(bits):
+        return None if bits is None else int(bits)
+    raise SettingsError(
+        f"--bits {bits:g}: a fractional average needs a budget over sites of different bits, which this version does "
+        "not have yet; give a whole number from 1 to 8, or a --plan"
+    )
+
+
+def _with_calibration(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    given = [f"calibration.{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
+    if given and recipe.calibration is None:
+        raise SettingsError(f"{given[0].split('=')[0]} has no effect: this recipe reads no text; leave it out")
+    return override(recipe, given)
+
+
+def _dtype(dtype: str | None, device: str) -> str:
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise SettingsError(f"--dtype {dtype}: choose float32, float16 or bfloat16")
+    return dtype
+
+
+def _show_estimate(prepared: Prepared, predicted: Estimate, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print(json.dumps({**predicted.to_dict(), "plan": prepared.plan.to_dict(), "left_float": prepared.walk.left}))
+        return
+    console = Console(quiet=quiet)
+    title = f"plan for {escape(prepared.source.name)}"
+    table = Table("sites", "count", "rows x in", "bits", "group", "bits/weight", "bytes each", title=title)
+    alike = Counter(
+        (re.sub(r"(?<=\.)\d+(?=\.)", "*", s.name), s.shape, prepared.plan.specs[s.name]) for s in prepared.walk.sites
+    )
+    for (name, (rows, columns), spec), count in alike.items():
+        data = spec.to_dict() if spec else {}
+        cost = (
+            (f"{spec.bits_per_weight((rows, columns)):.3f}", f"{spec.nbytes((rows, columns)):,}")
+            if spec
+            else ("", "float")
+        )
+        shown = (str(data.get(key, "")) for key in ("bits", "group_size"))
+        table.add_row(escape(name), str(count), f"{rows} x {columns}", *shown, *cost)
+    console.print(table)
+    for name, reason in prepared.walk.left.items():
+        console.print(f"float: {escape(name)}: {escape(reason)}", highlight=False)
+    facts = Table(show_header=False, title="prediction")
+    facts.add_row(
+        "quantized weights", f"{predicted.weights:,} in {predicted.sites} sites at {predicted.promised_bits:.4f} bits"
+    )
+    facts.add_row("weight files", f"{predicted.weight_bytes:,} bytes, exactly (now {predicted.float_bytes:,})")
+    facts.add_row("peak memory", human(predicted.peak_rss_bytes))
+    if predicted.peak_gpu_bytes:
+        facts.add_row("peak GPU memory", human(predicted.peak_gpu_bytes))
+    if predicted.spilled_bytes:
+        facts.add_row("activations on disk", human(predicted.spilled_bytes))
+    facts.add_row("time", f"{predicted.seconds:.0f} s (rehearsed in {predicted.rehearsal_seconds:.0f} s)")
+    console.print(facts)
+
+
+def _show_result(result: Result, float_bytes: int, console: Console, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"out": str(result.out), **result.report}))
+        return
+    report, written = result.report, result.written
+    total = sum(written.files.values())
+    console.print(
+        f"[bold]{escape(str(result.out))}[/bold]: {written.measured_bits:.3f} bits per quantized weight on disk, "
+        f"{human(total)} of weights (from {human(float_bytes)}), {report['seconds']:.0f} s, "
+        f"peak memory {human(report['peak_rss_bytes'])}"
+    )
+    noted = [site for site in report["sites"] if site["notes"]]
+    if noted:
+        console.print(f"[yellow]{len(noted)} sites have notes[/yellow]; see report.html")
+    console.print(f"verified: logits after reloading within {report['verification']['worst_difference']:.1e}")
+    original, made = shlex.quote(report["model"]["name"]), shlex.quote(str(result.out))
+    console.print(f"next: quant-eval {escape(made)} --against {escape(original)}", soft_wrap=True)
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+def main() -> None:
+    """The console entry point: one sentence for every error that has one."""
+    signal.signal(signal.SIGTERM, _terminate)
+    error_console = Console(stderr=True)
+    try:
+        app(standalone_mode=False)
+    except (BitwrightError, SpecError) as error:
+        error_console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code if isinstance(error, BitwrightError) else SettingsError.exit_code)
+    except (KeyboardInterrupt, Terminated, typer.Abort) as stop:
+        code = 143 if isinstance(stop, Terminated) else 130
+        again = [arg for arg in sys.argv[1:] if arg not in ("--resume", "--restart")]
+        command = shlex.join(["quantize", *again, "--resume"])
+        error_console.print(f"stopped; finished blocks are kept. Continue with:\n  {escape(command)}", soft_wrap=True)
+        sys.exit(code)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except Exception as error:
+        show = getattr(error, "show", None)  # a flag that typer refused
+        if show is None:
+            raise
+        show()
+        sys.exit(SettingsError.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What the command line shows while it works: one live line on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from quant.blocks import Solved
+from quant.progress import Progress
+
+
+class Display(Progress):
+    """Block k of n, site, error, ETA, memory. The ETA counts weights: blocks may differ in size."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[site]}", style="cyan"),
+            TextColumn("{task.fields[error]}"),
+            TextColumn("{task.fields[eta]}", style="green"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[memory]}", style="magenta"),
+            console=console,
+            transient=True,
+        )
+        self.task = self.bars.add_task("", total=None, site="", error="", eta="", memory="")
+        self.blocks, self.weights, self.done_weights, self.resumed = 0, 0, 0, 0
+        self.began = time.perf_counter()
+        self.errors: list[float] = []
+
+    def __enter__(self) -> Display:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def begin(self, blocks: int, weights: int, done: int) -> None:
+        self.blocks, self.weights, self.resumed = blocks, weights, done
+        self.began = time.perf_counter()
+        self.bars.update(self.task, total=max(1, weights))
+        if done:
+            self.console.print(f"resuming: {done} of {blocks} blocks are done")
+
+    def block(self, index: int, name: str) -> None:
+        self.errors = []
+        self.bars.update(self.task, description=f"block {index + 1}/{self.blocks}", site=name, memory=_memory())
+
+    def site(self, solved: Solved) -> None:
+        self.errors.append(solved.error)
+        done = self.bars.tasks[0].completed + solved.site.shape[0] * solved.site.shape[1]
+        name = solved.site.name
+        self.bars.update(self.task, completed=done, site=name, error=f"error {solved.error:.2e}", eta=self._eta(done))
+        for note in solved.notes:
+            self.console.print(f"[yellow]note[/yellow] {name}: {note}", highlight=False)
+
+    def advanced(self, index: int, weights: int) -> None:
+        self.done_weights += weights
+        if not self.errors:
+            self.began = time.perf_counter()  # blocks from a journal say nothing about the pace
+        self.bars.update(self.task, completed=self.done_weights, memory=_memory(), eta=self._eta(self.done_weights))
+        if not self.console.is_terminal and self.errors:
+            worst = max(self.errors)
+            self.console.print(
+                f"block {index + 1}/{self.blocks}: worst error {worst:.2e}, {self._eta(self.done_weights)}"
+            )
+
+    def step(self, what: str) -> None:
+        self.bars.update(self.task, description=what, site="", error="", eta="", memory=_memory())
+
+    def _eta(self, done: float) -> str:
+        elapsed = time.perf_counter() - self.began
+        if done <= 0 or done >= self.weights or elapsed < 1:
+            return ""
+        left = int(elapsed / done * (self.weights - done))
+        return f"{left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d} left"
+
+
+def _memory() -> str:
+    with open("/proc/self/statm") as stream:
+        pages = int(stream.read().split()[1])
+    return f"{human(pages * resource.getpagesize())} in use"
+
+
+def human(count: float) -> str:
+    """Bytes for people: powers of 1024, three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return (
+                f"{count:.0f} {unit}"
+                if unit == "B"
+                else f"{count:.3g} {unit}"
+                if count < 100
+                else f"{count:.0f} {unit}"
+            )
+        count /= 1024
+    return f"{count:.3g} TiB"

@@ -1,0 +1,138 @@
+"""The dry run: what a run will take, found out by rehearsing its largest block on one batch.
+
+Bytes on disk need no guess: the specs promise them and the writer's own arrangement is computed on tensors that do not
+exist yet. Memory and time are measured, not modelled: the largest block is loaded, its statistics are collected on one
+calibration batch, its sites are solved and thrown away. The peak of that is the run's peak but for the stored
+activations, which are counted; the times scale with the number of batches and with each block's weights.
+"""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from quant.blocks import BlockSolver, Solved
+from quant.calibration.activations import Activations
+from quant.calibration.replay import Replay
+from quant.checkpoint.shards import sizes
+from quant.checkpoint.writer import arrangement, promised_pieces, quantized_sites
+from quant.models.stream import outside_blocks
+from quant.pipeline import Prepared
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`weight_files`: exact bytes by name. `promised_bits`: per quantized weight. `peak_rss_bytes`, `peak_gpu_bytes`,
+    `seconds`: predicted for the run. `spilled_bytes`: activations that will go to disk meanwhile."""
+
+    sites: int
+    weights: int
+    promised_bits: float
+    weight_files: dict[str, int]
+    float_bytes: int
+    peak_rss_bytes: int
+    peak_gpu_bytes: int
+    spilled_bytes: int
+    seconds: float
+    rehearsal_seconds: float
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.weight_files.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "weight_bytes": self.weight_bytes}
+
+
+@dataclass
+class _Rehearsal:
+    block_weights: int
+    load: float  # seconds for the block
+    collect: float  # seconds for one batch
+    advance: float  # seconds for one batch
+    solve: float  # seconds for the block
+    stored: int  # bytes of one batch's output
+
+
+def estimate(prepared: Prepared) -> Estimate:
+    """Predicts a run. Takes about as long as one block of it."""
+    began = time.perf_counter()
+    sites = quantized_sites(prepared)
+    weights = sum(site.shape[0] * site.shape[1] for site, _ in sites.values())
+    packed = sum(spec.nbytes(site.shape) for site, spec in sites.values())
+    files = sizes(arrangement(prepared, promised_pieces(prepared)))
+    cuda = prepared.settings.device.startswith("cuda")
+    seen = _rehearse(prepared)
+    batches = len(prepared.samples.batches) if prepared.recipe.calibration is not None else 0
+    paths = 2 if prepared.recipe.match == "float" and batches else 1
+    activations = seen.stored * (batches + 1) * paths
+    held = min(activations, prepared.settings.spill_bytes * paths)
+    share = weights / max(1, seen.block_weights)  # in blocks of the rehearsed size
+    per_block = seen.load + seen.solve + (seen.collect + seen.advance * paths) * batches
+    peak_gpu = torch.cuda.max_memory_allocated() + held if cuda else 0
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + (0 if cuda else held)
+    verification = (seen.load + seen.advance) * share
+    return Estimate(
+        sites=len(sites),
+        weights=weights,
+        promised_bits=8 * packed / max(1, weights),
+        weight_files=files,
+        float_bytes=prepared.source.nbytes(),
+        peak_rss_bytes=peak_rss,
+        peak_gpu_bytes=peak_gpu,
+        spilled_bytes=activations - held,
+        seconds=per_block * share + verification,
+        rehearsal_seconds=time.perf_counter() - began,
+    )
+
+
+@torch.no_grad()
+def _rehearse(prepared: Prepared) -> _Rehearsal:
+    skeleton, chain = prepared.skeleton, prepared.walk.chain
+    blocks = {block.name: block for block in prepared.walk.blocks}
+    largest = max(prepared.walk.blocks, key=lambda block: sum(s.shape[0] * s.shape[1] for s in block.sites))
+    outside, _ = outside_blocks(skeleton, chain)
+    skeleton.load(outside)
+    device = prepared.settings.device
+    batch = {key: value.to(device) for key, value in prepared.samples.batches[0].items()}
+    solved: list[Solved] = []
+    with tempfile.TemporaryDirectory() as folder, Replay(skeleton.model, chain) as replay:
+        store = Activations(1, Path(folder), prepared.settings.spill_bytes, device)
+        first = skeleton.names_under(chain[0])
+        skeleton.load(first)
+        replay.output(0, batch, None)  # the first call pays for what later ones share
+        store[0] = replay.output(0, batch, None)
+        if chain[0] != largest.name:
+            skeleton.unload(first)
+        index = chain.index(largest.name)
+        if index == 0:
+            store[0] = None
+        names = skeleton.names_under(largest.name)
+        load = _timed(lambda: skeleton.load(names))
+        matched = prepared.recipe.match == "float" and prepared.recipe.calibration is not None
+        solver = BlockSolver(
+            replay, prepared.recipe, prepared.plan, [batch], store, store if matched else None, solved.append
+        )
+        whole = _timed(lambda: solver.solve(index, blocks[largest.name], {}))
+        output: list[Any] = []
+        advance = _timed(lambda: output.append(replay.output(index, batch, store[0])))
+        stored = sum(t.nbytes for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor))
+        skeleton.unload([*names, *outside])
+    solve = sum(s.seconds for s in solved)
+    weights = sum(s.site.shape[0] * s.site.shape[1] for s in solved)
+    return _Rehearsal(weights, load, max(0.0, whole - solve), advance, solve, stored)
+
+
+def _timed(work: Any) -> float:
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
