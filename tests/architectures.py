@@ -7,7 +7,11 @@ shows. Sizes are small, and unequal where the architecture allows it.
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +136,14 @@ def save(name: str, folder: Path) -> Path:
     """Writes the model of that name into `folder`."""
     make(name).save_pretrained(folder)
     return folder
+
+
+@cache
+def checkpoint(name: str) -> Path:
+    """The folder of that model, written once per process. Read it, never write into it."""
+    folder = Path(tempfile.mkdtemp(prefix=f"bitwright-{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return save(name, folder)
 
 
 def batch(rows: int = 1, length: int = 12, *, padded: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:

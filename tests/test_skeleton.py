@@ -14,19 +14,16 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from architectures import ARCHITECTURES, batch, make_from
+from architectures import ARCHITECTURES, batch, checkpoint, make_from
 from quant.errors import ModelError
 from quant.models.skeleton import Skeleton
 from quant.models.source import find
-
-Checkpoint = Callable[[str], Path]
 
 
 def reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """What from_pretrained makes of the folder."""
     config = transformers.AutoConfig.from_pretrained(folder)
-    (name,) = config.architectures or ()
-    cls = getattr(transformers, name)
+    cls: Any = getattr(transformers, config.architectures[0])  # pyright: ignore[reportOptionalSubscript]
     return cls.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
 
 
@@ -58,7 +55,7 @@ def real(model: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_filled_model_is_the_one_transformers_loads(name: str, checkpoint: Checkpoint) -> None:
+def test_filled_model_is_the_one_transformers_loads(name: str) -> None:
     model, expected = filled(checkpoint(name)), reference(checkpoint(name))
     state = model.state_dict()
     assert list(state) == list(expected.state_dict())
@@ -70,7 +67,7 @@ def test_filled_model_is_the_one_transformers_loads(name: str, checkpoint: Check
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_one_block_comes_alone_and_goes_again(name: str, checkpoint: Checkpoint) -> None:
+def test_one_block_comes_alone_and_goes_again(name: str) -> None:
     skeleton = Skeleton(find(str(checkpoint(name))))
     buffers = real(skeleton.model)
     block = next(key for key, _ in skeleton.model.named_modules() if key.endswith(".1"))
@@ -83,7 +80,7 @@ def test_one_block_comes_alone_and_goes_again(name: str, checkpoint: Checkpoint)
     assert set(names) <= real(skeleton.model)
 
 
-def test_experts_are_stored_one_by_one_and_merged(checkpoint: Checkpoint) -> None:
+def test_experts_are_stored_one_by_one_and_merged() -> None:
     source = find(str(checkpoint("qwen3-moe")))
     skeleton = Skeleton(source)
     parts = [key for key in source.entries if ".layers.0.mlp.experts." in key]
@@ -93,7 +90,7 @@ def test_experts_are_stored_one_by_one_and_merged(checkpoint: Checkpoint) -> Non
     assert "model.layers.0.self_attn.q_proj.weight" not in skeleton.converted
 
 
-def test_what_is_split_from_one_tensor_does_not_stay_behind(checkpoint: Checkpoint) -> None:
+def test_what_is_split_from_one_tensor_does_not_stay_behind() -> None:
     """Loading one target of a split tensor reads the others too; they return to meta."""
     skeleton = Skeleton(find(str(checkpoint("llama"))))
     key, other = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
@@ -103,7 +100,7 @@ def test_what_is_split_from_one_tensor_does_not_stay_behind(checkpoint: Checkpoi
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2", "gemma3", "opt", "gpt2", "falcon"])
-def test_tied_weights_are_one_tensor(name: str, checkpoint: Checkpoint) -> None:
+def test_tied_weights_are_one_tensor(name: str) -> None:
     skeleton = Skeleton(find(str(checkpoint(name))))
     ((target, origin),) = skeleton.tied.items()
 
@@ -123,7 +120,7 @@ def test_tied_weights_are_one_tensor(name: str, checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("stored", ["head", "both", "both, different"])
-def test_ties_follow_what_is_stored(stored: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_ties_follow_what_is_stored(stored: str, tmp_path: Path) -> None:
     """Older checkpoints hold the head, or both copies; transformers ties them only if they are equal."""
     folder = copied(checkpoint("llama-tied"), tmp_path)
 
@@ -161,14 +158,14 @@ def test_parameters_that_an_architecture_keeps_in_float32_stay_so(tmp_path: Path
     }
 
 
-def test_shards_are_read_through_the_index(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_shards_are_read_through_the_index(tmp_path: Path) -> None:
     reference(checkpoint("qwen3-moe")).save_pretrained(tmp_path, max_shard_size="50kB")
     assert len(find(str(tmp_path)).files) > 3
     with torch.no_grad():
         assert torch.equal(filled(tmp_path)(**batch())[0], reference(checkpoint("qwen3-moe"))(**batch())[0])
 
 
-def test_a_tensor_is_read_bit_for_bit(checkpoint: Checkpoint) -> None:
+def test_a_tensor_is_read_bit_for_bit() -> None:
     source = find(str(checkpoint("gpt2")))
     assert list(source.entries) == sorted(source.entries)
     stored = load_file(source.folder / "model.safetensors")
@@ -178,7 +175,7 @@ def test_a_tensor_is_read_bit_for_bit(checkpoint: Checkpoint) -> None:
     assert source.nbytes() == (source.folder / "model.safetensors").stat().st_size
 
 
-def test_the_fingerprint_tells_models_apart(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_the_fingerprint_tells_models_apart(tmp_path: Path) -> None:
     folder = copied(checkpoint("llama"), tmp_path)
     first = find(str(folder)).fingerprint()
     assert first == find(str(checkpoint("llama"))).fingerprint()
@@ -211,7 +208,7 @@ def refusal(folder: Path | str) -> str:
 
 
 @pytest.mark.parametrize("place", ["../outside.safetensors", "/etc/hostname", "sub/model.safetensors", "..", "absent"])
-def test_an_index_cannot_leave_its_folder(place: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_an_index_cannot_leave_its_folder(place: str, tmp_path: Path) -> None:
     folder = copied(checkpoint("llama"), tmp_path)
     shutil.move(folder / "model.safetensors", tmp_path / "outside.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": place}}))
@@ -221,27 +218,27 @@ def test_an_index_cannot_leave_its_folder(place: str, checkpoint: Checkpoint, tm
 
 
 @pytest.mark.parametrize("index", ["{}", "[]", "{", '{"weight_map": 3}', "[" * 100_000])
-def test_a_damaged_index_is_named(index: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_damaged_index_is_named(index: str, tmp_path: Path) -> None:
     folder = copied(checkpoint("llama"), tmp_path)
     shutil.move(folder / "model.safetensors", folder / "a.safetensors")
     (folder / "model.safetensors.index.json").write_text(index)
     assert "model.safetensors.index.json" in refusal(folder)
 
 
-def test_a_tensor_stored_twice_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_tensor_stored_twice_is_refused(tmp_path: Path) -> None:
     folder = copied(checkpoint("llama"), tmp_path)
     shutil.move(folder / "model.safetensors", folder / "a.safetensors")
     shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
     assert "stored twice, in a.safetensors and in b.safetensors" in refusal(folder)
 
 
-def test_other_layouts_beside_the_model_are_left_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_other_layouts_beside_the_model_are_left_alone(tmp_path: Path) -> None:
     folder = copied(checkpoint("llama"), tmp_path)
     save_file({"layers.0.w": torch.zeros(2)}, folder / "consolidated.safetensors")
     assert find(str(folder)).files == ["model.safetensors"]
 
 
-def test_a_pickle_is_never_opened(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     folder = copied(checkpoint("llama"), tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     message = refusal(folder)
@@ -255,13 +252,13 @@ def test_an_empty_folder(tmp_path: Path) -> None:
     assert "no .safetensors weights" in refusal(tmp_path)
 
 
-def test_a_file_instead_of_a_folder(checkpoint: Checkpoint) -> None:
+def test_a_file_instead_of_a_folder() -> None:
     assert "not a folder" in refusal(checkpoint("llama") / "model.safetensors")
     assert "not a folder" in refusal("./no/such/place")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_non_finite_weights_are_named(value: float, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_non_finite_weights_are_named(value: float, tmp_path: Path) -> None:
     folder = copied(checkpoint("llama"), tmp_path)
     edit_weights(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][3].fill_(value))
     message = refusal(folder)
@@ -269,7 +266,7 @@ def test_non_finite_weights_are_named(value: float, checkpoint: Checkpoint, tmp_
     assert "NaN or infinite" in message
 
 
-def test_a_missing_tensor_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     folder = copied(checkpoint("llama"), tmp_path)
     edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     message = refusal(folder)
@@ -277,14 +274,14 @@ def test_a_missing_tensor_is_named(checkpoint: Checkpoint, tmp_path: Path) -> No
     assert "model.layers.1.mlp.up_proj.weight" in message
 
 
-def test_a_missing_expert_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     folder = copied(checkpoint("qwen3-moe"), tmp_path)
     edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.experts.4.down_proj.weight"))
     message = refusal(folder)
     assert "model.layers.1.mlp.experts.down_proj" in message
 
 
-def test_a_tensor_of_another_shape_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     folder = copied(checkpoint("llama"), tmp_path)
     edit_config(folder, intermediate_size=100)
     message = refusal(folder)
@@ -292,7 +289,7 @@ def test_a_tensor_of_another_shape_is_named(checkpoint: Checkpoint, tmp_path: Pa
     assert "do not belong together" in message
 
 
-def test_experts_of_unequal_shape_are_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_experts_of_unequal_shape_are_named(tmp_path: Path) -> None:
     folder = copied(checkpoint("qwen3-moe"), tmp_path)
     key = "model.layers.1.mlp.experts.4.down_proj.weight"
     edit_weights(folder, lambda tensors: tensors.update({key: torch.zeros(64, 20)}))
@@ -302,7 +299,7 @@ def test_experts_of_unequal_shape_are_named(checkpoint: Checkpoint, tmp_path: Pa
 
 
 @pytest.mark.parametrize("cut", [3, 200, 20_000])
-def test_a_truncated_file_is_named(cut: int, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_truncated_file_is_named(cut: int, tmp_path: Path) -> None:
     folder = copied(checkpoint("llama"), tmp_path)
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
@@ -310,7 +307,7 @@ def test_a_truncated_file_is_named(cut: int, checkpoint: Checkpoint, tmp_path: P
     assert "model.safetensors: not a readable safetensors file" in message
 
 
-def test_a_file_that_goes_away_while_in_use(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_file_that_goes_away_while_in_use(tmp_path: Path) -> None:
     skeleton = Skeleton(find(str(copied(checkpoint("llama"), tmp_path))))
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="changed while it was being read"):
@@ -332,20 +329,20 @@ def test_a_file_that_goes_away_while_in_use(checkpoint: Checkpoint, tmp_path: Pa
     ],
     ids=str,
 )
-def test_a_config_that_transformers_cannot_use(changes: dict[str, Any], checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_config_that_transformers_cannot_use(changes: dict[str, Any], tmp_path: Path) -> None:
     folder = copied(checkpoint("llama"), tmp_path)
     edit_config(folder, **changes)
     assert str(folder) in refusal(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", "[" * 100_000, '{"model_type": "llama"'])
-def test_a_config_that_is_not_json(content: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_config_that_is_not_json(content: str, tmp_path: Path) -> None:
     folder = copied(checkpoint("llama"), tmp_path)
     (folder / "config.json").write_text(content)
     assert "config.json" in refusal(folder)
 
 
-def test_a_quantized_model_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     folder = copied(checkpoint("llama"), tmp_path)
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     message = refusal(folder)
@@ -364,7 +361,7 @@ def test_a_hub_that_cannot_be_reached(name: str, monkeypatch: pytest.MonkeyPatch
     assert "path of a local folder" in message
 
 
-def test_a_hub_name_is_downloaded_without_duplicates(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_is_downloaded_without_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
     def download(name: str, **settings: Any) -> str:
