@@ -25,8 +25,7 @@ from quant.kernels.spec import Spec
 from quant.models.walk import Block, Site
 from quant.recipe import Plan, Recipe
 from quant.solvers.solution import Solution
-
-SMALL = 4 * 1024 * 1024  # weights of a matrix that one thread solves fastest
+from quant.threads import threads, worth
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class BlockSolver:
         spec = self.plan.specs[site.name]
         assert spec is not None
         weight = oriented(self.model.get_parameter(site.parameter), site).float()
-        with _few_threads(weight):
+        with threads(worth(weight.shape[-2] * weight.shape[-1])):
             return self._solve_matrices(site, spec, weight, stats, began)
 
     def _solve_matrices(
@@ -200,21 +199,6 @@ def float_weights(model: nn.Module, originals: dict[str, torch.Tensor]) -> Gener
     finally:
         for name, weight in kept.items():
             model.get_parameter(name).data = weight
-
-
-@contextmanager
-def _few_threads(weight: torch.Tensor) -> Generator[None]:
-    """One thread for small matrices on a CPU: a column of a few hundred rows is done before a second thread wakes up
-    (measured: 3 to 40 times slower with two threads on a busy two-core machine)."""
-    before = torch.get_num_threads()
-    small = weight.device.type == "cpu" and weight.shape[-2] * weight.shape[-1] < SMALL
-    if small:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if small:
-            torch.set_num_threads(before)
 
 
 def _uniform(packed: Packed) -> PackedUniform:

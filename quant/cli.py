@@ -89,20 +89,20 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sites, bytes, memory and time; write nothing.")
     ] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; default: one for small matrices, else torch's choice.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
 ) -> None:
     if resume and restart:
         raise SettingsError("--resume and --restart exclude each other")
-    if threads is not None:
-        torch.set_num_threads(threads)
     chosen = with_spec(load_recipe(recipe), bits=_whole(bits), group_size=group_size, symmetric=symmetric)
     values = {"text": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
     chosen = _with_calibration(override(chosen, settings or []), values)
     chosen = replace(chosen, only=tuple(only or chosen.only), skip=tuple(skip or chosen.skip))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    place = Settings(device, _dtype(dtype, device), plan)
+    place = Settings(device, _dtype(dtype, device), plan, threads=threads or 0)
     console = Console(stderr=True, quiet=quiet)
     with Display(console) if not quiet else _Silent() as shown:
         prepared = prepare(model, chosen, place, shown)

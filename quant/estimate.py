@@ -25,6 +25,7 @@ from quant.checkpoint.shards import sizes
 from quant.checkpoint.writer import arrangement, promised_pieces, quantized_sites
 from quant.models.stream import outside_blocks
 from quant.pipeline import Prepared
+from quant.threads import threads
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def estimate(prepared: Prepared) -> Estimate:
     packed = sum(spec.nbytes(site.shape) for site, spec in sites.values())
     files = sizes(arrangement(prepared, promised_pieces(prepared)))
     cuda = prepared.settings.device.startswith("cuda")
-    seen = _rehearse(prepared)
+    with threads(prepared.threads):
+        seen = _rehearse(prepared)
     batches = len(prepared.samples.batches) if prepared.recipe.calibration is not None else 0
     paths = 2 if prepared.recipe.match == "float" and batches else 1
     activations = seen.stored * (batches + 1) * paths

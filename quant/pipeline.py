@@ -37,6 +37,7 @@ from quant.models.stream import first_tensor, outside_blocks
 from quant.models.walk import Block, Walk, walk
 from quant.progress import Progress
 from quant.recipe import Plan, Recipe, make_plan
+from quant.threads import threads, worth
 from quant.version import VERSION
 
 TRACE_TOKENS = 16
@@ -47,12 +48,13 @@ SPILL_BYTES = 2 * 1024**3
 @dataclass(frozen=True)
 class Settings:
     """What does not belong to a recipe: where and how a run goes. `spill_bytes`: activations kept in memory, the rest
-    on disk. `plan`: a file with specs for some sites."""
+    on disk. `plan`: a file with specs for some sites. `threads`: of the CPU; 0 lets the size of the matrices decide."""
 
     device: str = "cpu"
     dtype: str = "float32"
     plan: Path | None = None
     spill_bytes: int = SPILL_BYTES
+    threads: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class Prepared:
     samples: Samples
     recipe: Recipe
     settings: Settings
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of the run."""
+        return self.settings.threads or worth(max(site.out * site.inputs for site in self.walk.sites))
 
     def probe(self) -> Batch:
         """What the verification runs on: the first window's first tokens."""
@@ -82,7 +89,7 @@ class Prepared:
             "compute": {
                 "device": self.settings.device,
                 "dtype": self.settings.dtype,
-                "threads": torch.get_num_threads(),
+                "threads": self.threads,
                 "machine": platform.machine(),
             },
             "versions": versions(),
@@ -153,7 +160,7 @@ def run(prepared: Prepared, out: Path, mode: Mode = "new", progress: Progress | 
     """The computation, the checkpoint and its verification."""
     progress = progress or Progress()
     began = time.perf_counter()
-    with Journal(out, prepared.identity(), mode) as journal:
+    with threads(prepared.threads), Journal(out, prepared.identity(), mode) as journal:
         resumed = sum(journal.finished(i) for i in range(len(prepared.walk.chain)))
         try:
             logits = _blocks(prepared, journal, progress)

@@ -45,7 +45,7 @@ def provenance(prepared: Prepared) -> dict[str, Any]:
     """What the report says beside the run's identity and its results; plain data."""
     source, samples, settings, recipe = prepared.source, prepared.samples, prepared.settings, prepared.recipe
     plan = None if settings.plan is None else str(settings.plan)
-    compute = {"device": settings.device, "dtype": settings.dtype, "threads": torch.get_num_threads()}
+    compute = {"device": settings.device, "dtype": settings.dtype, "threads": prepared.threads}
     tokens = samples.tokens if recipe.calibration is not None else 0
     return {
         "format_version": FORMAT_VERSION,
