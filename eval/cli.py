@@ -20,12 +20,12 @@ import transformers
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from quant.calibration.texts import resolve
 from quant.errors import BitwrightError, ResourceError, SettingsError
 from quant.eval.evaluate import evaluate
 from quant.eval.report import Report
 from quant.eval.subject import Subject, open_subject
 from quant.eval.table import console_for, continuations, table
-from quant.eval.texts import resolve
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 

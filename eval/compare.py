@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import log_softmax
 
+from quant.calibration.texts import Encoded
 from quant.errors import SettingsError
 from quant.eval.perplexity import (
     Perplexity,
@@ -26,7 +27,6 @@ from quant.eval.perplexity import (
     summarize,
 )
 from quant.eval.subject import Subject
-from quant.eval.texts import Encoded
 
 
 @dataclass(frozen=True)

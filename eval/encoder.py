@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity
 
+from quant.calibration.texts import Text
 from quant.errors import ModelError, SettingsError
 from quant.eval.perplexity import Progress
 from quant.eval.subject import Subject
-from quant.eval.texts import Text
 
 _BATCH_TOKENS = 4096
 

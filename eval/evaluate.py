@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from quant.calibration.texts import Encoded, Text, encode, resolve
 from quant.errors import SettingsError
 from quant.eval import generate as generations
 from quant.eval.compare import compare
@@ -25,7 +26,6 @@ from quant.eval.footprint import cost_of, size_of
 from quant.eval.perplexity import Progress, Rule, measure, rule_for
 from quant.eval.report import Report, Settings, machine, versions
 from quant.eval.subject import Subject, open_subject
-from quant.eval.texts import Encoded, Text, encode, resolve
 
 Source = str | Path | PreTrainedModel | Subject
 
@@ -48,7 +48,7 @@ def evaluate(
     Args:
         model_or_path: a folder, a hub name, a model in memory or a `Subject`; packed by bitwright or not.
         against: the original, likewise; enables KL divergence, top-1 agreement and the cosines of an encoder.
-        text: a name (see `quant.eval.texts`), a UTF-8 file or a `Text`.
+        text: a name (see `quant.calibration.texts`), a UTF-8 file or a `Text`.
         window: tokens per window; None is min(512, model maximum).
         stride: None for non-overlapping windows, else how far the ends of the windows lie apart.
         max_windows: only the first so many windows (lines, for an encoder).
@@ -67,7 +67,7 @@ def evaluate(
     original = None if against is None else open_subject(against, device, dtype)
     if original is not None and original.kind != subject.kind:
         raise SettingsError(
-            f"{subject.name} is a {subject.kind}, {original.name} a {original.kind}: nothing to compare."
+            f"{subject.name} is judged as {subject.kind}, {original.name} as {original.kind}: nothing to compare."
         )
     rule = _rule(subject, original, window, stride, max_windows)
     judge = _judge_causal if subject.kind == "causal-lm" else _judge_encoder

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from quant.calibration.texts import Text
 from quant.errors import SettingsError
 from quant.eval.subject import Subject
-from quant.eval.texts import Text
 
 PROMPT_TOKENS = 24
 NEW_TOKENS = 48

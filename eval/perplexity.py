@@ -27,9 +27,9 @@ import torch
 import typer
 from torch.nn.functional import cross_entropy
 
+from quant.calibration.texts import Encoded, encode, resolve
 from quant.errors import BitwrightError, ModelError, SettingsError
 from quant.eval.subject import Subject, open_subject
-from quant.eval.texts import Encoded, encode, resolve
 
 DEFAULT_WINDOW = 512
 _CHUNK = 1 << 20  # logits turned to float32 at once: 4 MB stays in a CPU's cache

@@ -38,7 +38,7 @@ def plot(reports: Sequence[Report], original: Report | None, path: Path) -> None
     _scale(axes.xaxis, axes.set_xscale, [x for x, _, _ in points])
     _scale(axes.yaxis, axes.set_yscale, [y for _, y, _ in points])
     axes.margins(0.12)
-    axes.grid(visible=True, which="both", color="#dddddd", linewidth=0.6)
+    axes.grid(visible=True, which="major", color="#dddddd", linewidth=0.6)
     settings = reports[0].settings
     stride = "" if settings.stride is None else f", stride {settings.stride}"
     axes.set_xlabel("weights on disk, MB (10^6 bytes)")

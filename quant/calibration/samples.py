@@ -6,6 +6,7 @@ The starting places are the ones that the shared rule for comparing tools prescr
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 import transformers
 
+from quant.calibration.texts import encode, resolve
 from quant.errors import CalibrationError, ModelError
-from quant.eval.texts import encode, resolve
 from quant.models.source import Source
 from quant.recipe import Calibration
 
@@ -23,12 +24,21 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Samples:
-    """`batches`: keyword arguments of the model's forward. `text`, `sha256`: what they were cut from; `tokens`: how many."""
+    """`batches`: keyword arguments of the model's forward. `text`, `sha256`: what they were cut from; `tokens`: how
+    many."""
 
     batches: tuple[Batch, ...]
     text: str
     sha256: str
     tokens: int
+
+    def tokens_sha256(self) -> str:
+        """What the model will be given: it tells two tokenizers apart where the text does not."""
+        digest = hashlib.sha256()
+        for batch in self.batches:
+            for name, tensor in sorted(batch.items()):
+                digest.update(f"{name}{list(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -37,8 +47,8 @@ def load_tokenizer(source: Source) -> Any:
     except Exception as error:  # tokenizers raise of every kind, down to a bare Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{source.name}: its tokenizer cannot be loaded ({reason}); calibration needs one: add tokenizer.json, or use "
-            "--recipe rtn, which reads no text"
+            f"{source.name}: its tokenizer cannot be loaded ({reason}); calibration needs one: add tokenizer.json, or "
+            "use --recipe rtn, which reads no text"
         ) from None
 
 
@@ -87,7 +97,8 @@ def bring(batches: Iterable[Mapping[str, Any]]) -> Samples:
             continue
         if set(batch) - {"input_ids", "attention_mask"}:
             raise CalibrationError(
-                f"a padded batch with {sorted(set(batch))}: padding can be cut only from input_ids; bring rows of full length"
+                f"a padded batch with {sorted(set(batch))}: padding can be cut only from input_ids; bring rows of full "
+                "length"
             )
         for row, keep in zip(batch["input_ids"], mask.bool(), strict=True):
             if bool(keep.any()):
