@@ -93,7 +93,7 @@ def walk(model: nn.Module, batch: Mapping[str, Any], *, only: Sequence[str] = ()
     pick.check()
     _explain_the_rest(model, blocks, seen, left)
     if not blocks:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:4]) or "it has no linear layers"
+        reasons = "; ".join(f"{name}: {left[name]}" for name in matrices(model)[:4]) or "it has no linear layers"
         raise ModelError(f"{type(model).__name__}: nothing to quantize ({reasons})")
     return Walk(seen.chain, blocks, left)
 
@@ -132,7 +132,7 @@ def _stages(
         site = _site(model, times[0])
         reason = _unfit(seen, block, site, times) or _not_worth_it(site, experts) or pick.reason(site.name)
         if reason is not None:
-            left[parameter] = reason
+            left.setdefault(parameter, reason)
         else:
             stages.setdefault(parameter if site.experts else times[0].source, []).append(site)
     return tuple(tuple(stage) for stage in stages.values())
