@@ -46,3 +46,9 @@ class ResumeError(BitwrightError):
 
 class ResourceError(BitwrightError):
     exit_code = 8
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out: Python, CUDA, torch on a CPU and the C library say it differently."""
+    said = ("out of memory", "not enough memory", "allocate memory", "os error 12")
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in said)

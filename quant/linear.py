@@ -1,13 +1,13 @@
 """The modules that run packed weights, and the names their tensors are stored under.
 
-`PackedLinear` stands where a Linear or Conv1D stood and keeps the packed tensors as buffers; its forward is one call into
-`kernels.dispatch`. Expert stacks keep their module and its code: `pack_experts` gives the module a subclass whose
+`PackedLinear` stands where a Linear or Conv1D stood and keeps the packed tensors as buffers; its forward is one call
+into `kernels.dispatch`. Expert stacks keep their module and its code: `pack_experts` gives the module a subclass whose
 forward sees, in place of each 3-D parameter, a view that dequantizes the one expert asked for, so any architecture's
 routing runs unchanged and only the experts that are hit are ever expanded.
 
-Stored names: a site `a.b.q_proj` stores `a.b.q_proj.weight`, `.scales`, `.zeros`; a stack `a.experts.gate_up_proj` stores
-`a.experts.gate_up_proj`, `_scales`, `_zeros`. The codes always take the float parameter's own name with a shape of one
-dimension, so transformers without this package stops with a size mismatch and never runs on random weights.
+Stored names: a site `a.b.q_proj` stores `a.b.q_proj.weight`, `.scales`, `.zeros`; a stack `a.experts.gate_up_proj`
+stores `a.experts.gate_up_proj`, `_scales`, `_zeros`. The codes always take the float parameter's own name with a shape
+of one dimension, so transformers without this package stops with a size mismatch and never runs on random weights.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class _View:
 
 
 class PackedExperts:
-    """Mixed in front of an experts class by `pack_experts`. `bitwright_stacks`: spec and site of each packed parameter."""
+    """Mixed in front of an experts class by `pack_experts`. `bitwright_stacks`: spec and site of a packed parameter."""
 
     bitwright_stacks: dict[str, tuple[Spec, Site]]
 
@@ -164,7 +164,7 @@ def _suffixes(spec: Spec, site: Site) -> list[str]:
 
 
 def pack_experts(module: nn.Module, leaf: str, spec: Spec, site: Site) -> None:
-    """Turns the 3-D parameter `leaf` of an experts module into packed buffers, and its class into one that reads them."""
+    """Turns the 3-D parameter `leaf` of an experts module into packed buffers, its class into one that reads them."""
     if not isinstance(module, PackedExperts):
         kind = type(module)
         module.__class__ = type(f"Packed{kind.__name__}", (PackedExperts, kind), {"__module__": kind.__module__})
@@ -174,7 +174,8 @@ def pack_experts(module: nn.Module, leaf: str, spec: Spec, site: Site) -> None:
     for key, tensor in spec.tensors(site.shape).items():
         suffix = "" if key == "weight" else f"_{key}"
         module.register_buffer(leaf + suffix, torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=device))
-    module.bitwright_stacks[leaf] = (spec, site)  # pyright: ignore[reportIndexIssue]
+    stacks: Any = module.bitwright_stacks
+    stacks[leaf] = (spec, site)
 
 
 def put_packed(model: nn.Module, site: Site, spec: Spec) -> None:

@@ -12,7 +12,8 @@ import json
 import platform
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,16 @@ from quant.blocks import BlockSolver, Solved, fill, float_weights
 from quant.calibration.activations import Activations
 from quant.calibration.replay import Replay
 from quant.calibration.samples import Batch, Samples, draw, noise
-from quant.checkpoint.journal import FOLDER, Journal, Mode
+from quant.checkpoint.journal import FOLDER, Journal, Mode, complete, finished_report
 from quant.checkpoint.provenance import provenance
 from quant.checkpoint.verify import compare_logits
 from quant.checkpoint.writer import Written, write_checkpoint
-from quant.errors import ModelError, ResourceError
+from quant.errors import BitwrightError, ModelError, ResourceError, out_of_memory
 from quant.kernels.layouts import LAYOUTS
 from quant.kernels.spec import spec_from_dict
 from quant.linear import stored_name
 from quant.models.skeleton import Skeleton
-from quant.models.source import Source, find
+from quant.models.source import Source, find, first_line
 from quant.models.stream import first_tensor, outside_blocks
 from quant.models.walk import Block, Walk, walk
 from quant.progress import Progress
@@ -85,7 +86,11 @@ class Prepared:
             "model": {"name": self.source.name, "sha256": self.source.fingerprint()},
             "recipe": self.recipe.to_dict(),
             "plan": self.plan.to_dict(),
-            "calibration": {"text": self.samples.text, "sha256": self.samples.sha256},
+            "calibration": {
+                "text": self.samples.text,
+                "sha256": self.samples.sha256,
+                "tokens_sha256": self.samples.tokens_sha256(),
+            },
             "compute": {
                 "device": self.settings.device,
                 "dtype": self.settings.dtype,
@@ -160,16 +165,13 @@ def run(prepared: Prepared, out: Path, mode: Mode = "new", progress: Progress | 
     """The computation, the checkpoint and its verification."""
     progress = progress or Progress()
     began = time.perf_counter()
-    with threads(prepared.threads), Journal(out, prepared.identity(), mode) as journal:
+    if mode == "resume" and complete(out):
+        progress.step("checking: the checkpoint is already complete")
+        report = finished_report(out, prepared.identity())
+        return Result(out, Written(out, report["files"], report["bits"]["measured"]), report)
+    with _out_of_memory(out), threads(prepared.threads), Journal(out, prepared.identity(), mode) as journal:
         resumed = sum(journal.finished(i) for i in range(len(prepared.walk.chain)))
-        try:
-            logits = _blocks(prepared, journal, progress)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise _out_of_memory(out, error) from None
-        except RuntimeError as error:
-            if "not enough memory" in str(error) or "out of memory" in str(error):
-                raise _out_of_memory(out, error) from None
-            raise
+        logits = _blocks(prepared, journal, progress)
         progress.step("writing the checkpoint")
         records = [journal.record(i) for i in range(len(prepared.walk.chain)) if journal.finished(i)]
         report = _report(prepared, records)
@@ -240,11 +242,9 @@ def _restore(
     prepared: Prepared, journal: Journal, index: int, block: Block | None, originals: dict[str, torch.Tensor] | None
 ) -> None:
     """Puts a finished block's dequantized weights into the model, as solving it left them."""
-    from safetensors.torch import load_file
-
     if block is None:
         return
-    tensors = load_file(journal.tensors(index))
+    tensors = journal.load(index)
     specs = {entry["site"]: spec_from_dict(entry["spec"]) for entry in journal.record(index)["sites"]}
     for site in block.sites:
         if site.name not in specs:
@@ -295,18 +295,23 @@ def _advance(
 def _finite(output: Any, block: str) -> Any:
     if not bool(torch.isfinite(first_tensor(output)).all()):
         raise ModelError(
-            f"{block}: its output is not finite; the model overflows in this dtype (try --dtype float32) or its weights "
-            "are damaged"
+            f"{block}: its output is not finite; the model overflows in this dtype (try --dtype float32) or its "
+            "weights are damaged"
         )
     return output
 
 
-def _out_of_memory(out: Path, error: BaseException) -> ResourceError:
-    return ResourceError(
-        f"out of memory ({str(error).splitlines()[0] if str(error) else 'allocation failed'}); lower "
-        "--set calibration.batch_size=1 or --samples, then --restart; --dry-run predicts the peak. Unfinished work is "
-        f"in {out / FOLDER}"
-    )
+@contextmanager
+def _out_of_memory(out: Path) -> Generator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, BitwrightError) or not out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"out of memory ({first_line(error)}); lower --set calibration.batch_size=1 or --samples, then --restart; "
+            f"--dry-run predicts the peak. Unfinished work is in {out / FOLDER}"
+        ) from None
 
 
 def _report(prepared: Prepared, records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils import _pytree as pytree
+
+from quant.errors import ResourceError
+from quant.models.source import first_line
 
 _TENSOR = object()  # where a nest had a tensor
 
@@ -36,9 +40,16 @@ class Activations:
             self.held += size
             self._items[index] = (tensors, structure, others)
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{index:06d}.safetensors"
-        save_file({str(place): tensor.contiguous().cpu() for place, tensor in enumerate(tensors)}, path)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({str(place): tensor.contiguous().cpu() for place, tensor in enumerate(tensors)}, path)
+        except (OSError, SafetensorError) as error:
+            raise ResourceError(
+                f"{path}: activations do not fit ({first_line(error)}); they take {size:,} bytes a batch: free "
+                "some space, then run the same command with --resume: finished blocks are kept. Or choose "
+                "another --out"
+            ) from None
         self.spilled += size
         self._items[index] = (path, structure, others)
 

@@ -1,9 +1,10 @@
 """What a run has finished, so that it can be killed at any instant and go on to the same bytes.
 
 The output folder holds `.bitwright/` while a run is under way: `run.json` says what the run is (recipe, plan, model,
-text, versions), `lock` keeps a second run out, and each finished block has two files: `00007.safetensors` with its packed
-tensors and `00007.json` with its records. Both appear by rename, the record last: a block is finished when its record
-is there. Resuming compares `run.json` key by key and refuses a run that is not the same one, by name of the difference.
+text, versions), `lock` keeps a second run out, and each finished block has two files: `00007.safetensors` with its
+packed tensors and `00007.json` with its records. Both appear by rename, the record last: a block is finished when its
+record is there. Resuming compares `run.json` key by key and refuses a run that is not the same one, by name of the
+difference. `files.json` lists what the run writes beside the journal: what a restart may delete, and nothing else.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
-from quant.checkpoint.shards import Atomic, Piece, read_pieces, write_text
-from quant.errors import ResumeError
+from quant.checkpoint.manifest import CHECKSUMS, FOR_PEOPLE, METHOD, listed_files, plain_name, verify, weight_files
+from quant.checkpoint.shards import INDEX, Atomic, Piece, disk_error, read_pieces, write_text
+from quant.errors import CheckpointError, ResumeError
 
 FOLDER = ".bitwright"
 DONE = ".bitwright-done"
-OURS = (".safetensors", ".json", ".md", ".html", ".txt", ".model", ".jinja", ".part")  # what a restart may delete
+FILES = "files.json"
+SAME = ("model", "recipe", "plan", "calibration")  # what makes a finished checkpoint the one that is asked for
 Mode = Literal["new", "resume", "restart"]
 
 
@@ -38,9 +43,12 @@ class Journal:
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> Journal:
-        self._check_folder()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("w")
+        try:
+            self._check_folder()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / "lock").open("w")
+        except OSError as error:
+            raise disk_error(self.out, error) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -69,43 +77,45 @@ class Journal:
             return
         if not complete(self.out):
             raise ResumeError(f"{self.out}: holds files that are not bitwright's; choose another --out")
-        if self.mode == "new":
+        if self.mode != "restart":
             raise ResumeError(
                 f"{self.out}: already holds a checkpoint; choose another --out, or --restart to replace it"
             )
-        if self.mode == "resume":
-            raise ResumeError(f"{self.out}: holds no unfinished run to resume; run without --resume")
 
     def _open(self) -> None:
         path = self.folder / "run.json"
         if self.mode == "restart":
-            for item in sorted(self.out.iterdir()):
-                if item.is_file() and item.suffix in OURS:
-                    item.unlink()
-            for item in sorted(self.folder.iterdir()):
-                if item.name != "lock":
-                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+            self._clear()
         elif path.exists():
             if self.mode == "new":
                 done = len(list(self.folder.glob("[0-9]*.json")))
                 raise ResumeError(
-                    f"{self.out}: holds an unfinished run ({done} blocks done); continue it with --resume, or begin anew "
-                    "with --restart"
+                    f"{self.out}: holds an unfinished run ({done} blocks done); continue it with --resume, or begin "
+                    "anew with --restart"
                 )
-            self._compare(json.loads(path.read_text()))
+            _compare(self._read(path), self.run, f"{self.out}: the unfinished run there is another one")
         shutil.rmtree(self.folder / "activations", ignore_errors=True)
         for stale in self.folder.glob("*.part"):
             stale.unlink()
         write_text(path, json.dumps(self.run, indent=2) + "\n")
 
-    def _compare(self, before: dict[str, Any]) -> None:
-        for key in sorted(set(before) | set(self.run)):
-            if before.get(key) != self.run.get(key):
-                was, now = _difference(before.get(key), self.run.get(key), key)
-                raise ResumeError(
-                    f"{self.out}: the unfinished run there is another one: {was} then, {now} now. Resume with what it was "
-                    "begun with, or use --restart to begin anew"
-                )
+    def _clear(self) -> None:
+        """Deletes what earlier runs wrote here, and no file of anybody else's. What lists them goes last: a restart may
+        be killed too."""
+        listed = self.folder / FILES
+        names = set(_written_files(self.out))
+        if listed.exists():
+            names.update(plain_name(name, listed) for name in self._read(listed)["files"])
+        for name in sorted(names, key=lambda name: (name in (CHECKSUMS, "config.json"), name)):
+            (self.out / name).unlink(missing_ok=True)
+            (self.out / f"{name}.part").unlink(missing_ok=True)
+        for item in sorted(self.folder.iterdir(), key=lambda item: item.name == FILES):
+            if item.name != "lock":
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+    def claim(self, names: Iterable[str]) -> None:
+        """Notes the files that will be written beside the journal, before the first of them is."""
+        write_text(self.folder / FILES, json.dumps({"files": sorted(names)}) + "\n")
 
     def finished(self, index: int) -> bool:
         return (self.folder / f"{index:05d}.json").exists()
@@ -119,25 +129,87 @@ class Journal:
     def tensors(self, index: int) -> Path:
         return self.folder / f"{index:05d}.safetensors"
 
+    def load(self, index: int) -> dict[str, torch.Tensor]:
+        try:
+            return load_file(self.tensors(index))
+        except (OSError, SafetensorError) as error:
+            raise ResumeError(f"{self.tensors(index)}: cannot be read ({error}); begin anew with --restart") from None
+
     def pieces(self, index: int) -> dict[str, Piece]:
         return read_pieces(self.tensors(index))
 
     def record(self, index: int) -> dict[str, Any]:
-        return json.loads((self.folder / f"{index:05d}.json").read_text())
+        return self._read(self.folder / f"{index:05d}.json")
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            data = json.loads(path.read_bytes())
+            if not isinstance(data, dict):
+                raise ValueError("not a JSON object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise ResumeError(f"{path}: cannot be read ({error}); begin anew with --restart") from None
+        return data  # pyright: ignore[reportUnknownVariableType]
 
     def close(self) -> None:
         """The checkpoint is complete: the journal goes, by a rename first, so that no half of it is ever found."""
         self.folder.rename(self.out / DONE)
-        shutil.rmtree(self.out / DONE)
+        shutil.rmtree(self.out / DONE, ignore_errors=True)
 
 
 def complete(out: Path) -> bool:
     """Whether `out` holds a finished checkpoint of ours and no run is under way."""
+    return not (out / FOLDER).exists() and _ours(out)
+
+
+def _ours(out: Path) -> bool:
     try:
-        config = json.loads((out / "config.json").read_text())
-        return not (out / FOLDER).exists() and config["quantization_config"]["quant_method"] == "bitwright"
-    except (OSError, ValueError, KeyError, TypeError):
+        return json.loads((out / "config.json").read_bytes())["quantization_config"]["quant_method"] == METHOD
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def finished_report(out: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The report of the sound, finished checkpoint in `out`, if it is what `run` would make.
+
+    Raises:
+        ResumeError: it is another run's, or its report does not say.
+        CheckpointError: it is damaged.
+    """
+    shutil.rmtree(out / DONE, ignore_errors=True)
+    verify(out)
+    try:
+        report: dict[str, Any] = json.loads((out / "report.json").read_bytes())
+        before = {key: report[key] for key in SAME}
+        _ = report["files"], report["bits"]["measured"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ResumeError(
+            f"{out}: holds a finished checkpoint whose report.json does not say what it was made from; choose another "
+            "--out, or --restart to replace it"
+        ) from None
+    now = json.loads(json.dumps({key: run[key] for key in SAME}))
+    _compare(before, now, f"{out}: the finished checkpoint there is another one")
+    return report
+
+
+def _written_files(out: Path) -> list[str]:
+    """The files of the checkpoint of ours in `out`, which may be half deleted."""
+    with suppress(CheckpointError):
+        return [*FOR_PEOPLE, "config.json", *listed_files(out)]
+    if not _ours(out):
+        return []
+    weights: list[str] = []
+    with suppress(CheckpointError):
+        weights = weight_files(out)
+    return ["config.json", "generation_config.json", INDEX, *weights]
+
+
+def _compare(before: dict[str, Any], now: dict[str, Any], what: str) -> None:
+    for key in {**now, **before}:
+        if before.get(key) != now.get(key):
+            was, given = _difference(before.get(key), now.get(key), key)
+            raise ResumeError(
+                f"{what}: {was} then, {given} now. Resume with what it was begun with, or use --restart to begin anew"
+            )
 
 
 def _difference(before: Any, now: Any, where: str) -> tuple[str, str]:

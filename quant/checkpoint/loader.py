@@ -1,9 +1,9 @@
 """Packed checkpoints in transformers: `quant.load`, and `from_pretrained` once `quant` is imported.
 
-transformers finds the method by the name in `config.json`; this module registers it. Before a weight is read the folder is
-verified (`manifest.verify`), sites are replaced by packed modules on the meta device, and transformers fills them like
-any other tensor: packed weights are never expanded on the way in. `save_pretrained` of such a model writes the same
-tensors back.
+transformers finds the method by the name in `config.json`; this module registers it. Before a weight is read the
+folder is verified (`manifest.verify`), sites are replaced by packed modules on the meta device, and transformers fills
+them like any other tensor: packed weights are never expanded on the way in. `save_pretrained` of such a model writes
+the same tensors back.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant.checkpoint.manifest import METHOD, PackedSite, read_config, read_sites
 from quant.checkpoint.manifest import verify as verify_folder
-from quant.errors import CheckpointError
+from quant.errors import BitwrightError, CheckpointError, ResourceError, SettingsError, out_of_memory
 from quant.kernels.layouts import LayoutError
 from quant.linear import PackedExperts, PackedLinear, packed_stack, put_packed
+from quant.models.source import first_line
 
 _verified: ContextVar[bool] = ContextVar("verified", default=False)  # whether `load` has done so already
 
@@ -59,11 +61,11 @@ class BitwrightQuantizer(HfQuantizer):
         check_values(model)
         return model
 
-    def is_serializable(self, *_: Any, **__: Any) -> bool:
+    def is_serializable(self, *_: Any, **__: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return False
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
@@ -86,8 +88,8 @@ def put_site(model: Any, packed: PackedSite) -> None:
         rows, columns = (site.inputs, site.out) if site.transposed else (site.out, site.inputs)
         if tuple(parameter.shape) != ((site.experts, rows, columns) if site.experts else (rows, columns)):
             raise CheckpointError(
-                f"{packed.name}: config.json says {list(packed.shape)}, the model has {list(parameter.shape)}; config.json "
-                "and weights do not belong together"
+                f"{packed.name}: config.json says {list(packed.shape)}, the model has {list(parameter.shape)}; "
+                "config.json and weights do not belong together"
             )
         owner = model.get_submodule(site.parameter.rpartition(".")[0])
         bias = site.kind == "linear" and getattr(owner, "bias", None) is not None
@@ -145,13 +147,14 @@ def load(
 ) -> Any:
     """A packed checkpoint as a transformers model, in eval mode.
 
-    `checkpoint`: a local folder or a hub name. `device`: where all of it goes, or "auto". `dtype` of what is not packed and of
-    the computation: by default float32 on a CPU and the checkpoint's own elsewhere. `dequantize`: a plain float model with
-    the same values, for tools that know nothing of this package; the memory of a float model. `verify`: check every
-    file's sha256 first.
+    `checkpoint`: a local folder or a hub name. `device`: where all of it goes, or "auto". `dtype` of what is not packed
+    and of the computation: by default float32 on a CPU and the checkpoint's own elsewhere. `dequantize`: a plain float
+    model with the same values, for tools that know nothing of this package; the memory of a float model. `verify`:
+    check every file's sha256 first.
 
     Raises:
         CheckpointError: the folder is not a sound packed checkpoint; says which file or tensor.
+        ResourceError: out of memory.
     """
     folder = _folder(str(checkpoint))
     config = read_config(folder)
@@ -162,6 +165,8 @@ def load(
     if not names:
         raise CheckpointError(f"{folder}: architectures {config.get('architectures')} are unknown to transformers here")
     if isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise SettingsError(f"dtype {dtype!r} is unknown; give float32, float16 or bfloat16")
         dtype = getattr(torch, dtype)
     options: dict[str, Any] = {} if device == "cpu" else {"device_map": "auto" if device == "auto" else {"": device}}
     token = _verified.set(True)
@@ -174,20 +179,15 @@ def load(
             output_loading_info=True,
             **options,
         )
-    except (
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OSError,
-        AssertionError,
-        ZeroDivisionError,
-    ) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{folder}: transformers cannot load it ({reason[0] if reason else type(error).__name__})"
-        ) from error
+    except BitwrightError:
+        raise
+    except Exception as error:  # whatever transformers, safetensors and torch make of a damaged folder
+        reason = first_line(error)
+        if out_of_memory(error):
+            raise ResourceError(
+                f"{folder}: out of memory while it was loaded ({reason}); free some, or choose a narrower dtype"
+            ) from None
+        raise CheckpointError(f"{folder}: transformers cannot load it ({reason})") from error
     finally:
         _verified.reset(token)
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):

@@ -1,18 +1,18 @@
 """The checkpoint's own account of itself: which sites are packed how, and a checksum of every file.
 
-`config.json` carries `quantization_config`: `quant_method` "bitwright", `format_version`, `version` of the writer, `sites`
-(per site: `shape` `[rows, in]`, `spec`, and `experts` or `transposed` where they apply), and `checksums`, the sha256 of
-`checksums.json`. That file lists the sha256 of every other file except those written for people (README.md, report.*);
-of config.json it takes the content without the `checksums` entry. So one flipped bit anywhere is noticed before a tensor
-is touched. A folder written by transformers' `save_pretrained` has no `checksums` entry; its tensors are still checked
-against the specs by name, dtype and shape.
+`config.json` carries `quantization_config`: `quant_method` "bitwright", `format_version`, `version` of the writer,
+`sites` (per site: `shape` `[rows, in]`, `spec`, and `experts` or `transposed` where they apply), and `checksums`, the
+sha256 of `checksums.json`. That file lists the sha256 of every other file except those written for people (README.md,
+report.*); of config.json it takes the content without the `checksums` entry. So one flipped bit anywhere is noticed
+before a tensor is touched. A folder written by transformers' `save_pretrained` has no `checksums` entry; its tensors
+are still checked against the specs by name, dtype and shape.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -76,7 +76,8 @@ def read_sites(config: Any, where: str) -> dict[str, PackedSite]:
         )
     if config.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{where}: format version {config.get('format_version')!r}; this bitwright reads {FORMAT_VERSION}: upgrade it"
+            f"{where}: format version {config.get('format_version')!r}; this bitwright reads {FORMAT_VERSION}: "
+            "upgrade it"
         )
     unknown = sorted(set(config) - KEYS, key=str)
     if unknown or not isinstance(config.get("sites"), dict):
@@ -91,12 +92,12 @@ def _read_site(name: str, entry: Any, where: str) -> PackedSite:
         rows, columns = entry["shape"]
         experts, transposed = entry.get("experts", 0), entry.get("transposed", False)
         whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (rows, columns, experts))
-        if not whole or min(rows, columns) < 1 or experts < 0 or not isinstance(transposed, bool):
+        if not whole or min(rows, columns) < 1 or max(rows, columns) >= 2**31 or not isinstance(transposed, bool):
             raise ValueError(f"shape {entry['shape']}, experts {experts}, transposed {transposed}")
-        if experts and rows % experts:
+        if experts < 0 or (experts and rows % experts):
             raise ValueError(f"{rows} rows do not divide into {experts} experts")
         return PackedSite(name, (rows, columns), spec_from_dict(entry["spec"]), experts, transposed)
-    except (ValueError, TypeError, KeyError, SpecError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, SpecError) as error:
         raise CheckpointError(
             f"{where}: the entry of site {name} is damaged ({error}); copy config.json again"
         ) from None
@@ -126,9 +127,8 @@ def config_digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
 
 
-def seal(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
-    """The texts of `checksums.json` and `config.json` for a folder whose other files are all written."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+def seal(folder: Path, config: dict[str, Any], names: Iterable[str]) -> tuple[str, str]:
+    """The texts of `checksums.json` and `config.json` for a folder whose other files, `names`, are all written."""
     files = {name: sha256(folder / name) for name in names if name not in (*FOR_PEOPLE, "config.json")}
     files["config.json"] = config_digest(config)
     manifest = json.dumps({"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}, indent=2) + "\n"
@@ -165,7 +165,12 @@ def _verify_files(folder: Path, config: dict[str, Any]) -> None:
     if not path.is_file() or sha256(path) != config["quantization_config"]["checksums"]:
         state = "altered" if path.is_file() else "missing"
         raise CheckpointError(f"{path}: {state}; copy the checkpoint again, whole")
-    files: dict[str, str] = json.loads(path.read_text())["files"]
+    files = listed_files(folder)
+    for file in sorted(folder.glob("*.safetensors*")):
+        if file.name not in files:
+            raise CheckpointError(
+                f"{file}: does not belong to this checkpoint, and would be read as if it did; remove it"
+            )
     for name, digest in files.items():
         file = folder / name
         if not file.is_file():
@@ -177,19 +182,47 @@ def _verify_files(folder: Path, config: dict[str, Any]) -> None:
             )
 
 
+def listed_files(folder: Path) -> dict[str, str]:
+    """The files of a sealed checkpoint and their sha256, as `checksums.json` lists them.
+
+    Raises:
+        CheckpointError: it cannot be read, or names what is not a file of the folder.
+    """
+    path = folder / CHECKSUMS
+    try:
+        files = json.loads(path.read_bytes())["files"]
+        if not isinstance(files, dict):
+            raise ValueError("no list of files")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); copy the checkpoint again, whole") from None
+    return {plain_name(name, path): str(digest) for name, digest in files.items()}
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold the tensors, chosen as transformers chooses: one file goes before an index."""
+    index = folder / INDEX
+    if (folder / "model.safetensors").is_file() or not index.exists():
+        return ["model.safetensors"]
+    try:
+        names: Any = json.loads(index.read_bytes())["weight_map"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: damaged ({error}); copy the checkpoint again") from None
+    return sorted({plain_name(name, index) for name in names})
+
+
+def plain_name(name: Any, listed_in: Path) -> str:
+    """`name` if it is that of a file in its folder. Raises `CheckpointError` for one that leads out of it."""
+    if not isinstance(name, str) or name in ("", ".", "..") or PurePosixPath(name).name != name:
+        raise CheckpointError(f"{listed_in}: names {name!r}, which is not a file of this folder")
+    return name
+
+
 def stored_tensors(folder: Path) -> dict[str, Piece]:
     """Every tensor of the folder's safetensors files, by name, from the headers."""
-    index = folder / INDEX
-    if index.exists():
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index}: damaged ({error}); copy the checkpoint again") from None
-    else:
-        names = ["model.safetensors"]
     stored: dict[str, Piece] = {}
-    for name in names:
-        if PurePosixPath(name).name != name:
-            raise CheckpointError(f"{index}: names {name!r}, which is not a file of this folder")
-        stored.update(read_pieces(folder / name))
+    for file in weight_files(folder):
+        for name, piece in read_pieces(folder / file).items():
+            if name in stored:
+                raise CheckpointError(f"{folder}: {name} is stored twice; copy the checkpoint again")
+            stored[name] = piece
     return stored

@@ -10,10 +10,12 @@ The library's own `save_file` wants every tensor of a file in memory at once; re
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +57,16 @@ def read_pieces(file: Path) -> dict[str, Piece]:
         pieces: dict[str, Piece] = {}
         for name, entry in entries.items():
             begin, end = entry["data_offsets"]
-            if not 0 <= begin <= end <= size - 8 - length:
+            if not 0 <= begin <= end:
+                raise ValueError(f"{name} lies at bytes {begin} to {end}")
+            if end > size - 8 - length:
                 raise ValueError(f"{name} lies at bytes {begin} to {end}, past the end: the file was cut short")
             pieces[name] = Piece(name, entry["dtype"], tuple(entry["shape"]), end - begin, file, 8 + length + begin)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: missing; copy the checkpoint again, whole") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); copy the checkpoint again, whole") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a whole safetensors file ({error}); copy the checkpoint again") from None
     return pieces
 
@@ -164,7 +170,10 @@ class Atomic:
         self.part = path.with_name(path.name + ".part")
 
     def __enter__(self) -> Atomic:
-        self.stream = self.part.open("wb")
+        try:
+            self.stream = self.part.open("wb")
+        except OSError as failure:
+            raise disk_error(self.path, failure) from None
         return self
 
     def write(self, data: bytes) -> None:
@@ -175,13 +184,16 @@ class Atomic:
             if kind is None:
                 self.stream.flush()
                 os.fsync(self.stream.fileno())
+                self.stream.close()
+                os.replace(self.part, self.path)
         except OSError as failure:
             kind, error = type(failure), failure
-        self.stream.close()
         if kind is None:
-            os.replace(self.part, self.path)
             return
-        self.part.unlink(missing_ok=True)
+        with suppress(OSError):  # closing tries once more to write what the disk did not take
+            self.stream.close()
+        with suppress(OSError):
+            self.part.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise disk_error(self.path, error) from None
 
@@ -193,9 +205,14 @@ def write_text(path: Path, text: str) -> None:
 
 def disk_error(path: Path, error: OSError) -> ResourceError:
     """What an operating system's refusal to write means for the user."""
+    what = {
+        errno.ENOSPC: "free some space",
+        errno.EDQUOT: "free some space",
+        errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+    }.get(error.errno or 0, "make the folder writable")
     return ResourceError(
-        f"{path}: cannot be written ({error.strerror or error}); free some space or choose another --out, then run the same "
-        "command with --resume: finished blocks are kept"
+        f"{path}: cannot be written ({error.strerror or error}); {what}, then run the same command with --resume: "
+        "finished blocks are kept. Or choose another --out"
     )
 
 

@@ -22,8 +22,8 @@ from quant.models.stream import stream
 if TYPE_CHECKING:
     from quant.pipeline import Prepared
 
-# relative to the largest logit. The weights are the same numbers; only the order of a sum may differ (a packed matrix is
-# multiplied in row chunks): a few units of roundoff, times the square root of the depth.
+# relative to the largest logit. The weights are the same numbers; only the order of a sum may differ (a packed matrix
+# is multiplied in row chunks): a few units of roundoff, times the square root of the depth.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -44,8 +44,9 @@ def compare_logits(out: Path, prepared: Prepared, expected: torch.Tensor) -> dic
     scale = float(expected.abs().max())
     if not worst <= TOLERANCE[dtype] * scale:
         raise CheckpointError(
-            f"{out}: the checkpoint read back differs from the model in memory: logits off by {worst:.3g} of {scale:.3g} "
-            f"(allowed {TOLERANCE[dtype] * scale:.3g}); the disk or this version of bitwright is at fault: do not use it"
+            f"{out}: the checkpoint read back differs from the model in memory: logits off by {worst:.3g} of "
+            f"{scale:.3g} (allowed {TOLERANCE[dtype] * scale:.3g}); the disk or this version of bitwright is at "
+            "fault: do not use it"
         )
     return {
         "tokens": int(expected.shape[1]) if expected.dim() > 1 else 1,

@@ -1,8 +1,8 @@
 """Makes the Hugging Face folder: shards, config, tokenizer, recipe, plan, checksums, report and model card.
 
-Packed tensors come from the journal; every other stored tensor of the float model is copied bit for bit, in its own dtype
-and under its own name, so what transformers does to it on loading stays what it was. `arrangement` decides which tensors
-go where; the dry run calls it with tensors that do not exist yet and so knows the bytes to the last one.
+Packed tensors come from the journal; every other stored tensor of the float model is copied bit for bit, in its own
+dtype and under its own name, so what transformers does to it on loading stays what it was. `arrangement` decides which
+tensors go where; the dry run calls it with tensors that do not exist yet and so knows the bytes to the last one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.card import card
 from quant.checkpoint.journal import Journal
-from quant.checkpoint.manifest import CHECKSUMS, quantization_config, seal, stored_tensors
+from quant.checkpoint.manifest import CHECKSUMS, FOR_PEOPLE, quantization_config, seal, stored_tensors
 from quant.checkpoint.report import render
 from quant.checkpoint.shards import (
     INDEX,
@@ -44,7 +44,7 @@ MADE = ("config.json", INDEX, "recipe.json", "plan.json", "report.json", CHECKSU
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint on disk. `files`: bytes of each weight file; `measured_bits`: packed bytes found on disk * 8 / weights."""
+    """A checkpoint on disk. `files`: bytes of each weight file; `measured_bits`: 8 * packed bytes on disk / weights."""
 
     out: Path
     files: dict[str, int]
@@ -75,7 +75,7 @@ def promised_pieces(prepared: Prepared) -> dict[str, Piece]:
 
 
 def arrangement(prepared: Prepared, packed: Mapping[str, Piece]) -> list[list[Piece]]:
-    """The shards: the packed tensors, and the float model's own for all that no packed site replaces, in model order."""
+    """The shards, in model order: packed tensors, and the float model's own for all that no packed site replaces."""
     skeleton, source = prepared.skeleton, prepared.source
     replaced = {site.parameter for site, _ in quantized_sites(prepared).values()}
     rank = {name: number for number, name in enumerate(prepared.walk.chain)}
@@ -102,21 +102,29 @@ def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any
         packed |= journal.pieces(index)
     shards = arrangement(prepared, packed)
     names = file_names(len(shards))
+    copied = [
+        path
+        for path in sorted(prepared.source.folder.iterdir())
+        if path.suffix in COPIED and path.name not in MADE and path.is_file()
+    ]
+    sealed_names = [*names, *(path.name for path in copied), "recipe.json", "plan.json"]
+    if len(shards) > 1:
+        sealed_names.append(INDEX)
+    journal.claim([*sealed_names, "config.json", *FOR_PEOPLE])
     for name, shard in zip(names, shards, strict=True):
         write(out / name, shard)
     if len(shards) > 1:
         write_text(out / INDEX, index_text(shards))
     try:
-        for path in sorted(prepared.source.folder.iterdir()):
-            if path.suffix in COPIED and path.name not in MADE and path.is_file():
-                shutil.copyfile(path, out / path.name)
+        for path in copied:
+            shutil.copyfile(path, out / path.name)
     except OSError as error:
         raise disk_error(out, error) from None
     write_text(out / "recipe.json", json.dumps(prepared.recipe.to_dict(), indent=2) + "\n")
     write_text(out / "plan.json", json.dumps(prepared.plan.to_dict(), indent=2) + "\n")
     sites = quantized_sites(prepared)
     config = {**prepared.source.config, "quantization_config": quantization_config(sites, VERSION)}
-    manifest, sealed = seal(out, config)
+    manifest, sealed = seal(out, config, sealed_names)
     write_text(out / CHECKSUMS, manifest)
     write_text(out / "config.json", sealed)
     stored = stored_tensors(out)
