@@ -157,8 +157,8 @@ def _making(report: Report) -> str:
         ("versions", ", ".join(f"{_words(name)} {_words(version)}" for name, version in report["versions"].items())),
     ]
     same = (
-        "The same bytes come out on the same kind of machine with the same versions; `recipe.json` and `plan.json` in this "
-        "folder hold every setting."
+        "The same bytes come out on the same kind of machine with the same versions; `recipe.json` and `plan.json` "
+        "in this folder hold every setting."
     )
     return f"```bash\n{plain(report['command'], 4000)}\n```\n\n{same}\n\n{_table(rows)}"
 
