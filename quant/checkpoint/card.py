@@ -148,7 +148,7 @@ def _making(report: Report) -> str:
         ),
     ]
     if report["recipe"]["calibration"]:
-        rows.append(("calibration windows", _words(windows_words(report["recipe"], calibration["tokens"]))))
+        rows.append(("calibration windows", _words(windows_words(report["recipe"], report["calibration_tokens"]))))
     rows += [
         (
             "computed",

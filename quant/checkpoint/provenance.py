@@ -46,11 +46,10 @@ def provenance(prepared: Prepared) -> dict[str, Any]:
     source, samples, settings, recipe = prepared.source, prepared.samples, prepared.settings, prepared.recipe
     plan = None if settings.plan is None else str(settings.plan)
     compute = {"device": settings.device, "dtype": settings.dtype, "threads": prepared.threads}
-    tokens = samples.tokens if recipe.calibration is not None else 0
     return {
         "format_version": FORMAT_VERSION,
         "source": origin(source),
-        "calibration": {"text": samples.text, "sha256": samples.sha256, "tokens": tokens},
+        "calibration_tokens": samples.tokens if recipe.calibration is not None else 0,
         "plan_file": plan,
         "command": command(recipe.to_dict(), source.name, compute, plan),
         "machine": machine(),

@@ -209,7 +209,7 @@ def _provenance(report: Report) -> str:
         ("calibration text", f"{calibration['text']}, sha256 {calibration['sha256'] or 'none'}"),
     ]
     if report["recipe"]["calibration"]:
-        rows.append(("calibration windows", windows_words(report["recipe"], calibration["tokens"])))
+        rows.append(("calibration windows", windows_words(report["recipe"], report["calibration_tokens"])))
     rows += [
         ("computed", f"on {compute['device']} in {compute['dtype']}, {compute['threads']} threads"),
         ("machine", ", ".join(str(machine[key]) for key in ("cpu", "gpu", "platform") if machine[key])),
