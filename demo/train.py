@@ -169,7 +169,7 @@ def check(folder: Path) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Trains to step `args.stop` of a schedule of `args.steps`; writes `args.out` every `args.report` steps and last."""
+    """Trains to step `args.stop` of a schedule of `args.steps`; writes `args.out` every `args.report` steps."""
     torch.manual_seed(args.seed)
     stop = min(args.stop, args.steps)
     text = python_docs("train")
