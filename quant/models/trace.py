@@ -1,15 +1,12 @@
 """Watches one forward pass: which blocks run, which matrices each multiplies by, and on which tensor.
 
-The pass runs on the CPU with weights of almost no size (one row, repeated), and every matrix product answers with noise
-seeded by the matrix's name and the input's bytes. So a trace costs no memory and milliseconds per block for a model of
-any size, every result still depends on every input, and the same input gives the same result bit for bit. That makes
-two proofs cheap. A linear module is a site only if its output is exactly `x W^T + b`. And each block, replayed from the
-output of the block before it alone, must give what it gave in the whole pass; then so must the model's head.
+The pass runs on weights of no size (`models/weightless`): no memory and milliseconds per block, for any model. That
+makes two proofs cheap. A linear module is a site only if its output is exactly `x W^T + b`. And each block, replayed
+from the output of the block before it alone, must give what it gave in the whole pass; then so must the model's head.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -26,6 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from quant.calibration.replay import Replay, cacheless, copy
 from quant.errors import ModelError
+from quant.models.source import first_line
+from quant.models.weightless import noise, same, weightless
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
         ModelError: the pass fails, or a block reads more than its predecessor's output.
     """
     batch = pytree.tree_map_only(torch.Tensor, lambda x: x.cpu(), dict(batch))
-    with torch.no_grad(), cacheless(model), _weightless(model) as first_name:
+    with torch.no_grad(), cacheless(model), weightless(model) as first_name:
         watch = _Watch(model, first_name)
         try:
             with watch.hooked(), watch:
@@ -211,7 +210,7 @@ class _Watch(TorchFunctionMode):
             return
         bias: Any = module.bias
         expected = answer if bias is None else answer + bias
-        if not isinstance(output, torch.Tensor) or not _same(output.flatten(), expected.flatten()):
+        if not isinstance(output, torch.Tensor) or not same(output.flatten(), expected.flatten()):
             last = uses.pop()
             oddity = last.oddity or f"{type(module).__name__} computes more than x W^T + b"
             uses.append(Use(last.parameter, last.source, last.transposed, oddity))
@@ -227,7 +226,7 @@ class _Watch(TorchFunctionMode):
         if parameter is None or weight.dim() < 2:
             return func(*args, **kwargs)
         flipped = weight.stride(-1) == 0 and weight.shape[-1] > 1  # the stored row is the dimension that has a stride
-        answer = _noise(name, x, weight if by_columns else weight.mT)
+        answer = noise(name, x, weight if by_columns else weight.mT)
         if self.recording:
             self._record(name, parameter, x, weight.mT if flipped else weight, by_columns != flipped)
             self.answer = answer
@@ -253,35 +252,11 @@ class _Watch(TorchFunctionMode):
                 oddity = f"a matrix of {type(owner).__name__}, which is not a linear layer (routers stay float)"
             elif self.linear is None or self.linear[0] != name or self.linear[1] is None:
                 oddity = "its weight is read from outside its own forward"
-            elif not _same(x.flatten(), self.linear[1].flatten()):
+            elif not same(x.flatten(), self.linear[1].flatten()):
                 oddity = f"{type(owner).__name__} changes its input before the product"
         self.alive.append(x)
         place = (x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x.shape[-1], x.stride(-1), x._version)
         self.uses.setdefault(self.block, []).append(Use(name, place, transposed, oddity))
-
-
-def _noise(name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A normal tensor of the shape of `x @ weight` that only `name` and the bytes of `x` decide."""
-    if weight.dim() == 2 or x.dim() == 1:
-        shape = (*weight.shape[:-2], *x.shape[:-1], weight.shape[-1])
-    else:
-        shape = (*torch.broadcast_shapes(x.shape[:-2], weight.shape[:-2]), x.shape[-2], weight.shape[-1])
-    generator = torch.Generator().manual_seed(zlib.crc32(_bytes(x).numpy().data, zlib.crc32(name.encode())))
-    return torch.randn(shape, generator=generator).to(x.dtype)
-
-
-def _bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().reshape(-1).contiguous().view(torch.uint8)
-
-
-def _same(got: Any, expected: Any) -> bool:
-    """Whether the tensors in two nests are equal bit for bit."""
-    a = [x for x in pytree.tree_leaves(got) if isinstance(x, torch.Tensor)]
-    b = [x for x in pytree.tree_leaves(expected) if isinstance(x, torch.Tensor)]
-    return len(a) == len(b) and all(
-        x.shape == y.shape and x.dtype == y.dtype and torch.equal(_bytes(x), _bytes(y))
-        for x, y in zip(a, b, strict=True)
-    )
 
 
 def _prove_chain(
@@ -295,7 +270,7 @@ def _prove_chain(
             previous = expected[index - 1] if index else None
             try:
                 got = replay.head(batch, previous) if index == len(chain) else replay.output(index, batch, previous)
-                why = None if _same(got, expected[index]) else "the results differ: a skip connection past a block?"
+                why = None if same(got, expected[index]) else "the results differ: a skip connection past a block?"
             except Exception as error:  # a model's own code may raise anything
                 why = _line(error)
             if why is not None and index == 0:
@@ -309,45 +284,5 @@ def _prove_chain(
                 )
 
 
-@contextmanager
-def _weightless(model: nn.Module) -> Generator[dict[str, str]]:
-    """On the CPU, in eval mode, each parameter one row of seeded numbers, repeated. Yields each one's first name."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = [(part, key, x) for part in model.modules() for key, x in part._buffers.items() if x is not None]
-    training = [part for part in model.modules() if part.training]
-    made: dict[int, nn.Parameter] = {}
-    first_name: dict[str, str] = {}
-    names: dict[int, str] = {}
-    try:
-        for name, old in parameters.items():
-            first_name[name] = names.setdefault(id(old), name)
-            if id(old) not in made:
-                made[id(old)] = nn.Parameter(_row(first_name[name], old).expand(old.shape), requires_grad=False)
-            _put(model, name, made[id(old)])
-        for part, key, x in buffers:
-            part._buffers[key] = torch.zeros_like(x, device="cpu") if x.device.type == "meta" else x.cpu()
-        for part in training:
-            part.training = False
-        yield first_name
-    finally:
-        for name, old in parameters.items():
-            _put(model, name, old)
-        for part, key, x in buffers:
-            part._buffers[key] = x
-        for part in training:
-            part.training = True
-
-
-def _row(name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """Numbers from 0.5 to 1.5: a norm or a learned gate of zeros would hide what flows through it."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    return (torch.rand(parameter.shape[-1:], generator=generator) + 0.5).to(parameter.dtype)
-
-
-def _put(model: nn.Module, name: str, value: nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    model.get_submodule(path)._parameters[leaf] = value
-
-
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
