@@ -147,9 +147,9 @@ def _judge_encoder(
 
 def _same_tokens(subject: Subject, original: Subject, encoded: Encoded) -> None:
     """Raises `SettingsError` unless the original's tokenizer cuts the text into the same ids."""
-    if original.folder is None or subject.folder is None or original.folder == subject.folder:
+    if not original.source or str(original.source) == str(subject.source):
         return
-    files = [folder / "tokenizer.json" for folder in (subject.folder, original.folder)]
+    files = [Path(source) / "tokenizer.json" for source in (subject.source, original.source)]
     if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
         return
     theirs = encode(original.tokenizer(), encoded.text)

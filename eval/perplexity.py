@@ -202,7 +202,7 @@ def _exp(nats: float) -> float:
     )  # e^700 is the last that fits; a model that bad has no perplexity worth more digits
 
 
-def _command(
+def main(
     model: Annotated[str, typer.Argument(help="Folder or hub name of a causal language model.")],
     text: Annotated[str, typer.Option(help="python-docs, wikitext2 or a UTF-8 file.")] = "python-docs",
     window: Annotated[int | None, typer.Option(help="Tokens per window; default min(512, model maximum).")] = None,
@@ -233,4 +233,4 @@ def _command(
 
 
 if __name__ == "__main__":
-    typer.run(_command)
+    typer.run(main)

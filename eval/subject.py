@@ -29,12 +29,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Subject:
-    """An opened model. `folder` is where its files lie, None for a model built in memory."""
+    """An opened model. `folder` holds exactly these weights, None for a float model handed over in memory."""
 
     name: str
     model: PreTrainedModel = field(repr=False)
     kind: Kind
     folder: Path | None
+
+    @property
+    def source(self) -> Path | str:
+        """Where the tokenizer is read from; empty for a model that came from nowhere."""
+        return self.folder or self.model.name_or_path or ""
 
     @property
     def device(self) -> torch.device:
@@ -56,12 +61,11 @@ class Subject:
         Raises:
             ModelError: there is none.
         """
-        source = self.folder or self.model.name_or_path
         try:
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
         except Exception as error:  # tokenizers fail with whatever their files provoke
             raise ModelError(
-                f"{self.name}: no tokenizer could be loaded from {str(source) or 'a model built in memory'} "
+                f"{self.name}: no tokenizer could be loaded from {str(self.source) or 'a model built in memory'} "
                 f"({_first_line(error)}). Copy the tokenizer files of the original model into that folder."
             ) from error
 
@@ -81,9 +85,10 @@ def open_subject(
     if isinstance(source, Subject):
         return source
     if isinstance(source, PreTrainedModel):
-        folder = Path(source.name_or_path) if source.name_or_path else None
-        folder = folder if folder and folder.is_dir() else None
+        # packed weights are those of the files; a float model may have been changed since it was read
         name = source.name_or_path or type(source).__name__
+        packed = getattr(source.config, "quantization_config", None) is not None and Path(name).is_dir()
+        folder = Path(name) if packed else None
         return Subject(_short(name), source.eval(), _kind([type(source).__name__]), folder)
     if dtype not in (*DTYPES, "auto"):
         raise SettingsError(f"dtype is {dtype!r}; give one of {', '.join(DTYPES)}, auto.")

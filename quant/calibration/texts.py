@@ -28,7 +28,7 @@ from quant.calibration.python_docs import python_docs
 from quant.errors import SettingsError
 
 PIECE = 200_000  # characters handed to a tokenizer at once
-_LOCAL = "Give a local file instead: --text path/to/file.txt (UTF-8)."
+_LOCAL = "Give the path of a local UTF-8 file instead."
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,148 @@
+"""`quant-eval` and `python -m quant.eval.perplexity` as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from quant.errors import ResourceError
+from quant.eval import cli, perplexity
+from quant.eval.evaluate import evaluate
+from tests import tiny
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(autouse=True)
+def _no_side_effects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command quietens transformers for its process; a test process has other tests."""
+    monkeypatch.setattr(cli, "_calm", lambda: None)
+
+
+def test_table_json_and_plot(packed_llama: Path, llama: Path, words: Path, tmp_path: Path) -> None:
+    plot, data = tmp_path / "size.png", tmp_path / "figures.json"
+    settings = ("--text", words, "--max-windows", 3, "--prompts", 2)
+    result = call(packed_llama, llama, "--against", llama, *settings, "--plot", plot, "--json", data)
+    assert result.exit_code == 0, result.output
+    for heading in ("model", "MB", "bits", "perplexity", "KL", "top-1", "prefix", "decode/s", "RAM MB"):
+        assert heading in result.stdout
+    assert "words.txt" in result.stdout
+    assert "of 24 the same" in result.stdout or "of 40 the same" in result.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    figures: dict[str, Any] = json.loads(data.read_text())
+    packed, same = figures["models"]
+    assert figures["original"]["perplexity"] == same["perplexity"] == packed["original"]
+    assert same["divergence"] == {"kl": 0, "kl_p99": 0, "kl_max": 0, "top1": 1}
+    assert packed["divergence"]["kl"] > 0
+    assert packed["perplexity_ratio"] == packed["perplexity"]["token"] / packed["original"]["token"]
+    assert len(packed["generations"]) == 2
+    stated = packed["settings"]
+    assert stated["text"] == "words.txt"
+    assert len(stated["text_sha256"]) == 64
+    assert (stated["window_rule"], stated["window"], stated["stride"]) == ("non-overlapping", 64, None)
+    assert (stated["max_windows"], stated["device"], stated["dtype"], stated["prompts"]) == (3, "cpu", "float32", 2)
+    assert {"python", "torch", "transformers", "bitwright"} <= stated["versions"].keys()
+    assert stated["machine"]["threads"] == 1
+    assert stated["machine"]["cpu"]
+
+
+def test_json_on_stdout_is_json_alone(llama: Path, words: Path) -> None:
+    result = call(llama, "--text", words, "--max-windows", 2, "--stride", 32, "--no-generate", "--json", "-")
+    assert result.exit_code == 0
+    figures = json.loads(result.stdout)
+    assert figures["original"] is None
+    assert figures["models"][0]["settings"]["window_rule"] == "strided"
+    assert figures["models"][0]["generations"] == []
+    assert "perplexity" in result.stderr
+
+
+def test_quiet_is_the_table_alone(llama: Path, words: Path) -> None:
+    loud = call(llama, "--text", words, "--max-windows", 1)
+    quiet = call(llama, "--text", words, "--max-windows", 1, "--quiet")
+    assert "╭" in loud.stdout
+    assert "╭" not in quiet.stdout
+    assert "perplexity" in quiet.stdout
+
+
+def test_encoders_show_cosines(words: Path, tmp_path: Path) -> None:
+    bert = tiny.model("bert", tmp_path / "bert")
+    result = call(bert, "--against", bert, "--text", words, "--window", "16")
+    assert result.exit_code == 0, result.output
+    assert "line cos" in result.stdout
+    assert "perplexity" not in result.stdout
+    alone = call(bert, "--text", words)
+    assert alone.exit_code == 2
+    assert "give --against ORIGINAL" in alone.stderr
+
+
+def test_errors_are_a_sentence_and_a_code(packed_llama: Path, llama: Path, words: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(packed_llama, tmp_path / "broken"))
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    for arguments, code, said in [
+        ((llama, "--text", "nonsense"), 2, "not a known name"),
+        ((llama, "--text", words, "--window", 999), 2, "takes at most 64 tokens"),
+        ((llama, "--text", words, "--stride", 64), 2, "stride is 64"),
+        ((llama, "--text", words, "--plot", tmp_path / "no" / "p.png"), 2, "its folder does not exist"),
+        ((llama, "--text", words, "--max-windows", 1, "--no-generate", "--plot", tmp_path / "p.nonsense"), 2, "plot"),
+        ((tmp_path / "nothing", "--text", words), 3, "not a folder"),
+        (("somebody/model", "--text", words), 3, "path of a local folder"),
+        ((broken, "--text", words), 6, "model.safetensors"),
+        ((), 2, "MODEL"),
+    ]:
+        result = call(*arguments)
+        assert result.exit_code == code, (arguments, result.output)
+        assert said in result.stderr
+        assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(("raised", "code"), [(MemoryError(), ResourceError.exit_code), (KeyboardInterrupt(), 130)])
+def test_exhaustion_and_interruption(
+    raised: BaseException, code: int, llama: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(cli, "evaluate", fail)
+    assert call(llama, "--text", words).exit_code == code
+
+
+def test_help_has_examples() -> None:
+    result = call("--help")
+    assert result.exit_code == 0
+    assert "--against models/original" in " ".join(result.stdout.split())
+
+
+def test_perplexity_as_a_module_in_a_process_of_its_own(llama: Path, words: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "quant.eval.perplexity"]
+    done = subprocess.run(
+        [*command, llama, "--text", words, "--stride", "40", "--max-windows", "3"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    expected = evaluate(llama, text=words, stride=40, max_windows=3).perplexity
+    assert expected is not None
+    assert f"perplexity {expected.token:.5f}" in done.stdout
+    assert "3 strided windows of 64 tokens, stride 40" in done.stdout
+
+
+def test_perplexity_as_a_module_fails_in_a_sentence(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as exit_:
+        perplexity.main(str(llama), text="nonsense")
+    assert exit_.value.exit_code == 2
+    assert capsys.readouterr().err.startswith("Error: text nonsense: no such file")
