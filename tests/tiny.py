@@ -1,4 +1,4 @@
-"""Tiny float models with a tokenizer and a text: everything that a run of the pipeline reads, in a fraction of a second."""
+"""Tiny float models with a tokenizer and a text: all that a run of the pipeline reads, in a fraction of a second."""
 
 from __future__ import annotations
 
