@@ -14,21 +14,21 @@ from quant.calibration.statistics import Statistics
 from quant.errors import SolverError
 from quant.kernels.layouts import PackedUniform
 from quant.kernels.spec import DTYPES, Spec, Uniform
-from quant.solvers.grid import MINMAX, SEARCH, encode, fit
+from quant.solvers.grid import SEARCH, Search, encode, fit
 from quant.solvers.solution import Solution, check, solution
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """`search`: look for the grid of least weighted error; False spans the extremes (plain RTN)."""
+    """`search`: how to look for the grid of least weighted error; `grid.MINMAX` spans the extremes (plain RTN)."""
 
-    search: bool = True
+    search: Search = SEARCH
 
     def solve(self, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution:
         check(weight, statistics)
         if not isinstance(spec, Uniform):
             raise SolverError(f"round to nearest knows uniform grids; {type(spec).__name__} came")
-        scales, zeros = fit(weight, statistics.diagonal, spec, SEARCH if self.search else MINMAX)
+        scales, zeros = fit(weight, statistics.diagonal, spec, self.search)
         return solution(pack_nearest(weight, scales, zeros, spec), weight, statistics)
 
 

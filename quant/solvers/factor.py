@@ -1,0 +1,86 @@
+"""What feedback needs of a Hessian, computed once per statistics: the order of the columns and the triangular factor.
+
+With `(H + damping)^-1 = UT U`, `U` upper triangular, feedback needs `V = U / diag(U)`. As `H + damping = R RT` with `R`
+upper triangular is a Cholesky factorisation of the reversed matrix, `U = R^-1`: one factorisation and one triangular
+inverse, both in float64 (in float32 the factor of an ill-conditioned Hessian is noise long before the factorisation
+fails).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quant.calibration.statistics import Statistics
+
+Order = Literal["gar", "act", "none"]
+TRIES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """`order` `[in]`, on the CPU: columns as they are rounded. `feedback` `[in, in]` float32: `V`, unit upper
+    triangular, in that order. `hessian` `[in, in]` float32: damped, in the columns' own order. `match` `[in, in]`
+    float32 or None: `C H^-1`, which turns a weight into the one that best gives the float path's outputs. `notes`: what
+    damping had to be raised.
+    """
+
+    order: Tensor
+    feedback: Tensor
+    hessian: Tensor
+    match: Tensor | None
+    notes: tuple[str, ...]
+
+
+def factorise(statistics: Statistics, order: Order, damp: float, span: int, granularity: int) -> Factor | str:
+    """The factor, cached with the statistics; or the sentence on why there is none, after `TRIES` dampings, each ten
+    times the last.
+    """
+    key = ("factor", order, damp, span, granularity)
+    return statistics.cached(key, lambda: _factorise(statistics, order, damp, span, granularity))
+
+
+def _factorise(statistics: Statistics, order: Order, damp: float, span: int, granularity: int) -> Factor | str:
+    columns = column_order(statistics.diagonal, order, span, granularity)
+    index = columns.to(statistics.hessian.device)
+    mean = float(statistics.diagonal.mean())
+    if mean <= 0:
+        return f"Hessian is zero ({statistics.tokens} tokens seen)"
+    tried = [damp * 10**step for step in range(TRIES)]
+    for share in tried:
+        damped = statistics.hessian.double()
+        damped.diagonal().add_(share * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped[index][:, index].flip(0, 1))
+        if int(failed) or not bool(torch.isfinite(lower).all()):
+            continue
+        upper = lower.flip(0, 1)
+        inverse = torch.linalg.solve_triangular(upper, torch.eye(len(index)).to(upper), upper=True)
+        match = None if statistics.cross is None else _match(statistics.cross, damped, share * mean)
+        raised = (f"Hessian not positive definite with damp {damp:g}; {share:g} used",) if share != damp else ()
+        return Factor(columns, (inverse * upper.diagonal()[:, None]).float(), damped.float(), match, raised)
+    return f"Hessian not positive definite with damp {damp:g} to {tried[-1]:g} ({statistics.tokens} tokens seen)"
+
+
+def _match(cross: Tensor, damped: Tensor, added: float) -> Tensor:
+    """`C H^-1`, both damped alike: inputs that say nothing leave the weight as it is."""
+    cross = cross.double()
+    cross.diagonal().add_(added)
+    return torch.linalg.solve(damped, cross, left=False).float()
+
+
+def column_order(diagonal: Tensor, order: Order, span: int, granularity: int) -> Tensor:
+    """Columns `[in]` (on the CPU) as they are rounded; those that are rounded together stay together."""
+    columns = diagonal.shape[0]
+    numbers = torch.arange(columns)
+    if order == "none":
+        return numbers
+    units = [float(unit.max()) for unit in diagonal.cpu().split(granularity)]
+    ranked = sorted(range(len(units)), key=lambda u: -units[u])  # stable: equal units keep their order
+    if order == "gar":
+        per = max(1, span // granularity)
+        top = [max(units[g : g + per]) for g in range(0, len(units), per)]
+        ranked.sort(key=lambda u: (-top[u // per], u // per))
+    return torch.cat([numbers[u * granularity : (u + 1) * granularity] for u in ranked])

@@ -1,0 +1,107 @@
+"""Rounders: from columns of a weight to representable values and codes. They know nothing of error feedback.
+
+`feedback` and `descent` drive any rounder through the protocol below. A uniform grid takes one column at a time; a
+vector code takes `granularity` of them; a trellis whose sequences run along the outputs again takes one.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quant.errors import SolverError
+from quant.kernels.layouts import Packed, PackedUniform
+from quant.kernels.spec import DTYPES, Spec, Uniform
+from quant.solvers.grid import Search, encode, fit, storable
+
+
+class Rounder(Protocol):
+    """`granularity`: columns rounded together (the last ones of a row may be fewer). `span`: columns that share
+    parameters (a group); a multiple of `granularity`, or the whole row.
+    """
+
+    granularity: int
+    span: int
+
+    def fit(self, start: int, weight: Tensor, importance: Tensor) -> None:
+        """Chooses the parameters of the columns from `start` on, for `weight` `[out, k]` and `importance` `[k]`: one
+        whole group, or (`start` 0) all of them.
+        """
+        ...
+
+    def round(self, columns: Tensor, values: Tensor) -> Tensor:
+        """Representable values `[out, k]` nearest to `values`, for the columns numbered `columns` `[k]` (on the CPU).
+        The codes are kept, in place of those of an earlier call."""
+        ...
+
+    def refit(self, weight: Tensor, hessian: Tensor) -> Tensor:
+        """After every column was rounded: may improve the parameters, codes fixed, so that `tr(D H DT)` falls. Returns
+        the representable matrix `[out, in]`.
+        """
+        ...
+
+    def pack(self) -> Packed:
+        """After every column was rounded."""
+        ...
+
+
+def rounder_for(spec: Spec, shape: tuple[int, int], device: torch.device, search: Search) -> Rounder:
+    """The rounder of a spec. Raises `SolverError` for a spec that has none."""
+    if isinstance(spec, Uniform):
+        return UniformRounder(spec, shape, device, search)
+    raise SolverError(f"no rounder for {type(spec).__name__}; uniform grids have one")
+
+
+class UniformRounder:
+    """Nearest level of a uniform grid. Holds everything transposed, so that a column is contiguous."""
+
+    granularity = 1
+
+    def __init__(self, spec: Uniform, shape: tuple[int, int], device: torch.device, search: Search) -> None:
+        self.spec, self.shape, self.search = spec, shape, search
+        self.span = spec.group_width(shape[1])
+        self.codes = torch.zeros((shape[1], shape[0]), dtype=torch.uint8, device=device)
+        self.scales = torch.zeros((spec.groups(shape[1]), shape[0]), device=device)
+        self.zeros = torch.zeros_like(self.scales)
+
+    def fit(self, start: int, weight: Tensor, importance: Tensor) -> None:
+        scales, zeros = fit(weight, importance, self.spec, self.search)
+        group = start // self.span
+        self.scales[group : group + scales.shape[1]] = scales.T
+        self.zeros[group : group + zeros.shape[1]] = zeros.T
+
+    def round(self, columns: Tensor, values: Tensor) -> Tensor:
+        column = int(columns)
+        scale, zero = self.scales[column // self.span], self.zeros[column // self.span]
+        codes = encode(values[:, 0], scale, zero, self.spec.bits)
+        self.codes[column] = codes
+        return codes.sub_(zero).mul_(scale)[:, None]
+
+    def refit(self, weight: Tensor, hessian: Tensor) -> Tensor:
+        """Group after group the scale that minimises `tr(D H DT)` given all the others: `s += <A H D> / <A H A>` with
+        `A` the group's `code - zero`, rounded to its dtype, kept row by row where it helps.
+        """
+        lost = weight.float() - self._values()  # D
+        for group, start in enumerate(range(0, self.shape[1], self.span)):
+            part = slice(start, min(start + self.span, self.shape[1]))
+            levels = (self.codes[part].float() - self.zeros[group]).T  # A
+            pulled = levels @ hessian[part]
+            gain, curve = (pulled * lost).sum(1), (pulled[:, part] * levels).sum(1)
+            scale = self.scales[group]
+            better = storable(scale + gain / torch.where(curve > 0, curve, torch.inf), DTYPES[self.spec.scale_dtype])
+            step = better - scale
+            step = torch.where(curve * step * step < 2 * step * gain, step, 0.0)
+            self.scales[group] += step
+            lost[:, part] -= step[:, None] * levels
+        return self._values()
+
+    def pack(self) -> Packed:
+        scales = self.scales.T.to(DTYPES[self.spec.scale_dtype]).contiguous()
+        zeros = None if self.spec.symmetric else self.zeros.T.byte()
+        return PackedUniform.from_codes(self.spec, self.shape, self.codes.T, scales, zeros)
+
+    def _values(self) -> Tensor:
+        group = torch.arange(self.shape[1], device=self.codes.device) // self.span
+        return ((self.codes.float() - self.zeros[group]) * self.scales[group]).T
