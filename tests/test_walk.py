@@ -124,7 +124,7 @@ OPT_LEFT = {
     "model.decoder.embed_positions.weight": EMBEDDING,
     "lm_head.weight": "tied to model.decoder.embed_tokens.weight",
 }
-ROUTER = "a matrix of {}, which is not a linear layer (routers stay float)"
+ROUTER = "a matrix of {}, which is no linear layer"
 LEFT = {
     "llama": LLAMA_LEFT,
     "llama-tied": TIED_LEFT,
@@ -385,7 +385,7 @@ def test_stacks_of_experts_of_ones_own(kind: type[Experts]) -> None:
     model = shake(Stack(2, kind))
     found = walk(model, batch())
     assert [spelled(block) for block in found.blocks] == [["gate_up_proj 48x32 T *10", "down_proj 32x24 T *10"]] * 2
-    assert found.left["blocks.0.router.weight"].startswith("a router: as many outputs (10) as its block has experts")
+    assert found.left["blocks.0.router.weight"].startswith("a router: its 10 outputs choose")
     assert "gate_up_proj_bias" in " ".join(found.left)
     assert_nothing_is_missing(model, found)
 
@@ -395,6 +395,41 @@ def test_a_stack_multiplied_by_one_input_is_left() -> None:
     found = walk(model, batch())
     assert [site.name for site in found.blocks[0].sites] == ["blocks.0.down_proj"]
     assert found.left["blocks.0.gate_up_proj"].endswith("the whole stack, not one input by each matrix")
+
+
+class Nested(OneByOne):
+    """Its router lies in a module of its own; another linear has as many outputs as there are experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Sequential(nn.Linear(32, 10))
+        self.keys = nn.Sequential(nn.Linear(32, 10), nn.Linear(10, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + self.keys(x).softmax(-1))
+
+
+def test_a_router_is_known_by_what_it_does() -> None:
+    model = shake(Stack(2, Nested))
+    found = walk(model, batch())
+    assert spelled(found.blocks[1])[:2] == ["keys.0 10x32 +bias", "keys.1 32x10 +bias"]
+    assert found.left["blocks.1.router.0.weight"].startswith("a router: its 10 outputs choose")
+    assert_nothing_is_missing(model, found)
+
+
+def test_a_matrix_of_another_name_is_left() -> None:
+    class Connected(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fn = nn.Parameter(torch.zeros(32, 32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.nn.functional.linear(x, self.fn))
+
+    model = shake(Stack(2, Connected))
+    found = walk(model, batch())
+    assert found.left["blocks.0.fn"] == "a matrix of Connected, which is no linear layer"
+    assert_nothing_is_missing(model, found)
 
 
 class Listed(nn.Module):
@@ -423,7 +458,7 @@ def test_experts_in_a_list() -> None:
     found = walk(model, batch(1, 4))  # four tokens cannot reach twelve experts
     sites = {site.name for site in found.sites}
     assert {"blocks.0.attention", "blocks.1.shared.up"} <= sites
-    assert found.left["blocks.0.gate.weight"].startswith("a router: as many outputs (12)")
+    assert found.left["blocks.0.gate.weight"].startswith("a router: its 12 outputs choose")
     assert found.left["blocks.0.shared_gate.weight"] == "only 1 outputs: too small to be worth it"
     uncalled = [name for name, why in found.left.items() if why.startswith("no product with it was seen")]
     assert len(uncalled) >= 2 * 2 * (12 - 4)

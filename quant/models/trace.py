@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from transformers.pytorch_utils import Conv1D
 
 from quant.calibration.replay import Replay, cacheless, copy
 from quant.errors import ModelError
+from quant.models.candidates import candidates, is_linear
+from quant.models.routers import Routers
 from quant.models.source import first_line
 from quant.models.weightless import noise, same, weightless
 
@@ -41,13 +41,15 @@ class Use:
 class Trace:
     """`chain`: blocks that ran once, in call order; `repeated`: those that ran more often, with the count; `uses`: each
     block's products in call order; `outside`: parameters multiplied outside all blocks; `tied`: the further names of
-    tied parameters, with the first name, which stands for them everywhere else."""
+    tied parameters, with the first name, which stands for them everywhere else; `routers`: weights of linears whose
+    outputs choose experts."""
 
     chain: tuple[str, ...]
     repeated: dict[str, int]
     uses: dict[str, list[Use]]
     outside: frozenset[str]
     tied: dict[str, str]
+    routers: frozenset[str]
 
     @cached_property
     def users(self) -> dict[str, set[str]]:
@@ -82,39 +84,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
         with watch:
             _prove_chain(model, batch, chain, watch.outputs, whole)
     tied = {name: first for name, first in first_name.items() if name != first}
-    return Trace(chain, repeated, watch.uses, frozenset(watch.outside), tied)
-
-
-def candidates(model: nn.Module) -> list[str]:
-    """Names of the modules that may be blocks: the children with matrices of the outermost lists of like modules.
-
-    A bare linear is no block; a model without such lists is one block, named `""`.
-    """
-    names: list[str] = []
-    for name, module in model.named_modules():
-        if any(name == taken or name.startswith(taken + ".") for taken in names):
-            continue
-        if isinstance(module, nn.ModuleList | nn.Sequential):
-            heavy = [(key, child) for key, child in module.named_children() if matrices(child) and not is_linear(child)]
-            alike = max(Counter(type(child) for _, child in heavy).values(), default=0)
-            if alike > 1 or (heavy and isinstance(module, nn.ModuleList)):
-                names += [f"{name}.{key}" if name else key for key, _ in heavy]
-    return names or [""]
-
-
-def matrices(module: nn.Module, prefix: str = "") -> list[str]:
-    """Names of the linear weights and the 3-D stacks under a module."""
-    found: list[str] = []
-    for path, part in module.named_modules(prefix=prefix):
-        for leaf, parameter in part.named_parameters(recurse=False):
-            stack = parameter.dim() == 3 and not isinstance(part, _ConvNd)
-            if stack or (leaf == "weight" and is_linear(part)):
-                found.append(f"{path}.{leaf}" if path else leaf)
-    return found
-
-
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
+    return Trace(chain, repeated, watch.uses, frozenset(watch.outside), tied, frozenset(watch.routers.found))
 
 
 _PRODUCTS = (
@@ -159,6 +129,7 @@ class _Watch(TorchFunctionMode):
         self.block: str | None = None
         self.linear: tuple[str, torch.Tensor | None] | None = None  # the one running: its weight's name, its input
         self.answer: torch.Tensor | None = None
+        self.routers = Routers(model)
         self.alive: list[torch.Tensor] = []  # a block's inputs are kept until it ends, so that no two share an address
 
     @contextmanager
@@ -191,6 +162,7 @@ class _Watch(TorchFunctionMode):
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             self.block = None
             self.alive.clear()
+            self.routers.clear()
             self.outputs[name] = copy(output) if self.calls[name] == 1 else None
 
         return hook
@@ -219,23 +191,24 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         named = tuple(kwargs[key] for key in ("input", "weight", "other", "mat2") if key in kwargs)
         used = product(func, args + named) if kwargs.keys() <= {"input", "weight", "bias", "other", "mat2"} else None
-        if used is None:
-            return func(*args, **kwargs)
-        x, weight, by_columns = used
-        name, parameter = self.parameters.get(weight.untyped_storage().data_ptr(), ("", None))
-        if parameter is None or weight.dim() < 2:
-            return func(*args, **kwargs)
+        x, weight, by_columns = used or (None, None, False)
+        name, parameter = self.parameters.get(0 if weight is None else weight.untyped_storage().data_ptr(), ("", None))
+        if x is None or weight is None or parameter is None or weight.dim() < 2:
+            result = func(*args, **kwargs)
+            if self.recording:
+                self.routers.other(func, (args, kwargs), result)
+            return result
         flipped = weight.stride(-1) == 0 and weight.shape[-1] > 1  # the stored row is the dimension that has a stride
         answer = noise(name, x, weight if by_columns else weight.mT)
         if self.recording:
             self._record(name, parameter, x, weight.mT if flipped else weight, by_columns != flipped)
             self.answer = answer
-        bias = (
-            args[0]
-            if func in _SUMS
-            else kwargs.get("bias", args[2] if func is nn.functional.linear and args[2:] else None)
-        )
-        return answer if bias is None else answer + bias
+        given = args[0] if func in _SUMS else args[2] if func is nn.functional.linear and args[2:] else None
+        bias = kwargs.get("bias", given)
+        result = answer if bias is None else answer + bias
+        if self.recording and parameter.dim() == 2:
+            self.routers.product(name, result)
+        return result
 
     def _record(self, name: str, whole: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> None:
         if self.block is None:
@@ -249,7 +222,7 @@ class _Watch(TorchFunctionMode):
         elif whole.dim() == 2:
             owner = self.model.get_submodule(name.rpartition(".")[0])
             if not is_linear(owner):
-                oddity = f"a matrix of {type(owner).__name__}, which is not a linear layer (routers stay float)"
+                oddity = f"a matrix of {type(owner).__name__}, which is no linear layer"
             elif self.linear is None or self.linear[0] != name or self.linear[1] is None:
                 oddity = "its weight is read from outside its own forward"
             elif not same(x.flatten(), self.linear[1].flatten()):

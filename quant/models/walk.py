@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from quant.errors import ModelError
-from quant.models.trace import Trace, Use, is_linear, matrices, trace
-from quant.models.trace import candidates as candidates
+from quant.models.candidates import is_linear, matrices
+from quant.models.trace import Trace, Use, trace
 from quant.models.trace import product as product
 
 SMALLEST = 8  # fewer outputs than this (a shared expert's gate has one) save nothing
@@ -126,11 +126,10 @@ def _stages(
     uses: dict[str, list[Use]] = {}
     for use in seen.uses.get(block, []):
         uses.setdefault(use.parameter, []).append(use)
-    experts = _expert_counts(model, block, uses)
     stages: dict[Any, list[Site]] = {}
     for parameter, times in uses.items():
         site = _site(model, times[0])
-        reason = _unfit(seen, block, site, times) or _not_worth_it(site, experts) or pick.reason(site.name)
+        reason = _unfit(seen, block, site, times) or _not_worth_it(seen, site) or pick.reason(site.name)
         if reason is not None:
             left.setdefault(parameter, reason)
         else:
@@ -151,7 +150,7 @@ def _site(model: nn.Module, use: Use) -> Site:
 
 def _unfit(seen: Trace, block: str, site: Site, times: list[Use]) -> str | None:
     """Why a matrix that the block multiplies by cannot become a packed one."""
-    parameter = site.parameter
+    parameter = times[0].parameter
     others = sorted(name for name in seen.users[parameter] if name != block)
     if parameter in seen.outside:
         others.append("the model outside its blocks")
@@ -169,19 +168,12 @@ def _unfit(seen: Trace, block: str, site: Site, times: list[Use]) -> str | None:
     return None
 
 
-def _not_worth_it(site: Site, expert_counts: set[int]) -> str | None:
-    if not site.experts and site.out in expert_counts:
-        return f"a router: as many outputs ({site.out}) as its block has experts; routers stay float"
+def _not_worth_it(seen: Trace, site: Site) -> str | None:
+    if site.parameter in seen.routers:
+        return f"a router: its {site.out} outputs choose among as many experts; routers stay float"
     if site.out < SMALLEST:
         return f"only {site.out} outputs: too small to be worth it"
     return None
-
-
-def _expert_counts(model: nn.Module, block: str, used: Mapping[str, Any]) -> set[int]:
-    """How many experts the block's stacks and lists of modules hold: a linear with as many outputs routes to them."""
-    stacks = {stack.shape[0] for stack in map(model.get_parameter, used) if stack.dim() == 3}
-    lists = [part for part in model.get_submodule(block).modules() if isinstance(part, nn.ModuleList) and len(part) > 1]
-    return stacks | {len(part) for part in lists if all(matrices(expert) for expert in part)}
 
 
 def _explain_the_rest(model: nn.Module, blocks: Sequence[Block], seen: Trace, left: dict[str, str]) -> None:

@@ -1,0 +1,53 @@
+"""What a model's structure alone says: which modules may be blocks, which parameters may be sites, how many experts."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
+
+
+def candidates(model: nn.Module) -> list[str]:
+    """Names of the modules that may be blocks: the children with matrices of the outermost lists of like modules.
+
+    A bare linear is no block; a model without such lists is one block, named `""`.
+    """
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if any(name == taken or name.startswith(taken + ".") for taken in names):
+            continue
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            heavy = [(key, child) for key, child in module.named_children() if matrices(child) and not is_linear(child)]
+            alike = max(Counter(type(child) for _, child in heavy).values(), default=0)
+            if alike > 1 or (heavy and isinstance(module, nn.ModuleList)):
+                names += [f"{name}.{key}" if name else key for key, _ in heavy]
+    return names or [""]
+
+
+def matrices(module: nn.Module, prefix: str = "") -> list[str]:
+    """Names of the linear weights and the 3-D stacks under a module."""
+    found: list[str] = []
+    for path, part in module.named_modules(prefix=prefix):
+        for leaf, parameter in part.named_parameters(recurse=False):
+            stack = parameter.dim() == 3 and not isinstance(part, _ConvNd)
+            if stack or (leaf == "weight" and is_linear(part)):
+                found.append(f"{path}.{leaf}" if path else leaf)
+    return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def expert_counts(model: nn.Module) -> dict[str, set[int]]:
+    """How many experts each module holds, as stacks or as a list, in itself or in a child."""
+    counts: dict[str, set[int]] = {}
+    for path, part in model.named_modules():
+        sizes = {x.shape[0] for x in part.parameters(recurse=False) if x.dim() == 3 and not isinstance(part, _ConvNd)}
+        if isinstance(part, nn.ModuleList) and len(part) > 1 and all(matrices(child) for child in part):
+            sizes.add(len(part))
+        for holder in (path, path.rpartition(".")[0]) if sizes else ():
+            counts.setdefault(holder, set()).update(sizes)
+    return counts
