@@ -54,11 +54,14 @@ class BitwrightQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files") or []
         if files and not _verified.get():
             verify_folder(Path(files[0]).parent)
-        for packed in read_sites(config.to_dict(), getattr(model.config, "name_or_path", "") or "checkpoint").values():
-            put_site(model, packed)
+        where = getattr(model.config, "name_or_path", "") or "checkpoint"
+        names = {packed.name: put_site(model, packed) for packed in read_sites(config.to_dict(), where).values()}
+        config.entries["sites"] = {names[name]: entry for name, entry in config.entries["sites"].items()}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         check_values(model)
+        # save_pretrained undoes the renaming and merging of loading; packed stacks cannot be split into files of old
+        model._weight_conversions = []
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -72,8 +75,9 @@ class BitwrightQuantizer(HfQuantizer):
         return unpack_model(model, dtype or torch.float32)
 
 
-def put_site(model: Any, packed: PackedSite) -> None:
-    """Replaces one site in a model on the meta device, whether it is the whole model or its base.
+def put_site(model: Any, packed: PackedSite) -> str:
+    """Replaces one site in a model on the meta device, whether that is the whole model or its base. Returns the name of
+    the site there.
 
     Raises:
         CheckpointError: the model has no such matrix.
@@ -98,7 +102,7 @@ def put_site(model: Any, packed: PackedSite) -> None:
             PackedSite(name, packed.shape, packed.spec, packed.experts, packed.transposed).site(bias),
             packed.spec,
         )
-        return
+        return name
     raise CheckpointError(f"{packed.name}: config.json lists this site, but the model has no such matrix")
 
 
@@ -115,8 +119,9 @@ def check_values(model: nn.Module) -> None:
             raise CheckpointError(f"{name}: {error}") from None
 
 
-def unpack_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def unpack_model(model: Any, dtype: torch.dtype) -> Any:
     """Every packed site expanded to the float module it stands for, in place; nothing of ours remains."""
+    model._weight_conversions = None  # a plain model is saved as its architecture's files are
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             path, _, leaf = name.rpartition(".")
@@ -148,9 +153,9 @@ def load(
     """A packed checkpoint as a transformers model, in eval mode.
 
     `checkpoint`: a local folder or a hub name. `device`: where all of it goes, or "auto". `dtype` of what is not packed
-    and of the computation: by default float32 on a CPU and the checkpoint's own elsewhere. `dequantize`: a plain float
-    model with the same values, for tools that know nothing of this package; the memory of a float model. `verify`:
-    check every file's sha256 first.
+    and of the computation: by default float32 on a CPU and the checkpoint's own ("auto") elsewhere. `dequantize`: a
+    plain float model with the same values, for tools that know nothing of this package; the memory of a float model.
+    `verify`: check every file's sha256 first.
 
     Raises:
         CheckpointError: the folder is not a sound packed checkpoint; says which file or tensor.
@@ -164,9 +169,9 @@ def load(
     names = [n for n in config.get("architectures") or [] if isinstance(n, str) and hasattr(transformers, n)]
     if not names:
         raise CheckpointError(f"{folder}: architectures {config.get('architectures')} are unknown to transformers here")
-    if isinstance(dtype, str):
+    if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise SettingsError(f"dtype {dtype!r} is unknown; give float32, float16 or bfloat16")
+            raise SettingsError(f"dtype {dtype!r} is unknown; give float32, float16, bfloat16 or auto")
         dtype = getattr(torch, dtype)
     options: dict[str, Any] = {} if device == "cpu" else {"device_map": "auto" if device == "auto" else {"": device}}
     token = _verified.set(True)
