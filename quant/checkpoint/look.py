@@ -137,7 +137,7 @@ def _told(folder: Path) -> tuple[dict[str, Any], str]:
     try:
         report = json.loads(path.read_bytes())
         told = {key: dict(report[key]) for key in TOLD}
-        told |= {"command": str(report["command"]), "original_bytes": int(report["source"]["bytes"])}
+        told |= {"command": str(report["command"]), "original_bytes": int(float(report["source"]["bytes"]))}
         left = {str(name): str(reason) for name, reason in report["left_float"].items()}
         sites = {str(site["site"]): _told_site(site) for site in report["sites"]}
     except DAMAGE:
@@ -149,7 +149,7 @@ def _told_site(site: Any) -> dict[str, Any]:
     return {
         "block": str(site["block"]),
         "error": float(site["error"]),
-        "tokens": [int(count) for count in site["tokens"]],
+        "tokens": [int(float(count)) for count in site["tokens"]],
         "notes": [str(note) for note in site["notes"]],
     }
 

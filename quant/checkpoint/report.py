@@ -219,7 +219,7 @@ def _provenance(report: Report) -> str:
     cells = "".join(f"<tr><td>{text(name)}</td><td>{code(value)}</td></tr>" for name, value in rows)
     recipe = f"<pre>{escape(json.dumps(report['recipe'], indent=2))}</pre>"
     return (
-        f"<h2>Make it again</h2><pre>{escape(report['command'])}</pre>"
+        f"<h2>Make it again</h2><pre>{escape(plain(report['command'], 4000))}</pre>"
         f'<div class="wide"><table><tbody>{cells}</tbody></table></div>{details("The recipe", recipe)}'
     )
 
