@@ -22,7 +22,18 @@ from rich.table import Table
 from rich.text import Text
 
 from quant.checkpoint.look import explain_kernels, look
-from quant.checkpoint.summary import Group, Site, grouped, kinds, percent, plain, spec_words, specs_words, tokens_words
+from quant.checkpoint.summary import (
+    Group,
+    Site,
+    grouped,
+    kinds,
+    percent,
+    plain,
+    plural,
+    spec_words,
+    specs_words,
+    tokens_words,
+)
 from quant.display import human
 from quant.errors import BitwrightError, CheckpointError
 
@@ -114,7 +125,8 @@ def _show_packed(console: Console, found: Mapping[str, Any], sites: bool | None)
 
 def _show_unfinished(console: Console, found: Mapping[str, Any], sites: bool | None) -> None:
     entries = found["sites"]
-    done = f"{found['sites_done']:,} of {found['sites_planned']:,} sites, in {found['blocks_done']:,} finished blocks"
+    done = f"{found['sites_done']:,} of {plural(found['sites_planned'], 'site')}, "
+    done += f"in {plural(found['blocks_done'], 'finished block')}"
     state = "a run is working here now" if found["running"] else "no run is working here"
     rows = [("unfinished run", found["folder"]), ("state", state), ("done", done)]
     rows += [("whole folder", _bytes(found["bytes"]["folder"]))]

@@ -198,7 +198,7 @@ def test_an_unfinished_run_and_the_command_that_ends_it(llama: Path, words: Path
         quant.quantize(str(llama), out, tiny.recipe(words, "match=float"), progress=Stop())
     result = inspect(out, "--sites")
     assert result.exit_code == 0
-    assert "7 of 14 sites, in 1 finished blocks" in result.stdout
+    assert "7 of 14 sites, in 1 finished block" in result.stdout
     assert "no run is working here" in result.stdout
     assert "model.layers.0.mlp.up_proj" in result.stdout
     again = shlex.split(result.stdout.split("Continue with:\n")[1])

@@ -373,4 +373,4 @@ def test_a_resumed_run_counts_its_blocks(llama: Path, words: Path, tmp_path: Pat
     report = quant.quantize(str(llama), tmp_path / "out", recipe, mode="resume").report
     assert report["resumed_blocks"] == 1
     assert [block["name"] for block in report["blocks"]] == ["model.layers.0", "model.layers.1"]
-    assert "1 blocks from an earlier run" in "".join(page(report).words)
+    assert "1 block from an earlier run" in "".join(page(report).words)

@@ -27,6 +27,7 @@ from quant.checkpoint.summary import (
     notes,
     percent,
     plain,
+    plural,
     spec_words,
     specs_words,
     tokens_words,
@@ -68,7 +69,7 @@ def _headline(report: Report) -> str:
     after = sum(report["files"].values())
     asked = report["recipe"]["spec"].get("bits")
     check, found = report["verification"], errors(sites)
-    resumed = f", {report['resumed_blocks']} blocks from an earlier run" if report["resumed_blocks"] else ""
+    resumed = f", {plural(report['resumed_blocks'], 'block')} from an earlier run" if report["resumed_blocks"] else ""
     gpu = f", {human(report['peak_gpu_bytes'])} on the GPU" if report["peak_gpu_bytes"] else ""
     cards = [
         card(
@@ -87,11 +88,11 @@ def _headline(report: Report) -> str:
             f"worst {percent(found[-1])}" if found else "",
         ),
         card(
-            f"{len(sites):,} sites",
+            plural(len(sites), "site"),
             f"{bits['weights']:,} weights quantized",
             f"{_share(bits['weights'], source['parameters'])} of the model's",
         ),
-        card(_time(report["seconds"]), "wall time of this run", f"{len(report['blocks'])} blocks{resumed}"),
+        card(_time(report["seconds"]), "wall time of this run", f"{plural(len(report['blocks']), 'block')}{resumed}"),
         card(human(report["peak_rss_bytes"]), "peak memory", f"{report['machine']['cores']} cores{gpu}"),
         card(
             f"{check['worst_difference']:.2g}",

@@ -144,6 +144,11 @@ def percent(error: float) -> str:
     return f"{100 * error:.3g} %" if math.isfinite(error) else "not finite"
 
 
+def plural(count: int, noun: str) -> str:
+    """`1 block`, `2 blocks`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def plain(text: object, limit: int = 300) -> str:
     """Untrusted text on one line: without control characters, and not without end."""
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
