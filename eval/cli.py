@@ -87,7 +87,7 @@ def command(
         original, reports = _judge(models, against, prompts, quiet, settings)
         everything = [original, *reports] if original is not None else reports
         out = console_for(stderr=json_to == "-")
-        out.print(table(everything))
+        out.print(table(everything, out.width))
         for panel in [] if quiet else continuations(reports):
             out.print(panel)
         if plot_to is not None:

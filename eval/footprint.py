@@ -40,6 +40,11 @@ class Stored:
     shape: tuple[int, ...]
     nbytes: int
 
+    @property
+    def floating(self) -> bool:
+        """Whether these are numbers of a network, not position ids or masks."""
+        return self.dtype.startswith(("F", "BF"))
+
 
 @dataclass(frozen=True)
 class Size:
@@ -92,13 +97,15 @@ def size_of(subject: Subject) -> Size:
     total = sum(file.stat().st_size for file in files)
     sites = _sites(subject, stored)
     if sites is None:
-        matrices = [t for t in stored.values() if len(t.shape) > 1]
-        parameters = sum(math.prod(t.shape) for t in stored.values())
+        matrices = [t for t in stored.values() if t.floating and len(t.shape) > 1]
+        parameters = sum(math.prod(t.shape) for t in stored.values() if t.floating)
         bits = 8 * sum(t.nbytes for t in matrices) / max(1, sum(math.prod(t.shape) for t in matrices))
     else:
         inside = {name for name in stored if _within(name, sites)}
         weights = sum(sites.values())
-        parameters = weights + sum(math.prod(t.shape) for name, t in stored.items() if name not in inside)
+        parameters = weights + sum(
+            math.prod(t.shape) for name, t in stored.items() if t.floating and name not in inside
+        )
         bits = 8 * sum(stored[name].nbytes for name in inside) / weights if weights else None
     total_bits = 8 * sum(t.nbytes for t in stored.values()) / max(1, parameters)
     return Size(total, parameters, bits, total_bits, "safetensors headers")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text as Styled
 
 from quant.eval.generate import Generation
-from quant.eval.report import Report, Settings
+from quant.eval.report import Report
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,32 @@ _COLUMNS = (
 )
 
 
-def table(reports: Sequence[Report]) -> Group:
-    """One row per report; a column that no report fills is left out."""
+def table(reports: Sequence[Report], width: int) -> Group:
+    """One row per report. A column that no report fills is left out; what does not fit continues in a table below."""
     columns = [column for column in _COLUMNS if any(column.cell(report) for report in reports)]
-    grid = Table(title=_title(reports[0].settings), title_justify="left", title_style="", pad_edge=False)
-    grid.add_column("model", overflow="fold")
+    name = min(32, max(len("model"), *(len(report.model) for report in reports)))
+    parts: list[list[_Column]] = [[]]
+    left = room = width - name - 2
+    for column in columns:
+        need = 3 + max(len(column.heading), *(len(column.cell(report)) for report in reports))
+        if need > left and parts[-1]:
+            parts.append([])
+            left = room
+        parts[-1].append(column)
+        left -= need
+    legend = "; ".join(f"{column.heading}: {column.meaning}" for column in columns)
+    grids = [_grid(reports, part, name) for part in parts]
+    return Group(Styled(_title(reports[-1])), *grids, Styled(legend, style="dim"))
+
+
+def _grid(reports: Sequence[Report], columns: Sequence[_Column], name: int) -> Table:
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("model", overflow="fold", min_width=name, max_width=name)
     for column in columns:
         grid.add_column(column.heading, justify="right", no_wrap=True)
     for report in reports:
         grid.add_row(report.model, *(column.cell(report) or "-" for column in columns))
-    legend = "; ".join(f"{column.heading}: {column.meaning}" for column in columns)
-    return Group(grid, Styled(legend, style="dim"))
+    return grid
 
 
 def continuations(reports: Sequence[Report]) -> list[Panel]:
@@ -90,15 +106,16 @@ def continuations(reports: Sequence[Report]) -> list[Panel]:
 def console_for(stderr: bool = False) -> Console:
     """A console that does not squeeze the table into 80 columns when its output goes to a file."""
     console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=170)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=180)
 
 
-def _title(settings: Settings) -> str:
+def _title(report: Report) -> str:
+    settings, machine, scored = report.settings, report.settings.machine, report.perplexity
     strides = "" if settings.stride is None else f", stride {settings.stride}"
-    machine = settings.machine
+    counts = "" if scored is None else f", {scored.windows} windows, {scored.tokens:,} tokens predicted"
     return (
         f"{settings.text} (sha256 {settings.text_sha256[:12]}), {settings.window_rule}, window {settings.window}"
-        f"{strides}, {settings.dtype} on {settings.device}, "
+        f"{strides}{counts}, {settings.dtype} on {settings.device}, "
         f"{machine.gpu if 'cuda' in settings.device else machine.cpu}, {machine.threads} threads"
     )
 

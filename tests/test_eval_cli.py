@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -12,11 +13,13 @@ from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from quant.errors import ResourceError
 from quant.eval import cli, perplexity
 from quant.eval.evaluate import evaluate
+from quant.eval.table import table
 from tests import tiny
 
 
@@ -146,3 +149,19 @@ def test_perplexity_as_a_module_fails_in_a_sentence(llama: Path, capsys: pytest.
         perplexity.main(str(llama), text="nonsense")
     assert exit_.value.exit_code == 2
     assert capsys.readouterr().err.startswith("Error: text nonsense: no such file")
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_no_column_is_lost_on_a_narrow_terminal(width: int, llama: Path, words: Path) -> None:
+    report = evaluate(llama, against=llama, text=words, max_windows=1, generate=1)
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table([report, report], width))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    rules = [index for index, line in enumerate(lines) if "──" in line]
+    headings = [heading for index in rules for heading in lines[index - 1].split("  ") if heading.strip()]
+    assert [heading.strip() for heading in headings if heading.strip() != "model"] == [
+        *("MB", "bits", "all", "perplexity", "x", "bits/byte", "KL", "KL 99%", "top-1"),
+        *("prefix", "repeat", "prefill/s", "decode/s", "RAM MB"),
+    ]
+    assert all("llama" in lines[index + 1] for index in rules)
