@@ -32,7 +32,7 @@ from quant.eval.evaluate import evaluate
 from quant.eval.subject import Subject, open_subject
 from quant.models.skeleton import read_config
 from quant.models.source import find
-from quant.pipeline import Settings
+from quant.prepare import Settings
 from quant.recipe import Calibration, Recipe, override, with_spec
 
 MODELS = {"ts-llama-small": (128, 64), "stories260K-i192": (64, 32)}

@@ -7,7 +7,8 @@ package also teaches transformers' own `from_pretrained` to read such checkpoint
 from quant.checkpoint.loader import load
 from quant.errors import BitwrightError
 from quant.kernels.spec import Uniform
-from quant.pipeline import Settings, quantize
+from quant.pipeline import quantize
+from quant.prepare import Settings
 from quant.recipe import Calibration, Recipe, load_recipe
 from quant.version import VERSION as __version__
 

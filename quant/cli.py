@@ -27,7 +27,8 @@ from quant.display import Display, human
 from quant.errors import BitwrightError, SettingsError
 from quant.estimate import Estimate, estimate
 from quant.kernels.spec import SpecError
-from quant.pipeline import Prepared, Result, Settings, prepare, run
+from quant.pipeline import Result, run
+from quant.prepare import Prepared, Settings, prepare
 from quant.progress import Progress
 from quant.recipe import Recipe, load_recipe, override, shipped_recipes, with_spec
 

@@ -24,7 +24,7 @@ from quant.calibration.replay import Replay
 from quant.checkpoint.shards import sizes
 from quant.checkpoint.writer import arrangement, promised_pieces, quantized_sites
 from quant.models.stream import outside_blocks
-from quant.pipeline import Prepared
+from quant.prepare import Prepared
 from quant.threads import threads
 
 

@@ -9,7 +9,6 @@ depth; and a killed run goes on from the last finished block to the very same by
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import time
 from collections.abc import Generator, Sequence
@@ -23,7 +22,7 @@ import torch
 from quant.blocks import BlockSolver, Solved, fill, float_weights
 from quant.calibration.activations import Activations
 from quant.calibration.replay import Replay
-from quant.calibration.samples import Batch, Samples, draw, noise
+from quant.calibration.samples import Batch
 from quant.checkpoint.journal import FOLDER, Journal, Mode, complete, finished_report
 from quant.checkpoint.provenance import provenance
 from quant.checkpoint.verify import compare_logits
@@ -32,73 +31,13 @@ from quant.errors import BitwrightError, ModelError, ResourceError, out_of_memor
 from quant.kernels.layouts import LAYOUTS
 from quant.kernels.spec import spec_from_dict
 from quant.linear import stored_name
-from quant.models.skeleton import Skeleton
-from quant.models.source import Source, find, first_line
+from quant.models.source import first_line
 from quant.models.stream import first_tensor, outside_blocks
-from quant.models.walk import Block, Walk, walk
+from quant.models.walk import Block
+from quant.prepare import Prepared, Settings, prepare
 from quant.progress import Progress
-from quant.recipe import Plan, Recipe, make_plan
-from quant.threads import threads, worth
-from quant.version import VERSION
-
-TRACE_TOKENS = 16
-PROBE_TOKENS = 64
-SPILL_BYTES = 2 * 1024**3
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What does not belong to a recipe: where and how a run goes. `spill_bytes`: activations kept in memory, the rest
-    on disk. `plan`: a file with specs for some sites. `threads`: of the CPU; 0 lets the size of the matrices decide."""
-
-    device: str = "cpu"
-    dtype: str = "float32"
-    plan: Path | None = None
-    spill_bytes: int = SPILL_BYTES
-    threads: int = 0
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A model that was walked and planned, with its calibration inputs: all that is known before work starts."""
-
-    source: Source
-    skeleton: Skeleton
-    walk: Walk
-    plan: Plan
-    samples: Samples
-    recipe: Recipe
-    settings: Settings
-
-    @property
-    def threads(self) -> int:
-        """CPU threads of the run."""
-        return self.settings.threads or worth(max(site.out * site.inputs for site in self.walk.sites))
-
-    def probe(self) -> Batch:
-        """What the verification runs on: the first window's first tokens."""
-        first = self.samples.batches[0]
-        return {key: value[:1, :PROBE_TOKENS].to(self.settings.device) for key, value in first.items()}
-
-    def identity(self) -> dict[str, Any]:
-        """What two runs must share to give the same bytes."""
-        return {
-            "model": {"name": self.source.name, "sha256": self.source.fingerprint()},
-            "recipe": self.recipe.to_dict(),
-            "plan": self.plan.to_dict(),
-            "calibration": {
-                "text": self.samples.text,
-                "sha256": self.samples.sha256,
-                "tokens_sha256": self.samples.tokens_sha256(),
-            },
-            "compute": {
-                "device": self.settings.device,
-                "dtype": self.settings.dtype,
-                "threads": self.threads,
-                "machine": platform.machine(),
-            },
-            "versions": versions(),
-        }
+from quant.recipe import Recipe
+from quant.threads import threads
 
 
 @dataclass(frozen=True)
@@ -108,34 +47,6 @@ class Result:
     out: Path
     written: Written
     report: dict[str, Any] = field(repr=False)
-
-
-def versions() -> dict[str, str]:
-    import transformers
-
-    return {
-        "bitwright": VERSION,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def prepare(model: str, recipe: Recipe, settings: Settings | None = None, progress: Progress | None = None) -> Prepared:
-    """Everything up to the first computation: find the model, walk it, plan it, draw the calibration windows."""
-    settings, progress = settings or Settings(), progress or Progress()
-    progress.step("reading the model")
-    source = find(model)
-    skeleton = Skeleton(source, dtype=getattr(torch, settings.dtype), device=settings.device)
-    skeleton.model.config.use_cache = False
-    trace = {"input_ids": torch.zeros((1, TRACE_TOKENS), dtype=torch.int64)}
-    found = walk(skeleton.model, trace, only=recipe.only, skip=recipe.skip)
-    plan = make_plan(recipe, found, settings.plan)
-    progress.step("reading the calibration text")
-    samples = (
-        noise(skeleton.config) if recipe.calibration is None else draw(recipe.calibration, source, skeleton.config)
-    )
-    return Prepared(source, skeleton, found, plan, samples, recipe, settings)
 
 
 def quantize(
@@ -218,7 +129,8 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
                 seconds = round(time.perf_counter() - began, 4)
                 record = {"block": name, "seconds": seconds, "sites": [s.record() for s in solved]}
                 journal.write(index, _stored(solved, prepared, names), record)
-            _advance(replay, index, batches, store, float_store, originals)
+            wanted = range(len(batches)) if index + 1 < len(chain) else [len(batches) - 1]  # only the probe has a head
+            _advance(replay, index, batches, wanted, store, float_store, originals)
             skeleton.unload(names)
             progress.advanced(index, weights.get(name, 0))
         skeleton.load(head)
@@ -279,17 +191,18 @@ def _advance(
     replay: Replay,
     index: int,
     batches: Sequence[Batch],
+    wanted: Sequence[int],
     store: Activations,
     float_store: Activations | None,
     originals: dict[str, torch.Tensor],
 ) -> None:
-    """Block `index`'s outputs on every batch replace its inputs in the stores."""
+    """Block `index`'s outputs on the wanted batches replace its inputs in the stores."""
     if float_store is not None:
         with float_weights(replay.model, originals):
-            for number, batch in enumerate(batches):
-                float_store[number] = replay.output(index, batch, float_store[number])
-    for number, batch in enumerate(batches):
-        store[number] = _finite(replay.output(index, batch, store[number]), replay.names[index])
+            for number in wanted:
+                float_store[number] = replay.output(index, batches[number], float_store[number])
+    for number in wanted:
+        store[number] = _finite(replay.output(index, batches[number], store[number]), replay.names[index])
 
 
 def _finite(output: Any, block: str) -> Any:

@@ -19,7 +19,7 @@ from quant.errors import ModelError, SettingsError
 from quant.eval.perplexity import encode, measure, resolve, rule_for
 from quant.eval.subject import open_subject
 from quant.kernels.spec import Uniform
-from quant.pipeline import prepare
+from quant.prepare import prepare
 from quant.recipe import override, with_spec
 from quant.solvers.nearest import Nearest
 from tests import tiny

@@ -15,17 +15,15 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import metadata_load
 
 from quant.checkpoint.manifest import FORMAT_VERSION
 from quant.models.source import Source
+from quant.prepare import Prepared
 from quant.recipe import load_recipe, shipped_recipes
-
-if TYPE_CHECKING:
-    from quant.pipeline import Prepared
 
 DEFAULT = "gptq"  # what --recipe is when it is not given
 FLAGS = {

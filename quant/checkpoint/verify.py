@@ -7,7 +7,7 @@ the probe that the pipeline carried along. What is compared went through the dis
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +18,7 @@ from quant.errors import CheckpointError
 from quant.models.skeleton import Skeleton
 from quant.models.source import Source
 from quant.models.stream import stream
-
-if TYPE_CHECKING:
-    from quant.pipeline import Prepared
+from quant.prepare import Prepared
 
 # relative to the largest logit. The weights are the same numbers; only the order of a sum may differ (a packed matrix
 # is multiplied in row chunks): a few units of roundoff, times the square root of the depth.

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quant.checkpoint.card import card
 from quant.checkpoint.journal import Journal
@@ -33,10 +33,8 @@ from quant.checkpoint.shards import (
 from quant.kernels.spec import Spec
 from quant.linear import stored_name
 from quant.models.walk import Site
+from quant.prepare import Prepared
 from quant.version import VERSION
-
-if TYPE_CHECKING:
-    from quant.pipeline import Prepared
 
 COPIED = (".json", ".txt", ".model", ".jinja")
 MADE = ("config.json", INDEX, "recipe.json", "plan.json", "report.json", CHECKSUMS)

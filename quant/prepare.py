@@ -1,0 +1,109 @@
+"""Everything up to the first computation: the model found and walked, its sites planned, its calibration windows drawn.
+
+The pipeline runs what is prepared here; the dry run rehearses it; the writer and the verification read it.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant.calibration.samples import Batch, Samples, draw, noise
+from quant.models.skeleton import Skeleton
+from quant.models.source import Source, find
+from quant.models.walk import Walk, walk
+from quant.progress import Progress
+from quant.recipe import Plan, Recipe, make_plan
+from quant.threads import worth
+from quant.version import VERSION
+
+TRACE_TOKENS = 16
+PROBE_TOKENS = 64
+SPILL_BYTES = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What does not belong to a recipe: where and how a run goes. `spill_bytes`: activations kept in memory, the rest
+    on disk. `plan`: a file with specs for some sites. `threads`: of the CPU; 0 lets the size of the matrices decide."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    plan: Path | None = None
+    spill_bytes: int = SPILL_BYTES
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that was walked and planned, with its calibration inputs: all that is known before work starts."""
+
+    source: Source
+    skeleton: Skeleton
+    walk: Walk
+    plan: Plan
+    samples: Samples
+    recipe: Recipe
+    settings: Settings
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of the run."""
+        return self.settings.threads or worth(max(site.out * site.inputs for site in self.walk.sites))
+
+    def probe(self) -> Batch:
+        """What the verification runs on: the first window's first tokens."""
+        first = self.samples.batches[0]
+        return {key: value[:1, :PROBE_TOKENS].to(self.settings.device) for key, value in first.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share to give the same bytes."""
+        return {
+            "model": {"name": self.source.name, "sha256": self.source.fingerprint()},
+            "recipe": self.recipe.to_dict(),
+            "plan": self.plan.to_dict(),
+            "calibration": {
+                "text": self.samples.text,
+                "sha256": self.samples.sha256,
+                "tokens_sha256": self.samples.tokens_sha256(),
+            },
+            "compute": {
+                "device": self.settings.device,
+                "dtype": self.settings.dtype,
+                "threads": self.threads,
+                "machine": platform.machine(),
+            },
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "bitwright": VERSION,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def prepare(model: str, recipe: Recipe, settings: Settings | None = None, progress: Progress | None = None) -> Prepared:
+    """Everything up to the first computation: find the model, walk it, plan it, draw the calibration windows."""
+    settings, progress = settings or Settings(), progress or Progress()
+    progress.step("reading the model")
+    source = find(model)
+    skeleton = Skeleton(source, dtype=getattr(torch, settings.dtype), device=settings.device)
+    skeleton.model.config.use_cache = False
+    trace = {"input_ids": torch.zeros((1, TRACE_TOKENS), dtype=torch.int64)}
+    found = walk(skeleton.model, trace, only=recipe.only, skip=recipe.skip)
+    plan = make_plan(recipe, found, settings.plan)
+    progress.step("reading the calibration text")
+    samples = (
+        noise(skeleton.config) if recipe.calibration is None else draw(recipe.calibration, source, skeleton.config)
+    )
+    return Prepared(source, skeleton, found, plan, samples, recipe, settings)
