@@ -80,22 +80,20 @@ def command(
     """Say how good a checkpoint is: perplexity, divergence from the original, bits, speed and memory."""
     with _errors():
         _calm()
+        _writable(json_to, plot_to)
         settings = {"text": resolve(text), "window": window, "stride": stride, "max_windows": max_windows}
         settings |= {"device": device, "dtype": dtype}
-        prompts = 0 if no_generate else prompts
-        _writable(json_to, plot_to)
-        original, reports = _judge(models, against, prompts, quiet, settings)
-        everything = [original, *reports] if original is not None else reports
+        original, reports = _judge(models, against, 0 if no_generate else prompts, quiet, settings)
         out = console_for(stderr=json_to == "-")
-        out.print(table(everything, out.width))
+        out.print(table([original, *reports] if original else reports, out.width))
         for panel in [] if quiet else continuations(reports):
             out.print(panel)
-        if plot_to is not None:
+        if plot_to:
             from quant.eval.plot import plot  # matplotlib takes a second to import
 
             plot(reports, original, plot_to)
             out.print(f"plot: {plot_to}", soft_wrap=True)
-        if json_to is not None:
+        if json_to:
             _write_json(json_to, original, reports)
 
 

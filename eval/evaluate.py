@@ -11,6 +11,7 @@ each candidate, batch by batch, which costs a forward pass and keeps memory flat
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from transformers import PreTrainedModel
 
 from quant.calibration.texts import Encoded, Text, encode, resolve
 from quant.errors import SettingsError
-from quant.eval import generate as generations
-from quant.eval.compare import compare
-from quant.eval.encoder import compare_encoders
+from quant.eval.compare import Divergence, compare
+from quant.eval.encoder import HiddenStates, compare_encoders
 from quant.eval.footprint import cost_of, size_of
-from quant.eval.perplexity import Progress, Rule, measure, rule_for
+from quant.eval.generate import NEW_TOKENS, Generation, continued
+from quant.eval.perplexity import Perplexity, Progress, Rule, measure, rule_for
 from quant.eval.report import Report, Settings, machine, versions
 from quant.eval.subject import Subject, open_subject
 
@@ -65,47 +66,58 @@ def evaluate(
     source = resolve(text)
     subject = open_subject(model_or_path, device, dtype)
     original = None if against is None else open_subject(against, device, dtype)
-    if original is not None and original.kind != subject.kind:
-        raise SettingsError(
-            f"{subject.name} is judged as {subject.kind}, {original.name} as {original.kind}: nothing to compare."
-        )
     rule = _rule(subject, original, window, stride, max_windows)
     judge = _judge_causal if subject.kind == "causal-lm" else _judge_encoder
-    found, ids_T = judge(subject, original, source, rule, generate, progress)
-    speed, memory = cost_of(subject, ids_T)
-    settings = Settings(
-        text=source.name,
-        text_sha256=source.sha256,
+    found = judge(subject, original, source, rule, generate, progress)
+    return _report(subject, original, found, _settings(subject, source, rule, generate), start)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a judge saw, and the ids `[T]` of one window to measure speed with."""
+
+    window_ids: torch.Tensor
+    perplexity: Perplexity | None = None
+    original: Perplexity | None = None
+    divergence: Divergence | None = None
+    hidden: HiddenStates | None = None
+    generations: tuple[Generation, ...] = ()
+
+
+def _report(subject: Subject, original: Subject | None, found: _Found, settings: Settings, start: float) -> Report:
+    speed, memory = cost_of(subject, found.window_ids)
+    return Report(
+        model=subject.name,
+        path=str(subject.folder) if subject.folder else None,
+        kind=subject.kind,
+        against=original.name if original else None,
+        perplexity=found.perplexity,
+        original=found.original,
+        divergence=found.divergence,
+        hidden=found.hidden,
+        generations=found.generations,
+        size=size_of(subject),
+        speed=speed,
+        memory=memory,
+        seconds=time.perf_counter() - start,
+        settings=settings,
+    )
+
+
+def _settings(subject: Subject, text: Text, rule: Rule, prompts: int) -> Settings:
+    return Settings(
+        text=text.name,
+        text_sha256=text.sha256,
         window_rule=rule.name if subject.kind == "causal-lm" else "lines",
         window=rule.length,
         stride=rule.stride,
         max_windows=rule.max_windows,
         device=str(subject.device),
         dtype=str(subject.model.dtype).removeprefix("torch."),
-        prompts=generate,
-        new_tokens=generations.NEW_TOKENS if generate else 0,
+        prompts=prompts,
+        new_tokens=NEW_TOKENS if prompts else 0,
         machine=machine(),
         versions=versions(),
-    )
-    parts: dict[str, Any] = {
-        "perplexity": None,
-        "original": None,
-        "divergence": None,
-        "hidden": None,
-        "generations": (),
-        **found,
-    }
-    return Report(
-        model=subject.name,
-        path=str(subject.folder) if subject.folder else None,
-        kind=subject.kind,
-        against=original.name if original else None,
-        size=size_of(subject),
-        speed=speed,
-        memory=memory,
-        seconds=time.perf_counter() - start,
-        settings=settings,
-        **parts,
     )
 
 
@@ -113,41 +125,50 @@ def _rule(
     subject: Subject, original: Subject | None, window: int | None, stride: int | None, max_windows: int | None
 ) -> Rule:
     rule = rule_for(subject, window, stride, max_windows)
-    return rule if original is None else rule_for(original, rule.length, stride, max_windows)
+    if original is None:
+        return rule
+    if original.kind != subject.kind:
+        raise SettingsError(
+            f"{subject.name} is judged as {subject.kind}, {original.name} as {original.kind}: nothing to compare."
+        )
+    return rule_for(original, rule.length, stride, max_windows)
 
 
 def _judge_causal(
     subject: Subject, original: Subject | None, text: Text, rule: Rule, prompts: int, progress: Progress | None
-) -> tuple[dict[str, Any], torch.Tensor]:
-    tokenizer = subject.tokenizer()
+) -> _Found:
+    tokenizer = _tokenizer(subject, original)
     encoded = encode(tokenizer, text)
-    found: dict[str, Any] = {}
-    if original is None:
-        found["perplexity"] = measure(subject, encoded, rule, progress)
-    else:
+    if original is not None:
         _same_tokens(subject, original, encoded)
-        both = compare(subject, original, encoded, rule, progress)
-        found |= {"perplexity": both.candidate, "original": both.original, "divergence": both.divergence}
-    if prompts:
-        found["generations"] = generations.generate(subject, original, text, tokenizer, prompts)
-    return found, encoded.ids[: rule.length]
+    pairs = continued(subject, original, text, tokenizer, prompts) if prompts else ()
+    ids_T = encoded.ids[: rule.length]
+    if original is None:
+        return _Found(ids_T, measure(subject, encoded, rule, progress), generations=pairs)
+    both = compare(subject, original, encoded, rule, progress)
+    return _Found(ids_T, both.candidate, both.original, both.divergence, generations=pairs)
 
 
 def _judge_encoder(
     subject: Subject, original: Subject | None, text: Text, rule: Rule, prompts: int, progress: Progress | None
-) -> tuple[dict[str, Any], torch.Tensor]:
+) -> _Found:
     del prompts  # an encoder continues nothing
-    tokenizer = subject.tokenizer()
+    tokenizer = _tokenizer(subject, original)
     ids_T = encode(tokenizer, Text(text.name, text.text[: 16 * rule.length])).ids[: rule.length]
     if original is None:
-        return {}, ids_T
+        return _Found(ids_T)
     hidden = compare_encoders(subject, original, text, tokenizer, rule.length, rule.max_windows, progress)
-    return {"hidden": hidden}, ids_T
+    return _Found(ids_T, hidden=hidden)
+
+
+def _tokenizer(subject: Subject, original: Subject | None) -> Any:
+    """The model's own; a model that came from nowhere borrows the original's."""
+    return (subject if subject.source or original is None else original).tokenizer()
 
 
 def _same_tokens(subject: Subject, original: Subject, encoded: Encoded) -> None:
     """Raises `SettingsError` unless the original's tokenizer cuts the text into the same ids."""
-    if not original.source or str(original.source) == str(subject.source):
+    if not original.source or not subject.source or str(original.source) == str(subject.source):
         return
     files = [Path(source) / "tokenizer.json" for source in (subject.source, original.source)]
     if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():

@@ -75,7 +75,7 @@ def prompts(text: Text, tokenizer: Any, count: int, length: int = PROMPT_TOKENS)
     return [(tokenizer.decode(ids[:length]), ids[:length]) for ids in encoded]
 
 
-def generate(
+def continued(
     candidate: Subject, original: Subject | None, text: Text, tokenizer: Any, count: int
 ) -> tuple[Generation, ...]:
     """Continues `count` prompts from the text with both models, in one batch each."""

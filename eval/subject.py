@@ -61,11 +61,15 @@ class Subject:
         Raises:
             ModelError: there is none.
         """
+        if not self.source:
+            raise ModelError(
+                f"{self.name}: built in memory, it has no tokenizer; set name_or_path to a folder with one."
+            )
         try:
             return AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
         except Exception as error:  # tokenizers fail with whatever their files provoke
             raise ModelError(
-                f"{self.name}: no tokenizer could be loaded from {str(self.source) or 'a model built in memory'} "
+                f"{self.name}: no tokenizer could be loaded from {self.source} "
                 f"({_first_line(error)}). Copy the tokenizer files of the original model into that folder."
             ) from error
 

@@ -23,7 +23,7 @@ from quant.eval.table import table
 from tests import tiny
 
 
-def call(*arguments: str | Path) -> Result:
+def call(*arguments: object) -> Result:
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 

@@ -16,7 +16,7 @@ from quant.eval import evaluate as package
 from quant.eval.compare import _quantile, compare
 from quant.eval.encoder import compare_encoders
 from quant.eval.evaluate import evaluate
-from quant.eval.generate import common_prefix, generate, greedy, prompts, repetition
+from quant.eval.generate import common_prefix, continued, greedy, prompts, repetition
 from quant.eval.perplexity import Rule, measure
 from quant.eval.subject import Subject, open_subject
 from tests import tiny
@@ -136,7 +136,7 @@ def test_greedy_without_a_cache_sees_everything_again(llama: Path, monkeypatch: 
 
 def test_side_by_side(demo: Path) -> None:
     original, candidate = open_subject(demo), open_subject(noisy(demo, 0.05))
-    pairs = generate(candidate, original, resolve("python-docs"), original.tokenizer(), 3)
+    pairs = continued(candidate, original, resolve("python-docs"), original.tokenizer(), 3)
     assert len(pairs) == 3
     for pair in pairs:
         assert pair.original_text is not None
@@ -198,9 +198,9 @@ def test_an_encoder_is_judged_by_its_hidden_states(bert: Path, words: Path) -> N
 
 
 def test_a_head_on_an_encoder_is_left_out(bert: Path, words: Path, tmp_path: Path) -> None:
-    from transformers import AutoConfig, BertForMaskedLM
+    from transformers import BertConfig, BertForMaskedLM
 
-    whole = BertForMaskedLM(AutoConfig.from_pretrained(bert))
+    whole = BertForMaskedLM(BertConfig.from_pretrained(bert))
     whole.save_pretrained(tmp_path / "masked")
     tiny.add_tokenizer(tmp_path / "masked")
     report = evaluate(whole.eval(), against=tmp_path / "masked", text=words, max_windows=1, window=16)
@@ -210,7 +210,7 @@ def test_a_head_on_an_encoder_is_left_out(bert: Path, words: Path, tmp_path: Pat
 
 def test_hidden_states_that_are_not_finite_are_an_error(bert: Path) -> None:
     broken = noisy(bert)
-    broken.get_input_embeddings().weight.data[:] = torch.nan
+    next(broken.parameters()).data[:] = torch.nan  # the embedding
     with pytest.raises(ModelError, match="hidden states are not finite"):
         compare_encoders(open_subject(broken), open_subject(bert), Text("t", "abc"), open_subject(bert).tokenizer(), 32)
 

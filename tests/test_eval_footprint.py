@@ -198,6 +198,11 @@ def test_no_tokenizer_says_what_to_copy(llama: Path, words: Path, tmp_path: Path
         file.unlink()
     with pytest.raises(ModelError, match="Copy the tokenizer files of the original"):
         evaluate(folder, text=words)
+    model = open_subject(folder).model
+    model.config.name_or_path = model.name_or_path = ""
+    with pytest.raises(ModelError, match="built in memory, it has no tokenizer"):
+        evaluate(model, text=words)
+    assert evaluate(model, against=llama, text=words, max_windows=1).ratio == 1, "the original's tokenizer will do"
 
 
 def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_damaged_weights_cost_perplexity(demo: Path) -> None:
 def test_logits_that_are_not_finite_are_an_error(llama: Path, words: Path) -> None:
     subject = open_subject(llama)
     encoded = encode(subject.tokenizer(), resolve(words))
-    subject.model.get_input_embeddings().weight.data[:] = math.nan
+    next(subject.model.parameters()).data[:] = math.nan  # the embedding
     with pytest.raises(ModelError, match="llama: logits are not finite at tokens 0 and following, computed in float32"):
         measure(subject, encoded, Rule(64, max_windows=2))
 
