@@ -20,9 +20,10 @@ from typing import Any
 import record
 
 ALLOWED = 0.10
+QUICK = ("--threads", "1", "--set", "solver.search.steps=1", "--set", "solver.search.refits=0")
 RECIPES = {
-    "rtn": ("--recipe", "rtn", "--set", "solver.search=false"),
-    "gptq": ("--recipe", "gptq", "--set", "solver.search.steps=1", "--set", "solver.search.refits=0", "--samples", "8"),
+    "rtn": ("--recipe", "rtn", *QUICK),
+    "gptq": ("--recipe", "gptq", *QUICK, "--set", "solver.sweeps=0", "--samples", "8"),
 }
 
 

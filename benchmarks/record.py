@@ -84,7 +84,7 @@ def quantize(*arguments: str | Path) -> tuple[Child, dict[str, Any]]:
     """The command line in a fresh process, and the JSON it prints."""
     command = [sys.executable, "-m", "quant.cli", *map(str, arguments), "--quiet", "--json"]
     child = run(command)
-    return child, json.loads(child.stdout[child.stdout.index("{") :])
+    return child, json.loads(next(line for line in reversed(child.stdout.splitlines()) if line.startswith("{")))
 
 
 def facts() -> dict[str, Any]:
