@@ -90,7 +90,7 @@ class Journal:
             if self.mode == "new":
                 done = len(list(self.folder.glob("[0-9]*.json")))
                 raise ResumeError(
-                    f"{self.out}: holds an unfinished run ({done} blocks done); continue it with --resume, or begin "
+                    f"{self.out}: holds an unfinished run (blocks done: {done}); continue it with --resume, or begin "
                     "anew with --restart"
                 )
             _compare(self._read(path), self.run, f"{self.out}: the unfinished run there is another one")
@@ -104,7 +104,7 @@ class Journal:
         be killed too."""
         listed = self.folder / FILES
         names = set(_written_files(self.out))
-        if listed.exists():
+        with suppress(ResumeError, CheckpointError, KeyError, TypeError):
             names.update(plain_name(name, listed) for name in self._read(listed)["files"])
         for name in sorted(names, key=lambda name: (name in (CHECKSUMS, "config.json"), name)):
             (self.out / name).unlink(missing_ok=True)
@@ -206,16 +206,17 @@ def _written_files(out: Path) -> list[str]:
 def _compare(before: dict[str, Any], now: dict[str, Any], what: str) -> None:
     for key in {**now, **before}:
         if before.get(key) != now.get(key):
-            was, given = _difference(before.get(key), now.get(key), key)
+            place, was, given = _difference(before.get(key), now.get(key), key)
             raise ResumeError(
-                f"{what}: {was} then, {given} now. Resume with what it was begun with, or use --restart to begin anew"
+                f"{what}: {place} = {was} then, {given} now. Resume with what it was begun with, or use --restart to "
+                "begin anew"
             )
 
 
-def _difference(before: Any, now: Any, where: str) -> tuple[str, str]:
-    """The first place where two nests differ, as `path = value` of each."""
+def _difference(before: Any, now: Any, where: str) -> tuple[str, str, str]:
+    """The first place where two nests differ, and what is there in each."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}, key=str):  # pyright: ignore[reportUnknownArgumentType]
             if before.get(key) != now.get(key):
                 return _difference(before.get(key), now.get(key), f"{where}.{key}")
-    return f"{where} = {json.dumps(before)}", f"{where} = {json.dumps(now)}"
+    return where, json.dumps(before), json.dumps(now)
