@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from architectures import ARCHITECTURES, batch, checkpoint, make_from
 from quant.errors import ModelError
-from quant.models.skeleton import Skeleton
+from quant.models.skeleton import Skeleton, build
 from quant.models.source import find
 
 
@@ -181,6 +181,17 @@ def test_the_fingerprint_tells_models_apart(tmp_path: Path) -> None:
     assert first == find(str(checkpoint("llama"))).fingerprint()
     edit_weights(folder, lambda tensors: tensors["lm_head.weight"][0].zero_())
     assert find(str(folder)).fingerprint() != first
+
+
+def test_building_allocates_nothing() -> None:
+    """Two stacks of experts a layer, each larger than any machine's memory."""
+    config = transformers.MixtralConfig(
+        hidden_size=8192, intermediate_size=65536, num_local_experts=1024, num_hidden_layers=2
+    )
+    model = build(transformers.MixtralForCausalLM, config, torch.float32, "large")
+    assert sum(parameter.numel() for parameter in model.parameters()) > 3e12
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    assert all(buffer.device.type == "cpu" for buffer in model.buffers())
 
 
 def _small() -> dict[str, Any]:

@@ -762,6 +762,16 @@ def test_a_head_that_reads_all_blocks_is_refused() -> None:
         walk(Summed(), batch())
 
 
+def test_what_a_model_gives_beside_its_main_output_is_not_asked_for() -> None:
+    """XLNet hands out every layer's hidden states; its attention multiplies by einsum, which is listed."""
+    settings = {"vocab_size": 128, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+    model = make_from("XLNetLMHeadModel", **settings)
+    found = walk(model, batch())
+    assert spelled(found.blocks[0]) == ["ff.layer_1 48x32 +bias", "ff.layer_2 32x48 +bias"]
+    assert found.left["transformer.layer.0.rel_attn.q"].startswith("a tensor of XLNetRelativeAttention")
+    assert_nothing_is_missing(model, found)
+
+
 def test_what_comes_from_the_embeddings_is_no_skip() -> None:
     """Every replay computes it anew: only what earlier blocks made is missing there."""
 
@@ -857,10 +867,15 @@ def test_everything_skipped() -> None:
         walk(make("llama"), batch(), skip=["*"])
 
 
-@pytest.mark.parametrize("model", [nn.Sequential(nn.Embedding(128, 32), nn.LayerNorm(32)), nn.Identity()])
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Embedding(128, 32), nn.LayerNorm(32)), nn.Embedding(128, 32)])
 def test_a_model_without_linears(model: nn.Module) -> None:
     with pytest.raises(ModelError, match="nothing to quantize"):
         walk(model, {"input": batch()["input_ids"]})
+
+
+def test_a_model_that_gives_no_numbers() -> None:
+    with pytest.raises(ModelError, match="its output holds no floating-point tensor"):
+        walk(nn.Identity(), {"input": batch()["input_ids"]})
 
 
 # cost

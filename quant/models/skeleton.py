@@ -17,6 +17,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -28,6 +29,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from quant.errors import ModelError
 from quant.models.source import Source, first_line
+
+LARGEST_BUFFER = 2**24  # elements; the largest in use are tables of positions, [131072, 128]
 
 
 def read_config(source: Source) -> Any:
@@ -216,13 +219,28 @@ class Skeleton:
 def build(cls: Any, config: Any, dtype: torch.dtype, name: str) -> Any:
     """An instance of `cls` with meta parameters and real buffers. Experts run one by one, so that each can be seen."""
     try:
-        with init_empty_weights(include_buffers=False), _quiet():
+        with init_empty_weights(include_buffers=False), _LargeOnMeta(), _quiet():
             model = cls._from_config(config, dtype=dtype, experts_implementation="eager")
     except Exception as error:  # a model's constructor may raise anything
         raise ModelError(
             f"{name}: transformers cannot build this model from its config.json ({first_line(error)})"
         ) from None
     return model.eval()
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Nothing larger than any buffer is ever allocated: `init_empty_weights` moves a parameter to meta only once it is
+    made, and one stack of experts may be larger than the machine's memory."""
+
+    factories = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.factories:
+            probe = func(*args, **{**kwargs, "device": "meta"})
+            if probe.numel() > LARGEST_BUFFER:
+                return probe
+        return func(*args, **kwargs)
 
 
 def _inside(name: str, prefix: str) -> bool:

@@ -72,7 +72,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
         watch = _Watch(model, first_name)
         try:
             with watch.hooked(), watch:
-                whole = copy(model(**batch))
+                whole = main(model(**batch)).clone()
         except Exception as error:  # a model's own code may raise anything
             raise ModelError(
                 f"{type(model).__name__}: the forward pass that finds its layers failed, given "
@@ -108,6 +108,14 @@ def product(func: Any, args: Any) -> tuple[torch.Tensor, torch.Tensor, bool] | N
     if func in _PRODUCTS and all(isinstance(arg, torch.Tensor) for arg in args[:2]):
         return args[0], args[1], True
     return None
+
+
+def main(output: Any) -> torch.Tensor:
+    """What a pass is run for: the first floating tensor of its output (logits, hidden states)."""
+    for x in pytree.tree_leaves(output):
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            return x
+    raise ValueError("its output holds no floating-point tensor")
 
 
 class _Watch(TorchFunctionMode):
@@ -242,7 +250,10 @@ def _prove_chain(
         for index, name in enumerate(names if chain else []):
             previous = expected[index - 1] if index else None
             try:
-                got = replay.head(batch, previous) if index == len(chain) else replay.output(index, batch, previous)
+                if index < len(chain):
+                    got = replay.output(index, batch, previous)
+                else:
+                    got = main(replay.head(batch, previous))
                 why = None if same(got, expected[index]) else "the results differ: a skip connection past a block?"
             except Exception as error:  # a model's own code may raise anything
                 why = _line(error)
