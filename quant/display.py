@@ -36,7 +36,8 @@ class Display(Progress):
         self.errors: list[float] = []
 
     def __enter__(self) -> Display:
-        self.bars.start()
+        if self.console.is_terminal:  # a log gets plain lines instead
+            self.bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:

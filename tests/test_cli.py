@@ -1,0 +1,152 @@
+"""The command line: what a user types, reads and gets back as an exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from quant import cli
+
+MODEL = str(Path(__file__).parent.parent / "demo" / "model")
+FEW = ("--samples", "4", "--sequence-length", "64")
+
+
+@pytest.fixture
+def quantize(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs the command in this process; gives exit code, standard output and standard error."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["quantize", *map(str, args)])
+        monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_json_report_and_files(quantize, tmp_path: Path) -> None:
+    code, out, err = quantize(
+        "--model", MODEL, "--bits", 3, "--group-size", 64, "--out", tmp_path / "q", "--json", *FEW
+    )
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["bits"]["measured"] == report["bits"]["promised"]
+    assert report["recipe"]["spec"]["bits"] == 3
+    assert report["recipe"]["calibration"]["samples"] == 4
+    for name in (
+        "config.json",
+        "recipe.json",
+        "plan.json",
+        "README.md",
+        "report.html",
+        "report.json",
+        "tokenizer.json",
+    ):
+        assert (tmp_path / "q" / name).stat().st_size > 0
+    code, out, err = quantize("--model", MODEL, "--bits", 3, "--out", tmp_path / "q", *FEW)
+    assert code == 7
+    assert "already holds a checkpoint" in err
+    assert "--restart" in err
+
+
+def test_dry_run_knows_the_bytes(quantize, tmp_path: Path) -> None:
+    """Predicted weight bytes are exact, for a ragged group and mixed specs too."""
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"model.layers.0.self_attn.q_proj": {"layout": "uniform", "bits": 5, "group_size": 48},
+                                "model.layers.1.mlp.up_proj": None}))  # fmt: skip
+    settings = ("--model", MODEL, "--bits", 3, "--recipe", "rtn", "--plan", plan, "--json", "--quiet")
+    code, predicted, err = quantize(*settings, "--dry-run", "--out", tmp_path / "q")
+    assert code == 0, err
+    assert not (tmp_path / "q").exists()
+    code, _, err = quantize(*settings, "--out", tmp_path / "q")
+    assert code == 0, err
+    assert err == ""
+    for name, size in json.loads(predicted)["weight_files"].items():
+        assert (tmp_path / "q" / name).stat().st_size == size
+    kept = json.loads((tmp_path / "q" / "report.json").read_text())["left_float"]
+    assert "plan" in kept["model.layers.1.mlp.up_proj"]
+
+
+def test_dry_run_table(quantize) -> None:
+    code, out, err = quantize("--model", MODEL, "--bits", 2, "--group-size", 64, "--dry-run", *FEW)
+    assert code == 0, err
+    for words in ("model.layers.*.self_attn.q_proj", "an embedding", "exactly", "peak memory", "time"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (("--bits", 2.5), 2, "fractional"),
+        (("--bits", 9), 2, "from 1 to 8"),
+        (("--bits", 0), 2, "from 1 to 8"),
+        (("--group-size", 0), 2, "group_size"),
+        (("--recipe", "nonsense"), 2, "shipped are gptq"),
+        (("--set", "solver.dmap=1"), 2, "it has damp"),
+        (("--set", "solver.damp=much"), 2, "expected"),
+        (("--set", "solver.damp"), 2, "path=value"),
+        (("--recipe", "rtn", "--samples", 3), 2, "reads no text"),
+        (("--dtype", "int4"), 2, "float32, float16 or bfloat16"),
+        (("--resume", "--restart"), 2, "exclude"),
+        (("--only", "*.nothing"), 3, "matches no site"),
+        (("--calibration", "no/such/file.txt"), 2, "no such file"),
+        (("--plan", "no-such-plan.json"), 2, "cannot be read"),
+        (("--resume", "--samples", 1), 7, "no unfinished run"),
+    ],
+)
+def test_wrong_settings_end_in_one_sentence(quantize, tmp_path: Path, args, code: int, words: str) -> None:
+    got, out, err = quantize("--model", MODEL, "--out", tmp_path / "q", *args)
+    assert got == code, err
+    assert words in err
+    assert err.startswith("error:")
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_a_model_that_is_not_there(quantize, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = quantize("--model", "./no-such-folder")
+    assert code == 3
+    assert "give the folder" in err
+
+
+def test_unknown_flag(quantize) -> None:
+    code, _, err = quantize("--model", MODEL, "--bitz", 4)
+    assert code == 2
+    assert "--bitz" in err
+
+
+def test_help_has_examples(quantize) -> None:
+    code, out, _ = quantize("--help")
+    assert code == 0
+    assert "--dry-run" in out
+    assert "Examples" in out
+    assert "130 interrupted" in " ".join(out.split())
+
+
+def test_interrupted_says_how_to_go_on(quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    code, _, err = quantize("--model", MODEL, "--recipe", "rtn", "--out", tmp_path / "a b")
+    assert code == 130
+    assert "--resume" in err
+    assert f"--out '{tmp_path}/a b'" in err
+
+
+def test_recipe_json_reruns_to_the_same_bytes(quantize, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert quantize("--model", MODEL, "--bits", 2, "--symmetric", "--seed", 7, "--out", first, *FEW)[0] == 0
+    assert quantize("--model", MODEL, "--recipe", first / "recipe.json", "--out", second)[0] == 0
+    for path in sorted(first.iterdir()):
+        if path.name not in ("report.json", "report.html", "README.md"):
+            assert path.read_bytes() == (second / path.name).read_bytes(), path.name
