@@ -41,7 +41,8 @@ class Display(Progress):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bars.stop()
+        if self.console.is_terminal:
+            self.bars.stop()
 
     def begin(self, blocks: int, weights: int, done: int) -> None:
         self.blocks, self.weights, self.resumed = blocks, weights, done
