@@ -25,8 +25,8 @@ import quant
 from quant.display import Display
 from quant.eval.evaluate import evaluate
 from quant.eval.plot import plot
-from quant.eval.report import machine, versions
 from quant.eval.subject import open_subject
+from quant.machine import machine, versions
 from quant.recipe import with_spec
 
 HERE = Path(__file__).parent

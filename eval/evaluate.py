@@ -25,8 +25,9 @@ from quant.eval.encoder import HiddenStates, compare_encoders
 from quant.eval.footprint import cost_of, size_of
 from quant.eval.generate import NEW_TOKENS, Generation, continued
 from quant.eval.perplexity import Perplexity, Progress, Rule, measure, rule_for
-from quant.eval.report import Report, Settings, machine, versions
+from quant.eval.report import Report, Settings
 from quant.eval.subject import Subject, open_subject
+from quant.machine import machine, versions
 
 Source = str | Path | PreTrainedModel | Subject
 

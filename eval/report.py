@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from quant.eval.compare import Divergence
 from quant.eval.encoder import HiddenStates
@@ -18,17 +12,7 @@ from quant.eval.footprint import Memory, Size, Speed
 from quant.eval.generate import Generation
 from quant.eval.perplexity import Perplexity
 from quant.eval.subject import Kind
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where a report was made."""
-
-    cpu: str
-    cores: int
-    threads: int
-    gpu: str | None
-    platform: str
+from quant.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -90,31 +74,6 @@ class Report:
         """Plain JSON values only; a number that is not finite becomes None."""
         means = {"perplexity_ratio": self.ratio, "common_prefix": self.common_prefix, "repetition": self.repetition}
         return _plain({**asdict(self), **means})
-
-
-def machine() -> Machine:
-    """The machine this process runs on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return Machine(_cpu(), os.cpu_count() or 1, torch.get_num_threads(), gpu, platform.platform())
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes the figures."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("bitwright", "transformers", "tokenizers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _mean(values: list[Any]) -> float | None:

@@ -6,6 +6,7 @@ weights replaced in place by the dequantized ones before the next stage is looke
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ class Solved:
             "experts": self.site.experts,
             "bits_per_weight": self.spec.bits_per_weight(self.site.shape),
             "nbytes": self.spec.nbytes(self.site.shape),
-            "error": self.error,
+            "error": self.error if math.isfinite(self.error) else None,  # JSON knows no infinity
             "tokens": list(self.tokens),
             "notes": list(self.notes),
             "seconds": round(self.seconds, 4),

@@ -1,17 +1,20 @@
 """`quant-inspect FOLDER`: what is inside, and whether it is what was written.
 
-A packed checkpoint is checked against its checksums; its bits are counted on disk and set against the promise. An
-unfinished run is explained with the command that goes on, and a float model is called one.
+A packed checkpoint is checked against its checksums. Specs come from config.json and bytes from the headers of the
+files, so bits are measured, not believed. Errors, notes and provenance come from report.json, which no checksum covers
+and anybody may have edited: where it does not hold what ours holds it counts as damaged and is left out. An unfinished
+run is explained with the command that goes on, and a float model is called one.
 
 Exit codes: 0 the folder is sound, or there is nothing to check; 2 no such folder; 3 a float model's files cannot be
-read; 6 a packed checkpoint is damaged; 7 an unfinished run cannot be read.
+read; 6 a packed checkpoint is damaged or another tool's; 7 an unfinished run cannot be read.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import statistics
+import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,23 +24,30 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from quant.checkpoint.look import explain_kernels, look
-from quant.checkpoint.summary import (
-    Group,
+from quant.checkpoint.journal import FOLDER
+from quant.checkpoint.manifest import PackedSite, read_config, read_sites, stored_tensors, verify
+from quant.checkpoint.provenance import command as quantize_command
+from quant.checkpoint.shards import Piece
+from quant.checkpoint.words import (
     Site,
-    grouped,
-    kinds,
+    brief,
+    by_reason,
+    capped,
     percent,
     plain,
-    plural,
+    provenance_rows,
+    shape_words,
     spec_words,
-    specs_words,
     tokens_words,
+    worst,
 )
 from quant.display import human
-from quant.errors import BitwrightError, CheckpointError
+from quant.errors import BitwrightError, CheckpointError, ResumeError, SettingsError
+from quant.models.source import Source
 
-MOST_SITES = 64  # a longer list is shown by kind, unless --sites asks for it
+MOST_SITES, MOST_NAMES = 100, 5
+RUN = ("model", "recipe", "plan", "calibration", "compute", "versions")
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
@@ -46,11 +56,9 @@ _EPILOG = """
 
 `quant-inspect out/model-4bit` : bits, bytes, errors, provenance; every file is checked
 
-`quant-inspect out/model-4bit --no-verify --sites` : every site, and no waiting for checksums
+`quant-inspect out/model-4bit --no-verify` : without waiting for checksums
 
 `quant-inspect out/model-4bit --json | jq .bits` : for scripts
-
-`quant-inspect out/model-4bit --kernels` : which kernel multiplies here, and why not another
 
 Exit codes: 0 sound, 2 no such folder, 3 float files unreadable, 6 damaged, 7 unfinished and damaged.
 """
@@ -59,28 +67,16 @@ Exit codes: 0 sound, 2 no such folder, 3 float files unreadable, 6 damaged, 7 un
 @app.command(epilog=_EPILOG)
 def command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A checkpoint, an unfinished run, or a model.")],
-    sites: Annotated[
-        bool | None,
-        typer.Option("--sites/--no-sites", help="Every site, or none.", show_default="all up to 64, else by kind"),
-    ] = None,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check every file's sha256.")] = True,
-    kernels: Annotated[bool, typer.Option("--kernels", help="Which kernel runs each kind of packed weight.")] = False,
+    check: Annotated[bool, typer.Option("--verify/--no-verify", help="Check every file's sha256.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON on standard output.")] = False,
 ) -> None:
     """Say what is inside a packed checkpoint, and check that it is what was written."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=150)
     try:
-        found = look(folder, verify)
-        if kernels and found["kind"] == "packed" and not found["verification"]["error"]:
-            found["kernels"] = explain_kernels(folder)
+        found = look(folder, check)
         if as_json:
-            typer.echo(json.dumps(_finite(found), indent=2))
+            typer.echo(json.dumps(found, indent=2))
         else:
-            {"packed": _show_packed, "unfinished": _show_unfinished, "float": _show_float}[found["kind"]](
-                console, found, sites
-            )
+            _show(found)
         if problem := found.get("verification", {}).get("error"):
             raise CheckpointError(problem)
     except BitwrightError as error:
@@ -93,164 +89,206 @@ def main() -> None:
     app(prog_name="quant-inspect")
 
 
-def _show_packed(console: Console, found: Mapping[str, Any], sites: bool | None) -> None:
-    bits, size, entries = found["bits"], found["bytes"], found["sites"]
-    measured = "unknown" if bits["measured"] is None else f"{bits['measured']:.5g}"
-    original = found["original_bytes"]
-    smaller = f", {original / max(1, size['weight_files']):.2f} times smaller than the original" if original else ""
-    rows = [
-        ("packed checkpoint", found["folder"]),
-        ("of", f"{(found['model'] or {}).get('name', 'an unnamed model')} ({found['architecture']})"),
-        ("packed as", specs_words(entries) if entries else "nothing"),
-        ("bits per weight", f"{measured} measured on disk, {bits['promised']:.5g} promised, over {bits['weights']:,}"),
-        ("bytes packed", _bytes(size["packed"])),
-        ("bytes left float", _bytes(size["float"])),
-        ("weight files", _bytes(size["weight_files"]) + smaller),
-        ("whole folder", _bytes(size["folder"])),
-        ("format", f"version {found['format_version']}, written by bitwright {found['written_by']}"),
-        ("checksums", _checked(found["verification"])),
-    ]
-    console.print(_facts(rows))
-    if sites is not False and entries:
-        console.print(_site_table(entries) if sites or len(entries) <= MOST_SITES else _kind_table(entries))
-    if found["report"] != "read":
-        console.print(f"report.json is {found['report']}: errors, notes and provenance are not known")
-    notes = grouped((site["site"], note) for site in entries for note in site["notes"])
-    _list(console, "notes", notes, "yellow")
-    _list(console, "left float", grouped((found["left_float"] or {}).items()))
-    console.print(_provenance(found))
-    for line in found.get("kernels", []):
-        console.print(Text(line))
+def look(folder: Path, check: bool = True) -> dict[str, Any]:
+    """Describes `folder` as plain data. `kind` is "packed", "unfinished" or "float"; damage that `check` finds is in
+    `verification.error`, so that the rest can still be shown.
+
+    Raises:
+        SettingsError: there is no such folder.
+        CheckpointError: config.json cannot be read, or its account of the packed sites cannot.
+        ModelError: a float model's files cannot be read.
+        ResumeError: an unfinished run's own account cannot be read.
+    """
+    if not folder.is_dir():
+        state = "a file" if folder.exists() else "not there"
+        raise SettingsError(f"{folder}: {state}; give the folder of a checkpoint")
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if (folder / FOLDER).is_dir():
+        return {"kind": "unfinished", "folder": str(folder), "folder_bytes": size, **_unfinished(folder)}
+    config = read_config(folder)
+    described = _packed(folder, config, check) if "quantization_config" in config else _float(folder)
+    named = {"folder": str(folder), "folder_bytes": size, "architectures": config.get("architectures")}
+    return {"kind": "packed" if "bits" in described else "float", **named, **described}
 
 
-def _show_unfinished(console: Console, found: Mapping[str, Any], sites: bool | None) -> None:
-    entries = found["sites"]
-    done = f"{found['sites_done']:,} of {plural(found['sites_planned'], 'site')}, "
-    done += f"in {plural(found['blocks_done'], 'finished block')}"
-    state = "a run is working here now" if found["running"] else "no run is working here"
-    rows = [("unfinished run", found["folder"]), ("state", state), ("done", done)]
-    rows += [("whole folder", _bytes(found["bytes"]["folder"]))]
-    console.print(_facts(rows))
-    if sites and entries:
-        table = Table("site", "error", "tokens", "notes")
-        for site in entries:
-            table.add_row(*map(Text, (plain(site["site"]), percent(site["error"]), *_told(site))))
-        console.print(table)
-    _list(console, "notes", grouped((site["site"], note) for site in entries for note in site["notes"]), "yellow")
-    console.print(_provenance(found))
-    if found["resume"] is None:
-        console.print("It had done nothing yet: begin anew with quantize --restart.")
-    else:
+def _packed(folder: Path, config: dict[str, Any], check: bool) -> dict[str, Any]:
+    quantization = config["quantization_config"]
+    sites = read_sites(quantization, str(folder))
+    problem: str | None = None
+    stored: dict[str, Piece] = {}
+    try:
+        stored = stored_tensors(folder)
+        if check:
+            verify(folder)
+    except CheckpointError as error:
+        problem = str(error)
+    state, told = _told(folder)
+    weights = sum(math.prod(site.shape) for site in sites.values())
+    names = [name for site in sites.values() for name in site.stored()]
+    packed = sum(stored[name].nbytes for name in names) if stored.keys() >= set(names) else None
+    everything = sum(piece.nbytes for piece in stored.values())
+    promised = sum(site.spec.nbytes(site.shape) for site in sites.values())
+    return {
+        "written_by": quantization.get("version"),
+        "bits": {
+            "promised": 8 * promised / max(1, weights),
+            "measured": None if packed is None else 8 * packed / max(1, weights),
+            "weights": weights,
+        },
+        "bytes": {"packed": packed, "float": None if packed is None else everything - packed},
+        "verification": {"checked": check, "sealed": "checksums" in quantization, "error": problem},
+        "report": state,
+        **{key: told.get(key) for key in (*RUN, "command", "left_float", "made")},
+        "sites": [_site(site, told.get("sites", {}).get(site.name, {})) for site in sites.values()],
+    }
+
+
+def _site(site: PackedSite, told: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "site": site.name,
+        "shape": list(site.shape),
+        "experts": site.experts,
+        "spec": site.spec.to_dict(),
+        "bits_per_weight": site.spec.bits_per_weight(site.shape),
+        "nbytes": site.spec.nbytes(site.shape),
+        "error": None,
+        "tokens": [],
+        "notes": [],
+        **told,
+    }
+
+
+def _told(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Whether report.json was "read", is "missing" or "damaged", and what it says."""
+    path = folder / "report.json"
+    if not path.is_file():
+        return "missing", {}
+    try:
+        report = json.loads(path.read_bytes())
+        told: dict[str, Any] = {key: dict(report[key]) for key in RUN}
+        told |= {"command": str(report["command"]), "made": provenance_rows(told)}
+        told["left_float"] = {str(name): str(reason) for name, reason in report["left_float"].items()}
+        told["sites"] = {str(site["site"]): _told_site(site) for site in report["sites"]}
+    except DAMAGE:
+        return "damaged", {}
+    return "read", told
+
+
+def _told_site(site: Mapping[str, Any]) -> dict[str, Any]:
+    error = None if site["error"] is None else float(site["error"])
+    return {
+        "error": error if error is not None and math.isfinite(error) else None,
+        "tokens": [int(count) for count in site["tokens"]],
+        "notes": [str(note) for note in site["notes"]],
+    }
+
+
+def _unfinished(folder: Path) -> dict[str, Any]:
+    """A journal's own account. Without run.json the run had done nothing yet."""
+    journal = folder / FOLDER
+    if not (journal / "run.json").exists():
+        return {"blocks_done": 0, "sites_done": 0, "sites_planned": 0, "made": [], "resume": None}
+    try:
+        run = json.loads((journal / "run.json").read_bytes())
+        records = [json.loads(file.read_bytes()) for file in sorted(journal.glob("[0-9]*.json"))]
+        return {
+            **{key: run[key] for key in RUN},
+            "blocks_done": len(records),
+            "sites_done": sum(len(record["sites"]) for record in records),
+            "sites_planned": sum(spec is not None for spec in run["plan"].values()),
+            "made": provenance_rows(run),
+            "resume": f"{quantize_command(run)} --out {shlex.quote(str(folder))} --resume",
+        }
+    except DAMAGE:
+        raise ResumeError(
+            f"{journal}: the account of an unfinished run is there, but damaged; begin anew with quantize --restart"
+        ) from None
+
+
+def _float(folder: Path) -> dict[str, Any]:
+    source = Source(folder, str(folder))
+    dtypes: Counter[str] = Counter()
+    for entry in source.entries.values():
+        dtypes[entry.dtype] += math.prod(entry.shape)
+    return {"parameters": sum(dtypes.values()), "dtypes": dict(dtypes.most_common()), "weight_bytes": source.nbytes()}
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=150)
+    rows = {"packed": _packed_rows, "unfinished": _unfinished_rows, "float": _float_rows}[found["kind"]](found)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="cyan", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, value in [*rows, ("whole folder", _bytes(found["folder_bytes"])), *(found.get("made") or [])]:
+        facts.add_row(Text(plain(name)), Text(plain(value, 2000)))
+    console.print(facts)
+    if found.get("sites"):
+        console.print(_site_table(found["sites"]))
+    if found.get("command"):
+        console.print(Text(f"Made by:\n  {plain(found['command'], 4000)}"), soft_wrap=True)
+    if found.get("resume"):
         console.print(Text(f"Continue with:\n  {plain(found['resume'], 4000)}"), soft_wrap=True)
 
 
-def _show_float(console: Console, found: Mapping[str, Any], _: bool | None) -> None:
-    method = found["quant_method"]
-    what = "float model, not packed" if method is None else f"packed by another tool ({method}), not by bitwright"
-    dtypes = ", ".join(f"{name} ({count:,})" for name, count in found["dtypes"].items())
-    rows = [
-        (what, found["folder"]),
-        ("architecture", str(found["architecture"])),
-        ("parameters", f"{found['parameters']:,}"),
-        ("stored as", dtypes),
-        ("weight files", _bytes(found["bytes"]["weight_files"])),
+def _packed_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    bits, size, checked = found["bits"], found["bytes"], found["verification"]
+    measured = "unknown" if bits["measured"] is None else f"{bits['measured']:.5g}"
+    if checked["error"]:
+        state = "DAMAGED, see the error below"
+    elif not checked["checked"]:
+        state = "not checked (--no-verify)"
+    elif checked["sealed"]:
+        state = "every file is what was written"
+    else:
+        state = "none in this folder (save_pretrained wrote it); every tensor is what its spec promises"
+    reasons = by_reason(found["left_float"] or {}).items()
+    return [
+        ("packed checkpoint", f"{found['folder']}, written by bitwright {found['written_by']}"),
+        ("bits per weight", f"{measured} measured on disk, {bits['promised']:.5g} promised, over {bits['weights']:,}"),
+        ("bytes packed", _bytes(size["packed"])),
+        ("bytes left float", _bytes(size["float"])),
+        ("checksums", state),
+        ("report.json", found["report"] + ("" if found["report"] == "read" else ": errors and provenance not known")),
+        *(("left float", f"{reason}: {', '.join(capped(names, MOST_NAMES))}") for reason, names in reasons),
     ]
-    console.print(_facts(rows))
-    if method is None:
-        console.print(Text(f"Pack it with: quantize --model {plain(found['folder'])} --bits 4"), soft_wrap=True)
 
 
-def _facts(rows: Sequence[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(Text(plain(name)), Text(plain(value, 2000)))
-    return table
+def _unfinished_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    done = f"{found['sites_done']:,} of {found['sites_planned']:,} sites, blocks finished: {found['blocks_done']:,}"
+    rows = [("unfinished run", found["folder"]), ("done", done)]
+    return rows if found["resume"] else [*rows, ("next", "nothing is done yet: begin anew with quantize --restart")]
 
 
-def _site_table(entries: Sequence[Site]) -> Table:
-    table = _table("site", ">shape", "spec", ">bits", ">error", ">tokens", "notes")
-    for site in entries:
-        rows, columns, experts = *site["shape"], site["experts"]
-        shape = f"{experts} x {rows // experts} x {columns}" if experts else f"{rows} x {columns}"
-        error = "" if site["error"] is None else percent(site["error"])
-        cells = (site["site"], shape, spec_words(site["spec"]), f"{site['bits_per_weight']:.5g}", error, *_told(site))
-        table.add_row(*(Text(plain(cell)) for cell in cells))
-    return table
+def _float_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("float model, not packed", found["folder"]),
+        ("parameters", f"{found['parameters']:,}"),
+        ("stored as", ", ".join(f"{name} ({count:,})" for name, count in found["dtypes"].items())),
+        ("weight files", _bytes(found["weight_bytes"])),
+        ("to pack it", f"quantize --model {shlex.quote(found['folder'])} --bits 4"),
+    ]
 
 
-def _kind_table(entries: Sequence[Site]) -> Table:
-    table = _table("kind", ">sites", "spec", ">bits", ">bytes", ">least error", ">median", ">most")
-    for name, group in kinds(entries).items():
-        size = sum(site["nbytes"] for site in group)
-        bits = 8 * size / sum(math.prod(site["shape"]) for site in group)
-        known = sorted(site["error"] for site in group if site["error"] is not None)
-        spread = [percent(e) for e in (known[0], statistics.median(known), known[-1])] if known else [""] * 3
-        cells = (name, f"{len(group):,}", specs_words(group), f"{bits:.5g}", f"{size:,}", *spread)
-        table.add_row(*(Text(plain(cell)) for cell in cells))
-    table.caption = f"{len(entries):,} sites; --sites lists them"
-    return table
-
-
-def _table(*headings: str) -> Table:
+def _site_table(sites: Sequence[Site]) -> Table:
+    shown = worst(sites, MOST_SITES)
     table = Table(pad_edge=False)
-    for heading in headings:
-        right = heading.startswith(">")
-        table.add_column(heading.lstrip(">"), justify="right" if right else "left", overflow="fold", no_wrap=right)
+    for heading in ("site", "shape", "bits", "bytes", "error", "tokens", "spec", "notes"):
+        number = heading in ("shape", "bits", "bytes", "error", "tokens")
+        table.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=number)
+    for site in shown:
+        bits, size = f"{site['bits_per_weight']:.5g}", f"{site['nbytes']:,}"
+        numbers = (shape_words(site), bits, size, percent(site["error"]), tokens_words(site["tokens"]))
+        cells = (site["site"], *numbers, spec_words(site["spec"]), brief(site["notes"]))
+        table.add_row(*(Text(plain(cell)) for cell in cells))
+    if len(shown) < len(sites):
+        table.caption = f"the {MOST_SITES} of most error, of {len(sites):,} sites; --json has them all"
     return table
-
-
-def _told(site: Site) -> tuple[str, str]:
-    notes = [str(group.text) for group in grouped(("", note) for note in site["notes"])]
-    return tokens_words(site["tokens"]), "; ".join(notes)
-
-
-def _list(console: Console, heading: str, groups: Sequence[Group], style: str = "") -> None:
-    for number, group in enumerate(groups):
-        label = f"{heading}: " if number == 0 else " " * (len(heading) + 2)
-        console.print(Text(label, style=style or "cyan") + Text(plain(group, 1000)), soft_wrap=True)
-
-
-def _provenance(found: Mapping[str, Any]) -> Table:
-    rows: list[tuple[str, str]] = []
-    if found.get("model"):
-        rows.append(("base model", f"{found['model'].get('name')}, sha256 {found['model'].get('sha256')}"))
-    if found.get("calibration"):
-        text = found["calibration"]
-        rows.append(("calibration", f"{text.get('text')}, sha256 {text.get('sha256') or 'none'}"))
-    rows += [(name, _flat(found[name])) for name in ("recipe", "compute", "versions") if found.get(name)]
-    if found.get("command"):
-        rows.append(("made by", str(found["command"])))
-    return _facts(rows)
-
-
-def _flat(data: Mapping[str, Any]) -> str:
-    parts = (f"{key} ({_flat(value)})" if isinstance(value, dict) else f"{key} {value}" for key, value in data.items())
-    return ", ".join(parts)
-
-
-def _checked(verification: Mapping[str, Any]) -> str:
-    if verification["error"]:
-        return "DAMAGED, see the error below"
-    if not verification["checked"]:
-        return "not checked (--no-verify)"
-    if not verification["sealed"]:
-        return "none in this folder (save_pretrained wrote it); every tensor is what its spec promises"
-    return "every file is what was written"
 
 
 def _bytes(size: int | None) -> str:
     return "unknown" if size is None else f"{size:,} ({human(size)})"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from quant.calibration.samples import Batch, Samples, draw, noise
+from quant.machine import versions
 from quant.models.skeleton import Skeleton
 from quant.models.source import Source, find
 from quant.models.walk import Walk, walk
 from quant.progress import Progress
 from quant.recipe import Plan, Recipe, make_plan
 from quant.threads import worth
-from quant.version import VERSION
 
 TRACE_TOKENS = 16
 PROBE_TOKENS = 64
@@ -79,17 +79,6 @@ class Prepared:
             },
             "versions": versions(),
         }
-
-
-def versions() -> dict[str, str]:
-    import transformers
-
-    return {
-        "bitwright": VERSION,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def prepare(model: str, recipe: Recipe, settings: Settings | None = None, progress: Progress | None = None) -> Prepared:

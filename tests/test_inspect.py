@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 import quant
 import quant.cli
-from quant.checkpoint.journal import FOLDER, Journal
+from quant.checkpoint.journal import FOLDER
 from quant.inspect import app
 from quant.progress import Progress
 from tests import tiny
@@ -60,29 +60,23 @@ def test_json_has_the_bytes_of_the_files(packed_llama: Path) -> None:
     assert found["kind"] == "packed"
     assert found["bits"]["measured"] == found["bits"]["promised"] == pytest.approx(4.6333, abs=1e-4)
     assert found["bytes"]["packed"] == sum(site["nbytes"] for site in found["sites"])
-    assert (
-        weights - 20_000
-        < found["bytes"]["packed"] + found["bytes"]["float"]
-        < found["bytes"]["weight_files"]
-        == weights
-    )
+    assert weights - 20_000 < found["bytes"]["packed"] + found["bytes"]["float"] < weights
     assert found["verification"] == {"checked": True, "sealed": True, "error": None}
     assert all(0 < site["error"] < 1 for site in found["sites"])
 
 
-def test_kinds_instead_of_sites(packed_llama: Path, packed_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "down_proj" not in inspect(packed_llama, "--no-sites").stdout.replace("--", "")
+def test_many_sites_are_the_worst_ones(packed_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quant.inspect.MOST_SITES", 3)
-    short = inspect(packed_moe).stdout
-    assert "--sites lists them" in short
-    assert "experts.gate_up_proj" not in short.split("left float")[0].split("notes")[0]
-    assert "8 x " in inspect(packed_moe, "--sites").stdout
+    worst = max(told(packed_llama)["sites"], key=lambda site: site["error"])["site"]
+    shown = inspect(packed_llama).stdout
+    assert worst in shown
+    assert "the 3 of most error, of 14 sites" in shown
 
 
-def test_kernels_are_explained(packed_llama: Path, packed_moe: Path) -> None:
-    for folder in (packed_llama, packed_moe):
-        assert "runs" in inspect(folder, "--kernels").stdout
-    assert any("torch" in line for line in told(packed_llama, "--kernels")["kernels"])
+def test_experts_and_what_is_left_float(packed_moe: Path) -> None:
+    shown = inspect(packed_moe).stdout
+    assert "8 × " in shown
+    assert "a matrix of MixtralTopKRouter" in shown
 
 
 def test_a_copy_by_save_pretrained_has_no_checksums(packed_llama: Path, tmp_path: Path) -> None:
@@ -90,7 +84,7 @@ def test_a_copy_by_save_pretrained_has_no_checksums(packed_llama: Path, tmp_path
     result = inspect(tmp_path)
     assert result.exit_code == 0
     assert "save_pretrained wrote it" in result.stdout
-    assert "report.json is missing" in result.stdout
+    assert "missing: errors and provenance not known" in result.stdout
 
 
 # --- damaged
@@ -151,31 +145,20 @@ def test_a_damaged_report_is_left_out(mine: Path, content: str) -> None:
     (mine / "report.json").write_text(content)
     result = inspect(mine)
     assert result.exit_code == 0, result.output
-    assert "report.json is damaged" in result.stdout
+    assert "damaged: errors and provenance not known" in result.stdout
     assert told(mine)["sites"][0]["error"] is None
 
 
-@pytest.mark.parametrize(
-    "value", [None, [], "x", {"a": {"b": []}}, -1, 1e400, 10**400, float("nan")], ids=lambda value: str(value)[:9]
-)
+STRANGE = [None, [], "x", {"a": {"b": []}}, -1, 1e400, 10**400, float("nan")]
+
+
+@pytest.mark.parametrize("value", STRANGE, ids=lambda value: str(value)[:9])
 def test_a_report_with_one_strange_value(mine: Path, value: Any) -> None:
     report = json.loads((mine / "report.json").read_text())
-    keys = [
-        "model",
-        "recipe",
-        "calibration",
-        "compute",
-        "versions",
-        "source",
-        "command",
-        "left_float",
-        "sites",
-        "blocks",
-    ]
+    keys = ("model", "recipe", "calibration", "compute", "versions", "plan", "command", "left_float", "sites")
     for change in [
         *({key: value} for key in keys),
-        {"source": {"bytes": value}},
-        *({"sites": [{**report["sites"][0], key: value}]} for key in ("error", "tokens", "notes", "block", "site")),
+        *({"sites": [{**report["sites"][0], key: value}]} for key in ("error", "tokens", "notes", "site")),
     ]:
         (mine / "report.json").write_text(json.dumps({**report, **change}))
         result = inspect(mine, "--no-verify")
@@ -196,24 +179,13 @@ def test_an_unfinished_run_and_the_command_that_ends_it(llama: Path, words: Path
     out = tmp_path / "the out"
     with pytest.raises(KeyboardInterrupt):
         quant.quantize(str(llama), out, tiny.recipe(words, "match=float"), progress=Stop())
-    result = inspect(out, "--sites")
+    result = inspect(out)
     assert result.exit_code == 0
-    assert "7 of 14 sites, in 1 finished block" in result.stdout
-    assert "no run is working here" in result.stdout
-    assert "model.layers.0.mlp.up_proj" in result.stdout
+    assert "7 of 14 sites, blocks finished: 1" in result.stdout
     again = shlex.split(result.stdout.split("Continue with:\n")[1])
     assert again == shlex.split(told(out)["resume"])
     assert CliRunner().invoke(quant.cli.app, again[1:]).exit_code == 0
     assert told(out)["kind"] == "packed"
-
-
-def test_a_run_at_work_is_seen(tmp_path: Path) -> None:
-    with Journal(tmp_path / "out", {"plan": {}, "recipe": quant.Recipe().to_dict()}, "new"):
-        (tmp_path / "out" / FOLDER / "run.json").unlink()
-        result = inspect(tmp_path / "out")
-        assert "a run is working here now" in result.stdout
-        assert "begin anew" in result.stdout
-    assert told(tmp_path / "out")["running"] is False
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"plan": 3}', "{}"])
@@ -237,10 +209,11 @@ def test_a_float_model(llama: Path) -> None:
 
 
 def test_a_model_packed_by_another_tool(llama: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(llama, tmp_path / "other"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    assert "packed by another tool (gptq), not by bitwright" in inspect(folder).stdout
+    config = {**json.loads((llama / "config.json").read_text()), "quantization_config": {"quant_method": "gptq"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = inspect(tmp_path)
+    assert result.exit_code == 6
+    assert "not a bitwright checkpoint" in result.stderr
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
@@ -251,10 +224,3 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert inspect(tmp_path).exit_code == 3
     assert inspect(tmp_path / "config.json").exit_code == 2
-
-
-def test_help_has_examples() -> None:
-    result = inspect("--help")
-    assert result.exit_code == 0
-    assert "jq" in result.stdout
-    assert "Exit codes" in result.stdout

@@ -1,4 +1,4 @@
-"""report.html, the model card and their words: right, safe with any name, and the same for the same run."""
+"""report.html and the model card: right, safe with any name, and the same for the same run."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from typer.testing import CliRunner
 
 import quant.cli
 from quant import Recipe, load_recipe
+from quant.blocks import Solved
 from quant.checkpoint.card import add_evaluation, card
 from quant.checkpoint.provenance import command, origin
 from quant.checkpoint.report import render
-from quant.checkpoint.summary import grouped, kinds, plain, spec_words
+from quant.checkpoint.words import spec_words
 from quant.errors import CheckpointError
+from quant.kernels.layouts import PackedUniform
 from quant.kernels.spec import Uniform
 from quant.models.source import Source
+from quant.models.walk import Site
 from quant.recipe import override, shipped_recipes, with_spec
 from tests import tiny
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>`|$\\frac{--># [a](b)\x1b[31m\x00\n\u202e\u4e2d'
-COMPUTE = {"device": "cpu", "dtype": "float32", "threads": 1}
 
 
 @pytest.fixture
@@ -38,80 +40,37 @@ def report(packed_llama: Path) -> dict[str, Any]:
 
 
 class Page(HTMLParser):
-    """What a page is made of: tags with their attributes, in order, and whether they nest."""
-
-    VOID = frozenset({"meta", "br"})
+    """What a page is made of: tags with their attributes, and whether they nest."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
-        self.words: list[str] = []
+        self.words = ""
         self.feed(html)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
+        if tag not in ("meta", "img"):
             self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.words.append(data)
+        self.words += data
 
 
 def page(report: dict[str, Any]) -> Page:
-    """The rendered page, which must nest, run one script of ours and refer to nothing outside itself."""
-    html = render(report)
-    found = Page(html)
+    """The rendered page, which must nest, run nothing and refer to nothing outside itself."""
+    found = Page(render(report))
     assert found.open == []
-    assert [tag for tag, _ in found.tags].count("script") == 1
     for tag, attributes in found.tags:
-        assert tag not in ("img", "link", "iframe", "object", "a", "base", "form")
-        assert not any(name.startswith("on") for name in attributes)
-        for name in ("href", "xlink:href", "src"):
-            assert (attributes.get(name) or "#").startswith("#")
-    assert html.count("http") == html.count('="http://www.w3.org/') + html.count("http-equiv")
+        assert tag not in ("script", "link", "iframe", "object", "a", "base", "form", "svg")
+        assert not any(name.startswith("on") or name == "href" for name in attributes)
+        assert (attributes.get("src") or "data:image/svg+xml;base64,").startswith("data:image/svg+xml;base64,")
     return found
-
-
-def large(report: dict[str, Any], blocks: int, experts: int = 0) -> dict[str, Any]:
-    """The same report for a model of so many blocks of seven sites, with mixed bits and some notes."""
-    source = random.Random(0)
-    made = copy.deepcopy(report)
-    made["blocks"] = [{"name": f"model.layers.{b}", "seconds": 3.0} for b in range(blocks)]
-    made["sites"] = []
-    for b in range(blocks):
-        for kind in "qkvogud":
-            spec = Uniform(source.choice([2, 3, 4]), 32)
-            shape = [64 * max(1, experts), 64]
-            tokens = [source.randint(0, 900) for _ in range(max(1, experts))]
-            few = [
-                f"expert {e}: saw {t} tokens, a prior counted as 256 tokens" for e, t in enumerate(tokens) if t < 256
-            ]
-            made["sites"].append(
-                {
-                    "block": f"model.layers.{b}",
-                    "site": f"model.layers.{b}.mlp.{kind}_proj",
-                    "spec": spec.to_dict(),
-                    "shape": shape,
-                    "experts": experts,
-                    "bits_per_weight": spec.bits_per_weight((shape[0], shape[1])),
-                    "nbytes": spec.nbytes((shape[0], shape[1])),
-                    "error": source.lognormvariate(-4, 1),
-                    "tokens": tokens,
-                    "notes": few
-                    if experts
-                    else ["Hessian not positive definite with damp 0.01; 0.1 used"] * (b % 9 == 0),
-                    "seconds": 0.1,
-                }
-            )
-    return made
 
 
 # --- report.html
@@ -119,8 +78,8 @@ def large(report: dict[str, Any], blocks: int, experts: int = 0) -> dict[str, An
 
 def test_the_page_answers_the_questions(packed_llama: Path, report: dict[str, Any]) -> None:
     html = (packed_llama / "report.html").read_text(encoding="utf-8")
-    said = "".join(page(report).words)
-    assert html.count("<svg") == 3
+    found = page(report)
+    assert [tag for tag, _ in found.tags].count("img") == 4
     for fact in (
         f"{report['bits']['measured']:.5g} bits",
         report["calibration"]["sha256"],
@@ -130,30 +89,39 @@ def test_the_page_answers_the_questions(packed_llama: Path, report: dict[str, An
         *(site["site"] for site in report["sites"]),
         *report["versions"].values(),
     ):
-        assert fact in said
+        assert fact in found.words
     assert "prefers-color-scheme: dark" in html
-    assert 'name="viewport"' in html
 
 
-def test_a_thousand_sites_and_ten_thousand_experts(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    report = large(report, 150)
+def test_many_sites_and_many_experts(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """150 blocks of a stack of 128 experts each, at mixed bits: all is shown, and the table of sites has a limit."""
+    source = random.Random(0)
+    shape = (64 * 128, 64)
+    report["blocks"] = [{"name": f"model.layers.{b}", "seconds": 3.0} for b in range(150)]
+    report["sites"] = []
+    for block in report["blocks"]:
+        spec = Uniform(source.choice([2, 3, 4]), 32)
+        site = {"site": f"{block['name']}.mlp.experts", "block": block["name"], "spec": spec.to_dict(), "shape": shape}
+        site |= {"bits_per_weight": spec.bits_per_weight(shape), "nbytes": spec.nbytes(shape), "experts": 128}
+        notes = [f"expert {expert}: saw {expert} tokens" for expert in range(128)]
+        report["sites"].append(
+            {**site, "error": source.lognormvariate(-4, 1), "tokens": [*range(128)], "notes": notes, "seconds": 0.1}
+        )
     found = page(report)
-    assert "1,050 sites" in "".join(found.words)
-    assert "Bits over depth" in found.words
-    monkeypatch.setattr("quant.checkpoint.report.MOST_ROWS", 500)
-    assert 500 < len([tag for tag, _ in page(report).tags if tag == "tr"]) < 550
-    moe = page(large(report, 12, experts=128))
-    assert any("alike" in words for words in moe.words)
-    assert any("median" in words and " to " in words for words in moe.words)
+    assert "expert 1: saw 1 tokens; and 126 more in report.json" in found.words
+    assert "0 to 127" in found.words
+    monkeypatch.setattr("quant.checkpoint.report.MOST_ROWS", 100)
+    assert 100 < [tag for tag, _ in page(report).tags].count("tr") < 115
 
 
 def test_one_site_none_and_errors_of_every_size(report: dict[str, Any]) -> None:
     report["blocks"], report["sites"] = report["blocks"][:1], report["sites"][:1]
-    for error in (0.0, 1e-30, 0.02, 3.0, float("inf"), float("nan")):
+    for error in (0.0, 1e-30, 0.02, 3.0, None):
         report["sites"][0]["error"] = error
         assert page(report).words
+    assert "its error is not finite" in page(report).words
     report["recipe"]["calibration"] = None
-    assert "no text was read" in "".join(page(report).words)
+    assert "no text was read" in page(report).words
     report["sites"], report["left_float"], report["files"] = [], {}, {}
     assert page(report).words
     assert card(report)
@@ -166,43 +134,32 @@ def test_no_name_escapes(report: dict[str, Any]) -> None:
         site["block"], site["notes"] = name, [HOSTILE]
     report["left_float"] = {HOSTILE: HOSTILE, "x" * 10_000: HOSTILE}
     report["model"]["name"] = report["calibration"]["text"] = report["command"] = HOSTILE
-    report["source"] |= {"architecture": HOSTILE, "revision": HOSTILE}
+    report["source"] |= {"architecture": HOSTILE, "revision": HOSTILE, "license": HOSTILE, "base_model": HOSTILE}
     report["versions"] = {HOSTILE: HOSTILE}
     report["machine"]["cpu"] = report["compute"]["device"] = HOSTILE
     report["recipe"]["solver"][HOSTILE] = HOSTILE
     report["files"] = {HOSTILE: 1}
-    found = page(report)
-    assert not any("\x1b" in words or "\x00" in words for words in found.words)
+    assert not any(sign in page(report).words for sign in "\x1b\x00")
     written = card(report)
-    outside = re.sub(r"```bash\n.*\n```|\\[`<\]]", "", written)  # neither fenced nor escaped
-    assert not any("<script" in part or "](b)" in part for part in outside.split("`")[::2])
     assert "\x1b" not in written
-    assert yaml.safe_load(written.split("---\n")[1])["library_name"] == "transformers"
+    front, _, body = written.removeprefix("---\n").partition("---\n\n")
+    assert yaml.safe_load(front)["license"] == HOSTILE
+    outside = re.sub(r"```bash\n.*\n```|\\[`<\]]", "", body)  # neither fenced nor escaped
+    assert not any("<script" in part or "](b)" in part for part in outside.split("`")[::2])
 
 
 def test_low_quality_is_said_first(report: dict[str, Any]) -> None:
     report["sites"][0]["error"] = 0.7
     report["sites"][1]["tokens"] = [3]
-    said = " ".join(page(report).words)
-    assert "more than half of the output's energy is lost" in said
-    assert "3 tokens for 64 inputs: give more samples" in said
+    for said in (page(report).words, card(report)):
+        assert "more than half of the output's energy is lost" in said
+        assert "3 tokens for 64 inputs: give more samples" in said
 
 
-# --- words
-
-
-def test_kinds_are_named_by_what_tells_them_apart() -> None:
-    names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "moe.experts.0.up", "moe.experts.17.up"]
-    sites = [{"site": f"h.{b}.{name}", "block": f"h.{b}"} for b in range(3) for name in names]
-    assert list(kinds(sites)) == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "up"]
-    assert len(kinds(sites)["up"]) == 6
-    assert list(kinds([{"site": "0"}, {"site": "2"}])) == ["linear"]
-
-
-def test_notes_group_by_what_they_say() -> None:
-    (first, second) = grouped([("a", "expert 3: saw 9"), ("a", "expert 4: saw 1e-3"), ("b", "dead"), ("c", "dead")])
-    assert (first.text, first.count, first.names) == ("expert 3: saw 9", 2, ["a"])
-    assert str(second) == "dead (and 1 alike): b, c"
+def test_an_infinite_error_is_valid_json() -> None:
+    site, spec = Site("a", "linear", 4, 4), Uniform(4, 4)
+    packed = PackedUniform.__new__(PackedUniform)
+    assert Solved(site, spec, packed, float("inf"), (1,), (), 0.0).record()["error"] is None
 
 
 def test_specs_in_words() -> None:
@@ -210,10 +167,14 @@ def test_specs_in_words() -> None:
     words = spec_words(Uniform(8, -1, symmetric=True, scale_dtype="bfloat16").to_dict())
     assert words == "8-bit, whole rows, symmetric, bfloat16 scales"
     assert spec_words({"layout": "trellis", "bits": 2}) == "trellis (bits 2)"
-    assert plain("a\x1b[31m\nb" + "c" * 500, 20) == "a\ufffd[31m\ufffdbccccccccccc…"
 
 
 # --- the command
+
+
+def run(recipe: Recipe, plan: dict[str, Any]) -> dict[str, Any]:
+    compute = {"device": "cpu", "dtype": "float32", "threads": 1}
+    return {"model": {"name": "./my models/it's"}, "recipe": recipe.to_dict(), "plan": plan, "compute": compute}
 
 
 def recipes() -> Iterator[Recipe]:
@@ -238,7 +199,7 @@ def test_the_command_asks_for_the_same(recipe: Recipe, monkeypatch: pytest.Monke
         raise Asked
 
     monkeypatch.setattr(quant.cli, "prepare", prepare)
-    words = shlex.split(command(recipe.to_dict(), "./my models/it's", COMPUTE, "plan.json"))
+    words = shlex.split(command(run(recipe, {"a": None})))
     assert words[0] == "quantize"
     result = CliRunner().invoke(quant.cli.app, words[1:])
     assert isinstance(result.exception, Asked), result.output
@@ -249,10 +210,7 @@ def test_the_command_asks_for_the_same(recipe: Recipe, monkeypatch: pytest.Monke
 
 
 def test_a_recipe_far_from_all_shipped_ones_names_its_file() -> None:
-    far = Recipe(calibration=None)
-    assert command(far.to_dict(), "m", COMPUTE) == (
-        "quantize --model m --recipe recipe.json --device cpu --dtype float32 --threads 1"
-    )
+    assert "--recipe recipe.json --device" in command(run(Recipe(calibration=None), {}))
 
 
 # --- the card
@@ -265,23 +223,22 @@ def test_the_card_says_how_it_was_made(packed_llama: Path, report: dict[str, Any
     assert front["tags"] == ["bitwright", "quantized", "4-bit"]
     assert front["quantization"]["bits_per_weight"] == pytest.approx(report["bits"]["measured"], rel=1e-4)
     assert "license" not in front
-    assert "license | unknown" in written
+    total = sum((packed_llama / name).stat().st_size for name in report["files"])
     for fact in (
         report["command"],
         report["calibration"]["sha256"],
         "AutoModelForCausalLM",
-        "4 for each code",
+        "license of the base model | `unknown",
         f"{report['bits']['measured']:.5g} per quantized weight",
+        f"{total:,} bytes",
     ):
         assert fact in written
-    total = sum((packed_llama / name).stat().st_size for name in report["files"])
-    assert f"{total:,} bytes" in written
 
 
 def test_the_card_knows_nothing_of_the_run(report: dict[str, Any]) -> None:
     other = copy.deepcopy(report)
     other["seconds"], other["peak_rss_bytes"], other["resumed_blocks"] = 1e6, 1, 1
-    other["machine"] = {"cpu": "another", "cores": 96, "gpu": "H", "platform": "Elsewhere"}
+    other["machine"] = {"cpu": "another", "cores": 96, "threads": 1, "gpu": "H", "platform": "Elsewhere"}
     other["verification"]["worst_difference"] = 0.5
     for part in (*other["blocks"], *other["sites"]):
         part["seconds"] = 123.0
@@ -289,13 +246,14 @@ def test_the_card_knows_nothing_of_the_run(report: dict[str, Any]) -> None:
 
 
 def figures(perplexity: float) -> dict[str, Any]:
+    settings = {"text": "python-docs", "text_sha256": "ab", "window_rule": "non-overlapping", "window": 512}
     return {
         "against": "models/original",
         "perplexity": {"token": perplexity, "bits_per_byte": 1.5, "word": None},
         "original": {"token": 20.0, "bits_per_byte": 1.25, "word": None},
         "divergence": {"kl": 0.0123, "top1": 0.9},
         "hidden": None,
-        "settings": {"text": "python-docs", "text_sha256": "ab", "window_rule": "non-overlapping", "window": 512},
+        "settings": {**settings, "dtype": "float32"},
     }
 
 
@@ -326,20 +284,14 @@ def test_figures_need_a_card(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("readme", "known"),
     [
-        ("---\nlicense: apache-2.0\n---\n# A model\n", ("apache-2.0", None, None)),
-        ("---\nlicense: [mit]\n---\n", ("mit", None, None)),
-        (
-            "---\nlicense: other\nlicense_name: llama3\nlicense_link: https://example.com/LICENSE\n---\n",
-            ("other", "llama3", "https://example.com/LICENSE"),
-        ),
-        ("---\nlicense: 'x]\\n---\\nhostile: yes'\nlicense_link: javascript:alert(1)\n---\n", (None, None, None)),
-        ("---\nlicense: [unclosed\n---\n", (None, None, None)),
-        ("no front matter", (None, None, None)),
-        ("\xff\xfe", (None, None, None)),
+        ("---\nlicense: apache-2.0\n---\n# A model\n", "apache-2.0"),
+        ("---\nlicense: [unclosed\n---\n", None),
+        ("no front matter", None),
+        ("\xff\xfe", None),
     ],
 )
 def test_the_licence_of_the_base_model(
-    readme: str, known: tuple[str | None, ...], llama: Path, tmp_path: Path, report: dict[str, Any]
+    readme: str, known: str | None, llama: Path, tmp_path: Path, report: dict[str, Any]
 ) -> None:
     folder = tmp_path / "models--some--name" / "snapshots" / ("0123456789" * 4)
     folder.mkdir(parents=True)
@@ -347,19 +299,21 @@ def test_the_licence_of_the_base_model(
         (folder / file.name).symlink_to(file)
     (folder / "README.md").write_bytes(readme.encode("latin-1"))
     found = origin(Source(folder, "some/name"))
-    assert tuple(found[key] for key in ("license", "license_name", "license_link")) == known
+    assert found["license"] == known
     assert (found["base_model"], found["revision"]) == ("some/name", "0123456789" * 4)
     report["source"] |= found
     front = yaml.safe_load(card(report).split("---\n")[1])
-    assert front.get("license") == known[0]
+    assert front.get("license") == known
     assert (front["base_model"], front["base_model_relation"]) == ("some/name", "quantized")
+
+
+# --- whole runs
 
 
 def test_experts_are_summed_up(packed_moe: Path) -> None:
     report = json.loads((packed_moe / "report.json").read_text())
     assert any(len(site["tokens"]) == 8 for site in report["sites"])
-    assert "alike" in "".join(page(report).words)
-    assert "What did not go as asked" in (packed_moe / "README.md").read_text()
+    assert "more in report.json" in page(report).words
 
 
 def test_a_resumed_run_counts_its_blocks(llama: Path, words: Path, tmp_path: Path) -> None:
@@ -373,4 +327,4 @@ def test_a_resumed_run_counts_its_blocks(llama: Path, words: Path, tmp_path: Pat
     report = quant.quantize(str(llama), tmp_path / "out", recipe, mode="resume").report
     assert report["resumed_blocks"] == 1
     assert [block["name"] for block in report["blocks"]] == ["model.layers.0", "model.layers.1"]
-    assert "1 block from an earlier run" in "".join(page(report).words)
+    assert "1 from an earlier run" in page(report).words

@@ -14,45 +14,65 @@ from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.shards import write_text
-from quant.checkpoint.summary import (
-    Group,
-    left_float,
-    method_words,
-    notes,
-    plain,
-    specs_words,
-    windows_words,
-)
+from quant.checkpoint.words import Report, by_reason, capped, notes, plain, provenance_rows, specs_words
 from quant.errors import CheckpointError
 
 BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 FOLDER = "path/to/this/folder"
-
-Report = Mapping[str, Any]
+MOST_LINES, MOST_NAMES = 20, 5
 
 
 def card(report: Report) -> str:
     """The card for the content of report.json."""
-    bits, name = report["bits"], report["model"]["name"]
-    title = f"# {_words(str(name).rstrip('/').rpartition('/')[2])}, {bits['measured']:.5g} bits per weight"
-    sections = [
-        _front_matter(report),
-        title,
-        f"{_code(name)} with {len(report['sites']):,} weight matrices packed by bitwright: "
-        f"{_words(specs_words(report['sites']))}. Everything else is the original, bit for bit.",
-        _sizes(report),
-        "## How to load it",
-        _loading(report),
-        "## How it was made",
-        _making(report),
-        "## Evaluation",
-        f"{BEGIN}\nNot evaluated yet: `quant-eval {FOLDER} --against` the original.\n{END}",
-        *_grouped("## What did not go as asked", notes(report)),
-        *_grouped("## Left in float", left_float(report)),
-        "## Limits",
-        _limits(report),
+    bits, name = report["bits"], str(report["model"]["name"]).rstrip("/")
+    troubles = [f"- {_words(text)}: {_code(site)}" for site, text in notes(report)]
+    left = [
+        f"- {_words(reason)}: {', '.join(_code(name) for name in capped(names, MOST_NAMES))}"
+        for reason, names in by_reason(report["left_float"]).items()
     ]
-    return "\n\n".join(sections) + "\n"
+    return f"""{_front_matter(report)}
+
+# {_words(name.rpartition("/")[2])}, {bits["measured"]:.5g} bits per weight
+
+{_code(name)} with {len(report["sites"]):,} weight matrices packed by bitwright: {_words(specs_words(report["sites"]))}.
+Everything else is the original, bit for bit.
+
+{_table(_sizes(report))}
+
+## How to load it
+
+{_loading(report)}
+
+## How it was made
+
+```bash
+{plain(report["command"], 4000)}
+```
+
+The same bytes come out on the same kind of machine with the same versions; `recipe.json` and `plan.json` in this folder
+hold every setting.
+
+{_table([(label, _code(value)) for label, value in provenance_rows(report)])}
+
+## Evaluation
+
+{BEGIN}
+Not evaluated yet: `quant-eval {FOLDER} --against` the original.
+{END}
+
+## What did not go as asked
+
+{chr(10).join(capped(troubles, MOST_LINES)) or "Nothing."}
+
+## Left in float
+
+{chr(10).join(capped(left, MOST_LINES)) or "No weight matrix."}
+
+## Limits
+
+A perplexity shows less than is lost on text unlike the calibration text: judge it on your own task. The limits, biases
+and license terms of the base model hold here as well.
+"""
 
 
 def add_evaluation(folder: str | Path, results: Mapping[str, Any]) -> None:
@@ -80,151 +100,82 @@ def add_evaluation(folder: str | Path, results: Mapping[str, Any]) -> None:
 
 
 def _front_matter(report: Report) -> str:
-    source, spec = report["source"], report["recipe"]["spec"]
-    asked = spec.get("bits")
-    tags = ["bitwright", "quantized", *([f"{asked}-bit"] if asked else [])]
-    known = {key: source[key] for key in ("license", "license_name", "license_link", "base_model") if source[key]}
-    lines = [f"{key}: {json.dumps(value)}" for key, value in known.items()]
+    """YAML, of which JSON is a part: so are names that are not ours."""
+    source, asked = report["source"], report["recipe"]["spec"].get("bits")
+    lines = [f"{key}: {json.dumps(source[key])}" for key in ("license", "base_model") if source[key]]
     lines += ["base_model_relation: quantized"] if source["base_model"] else []
-    lines += ["library_name: transformers", "tags:", *(f"- {json.dumps(tag)}" for tag in tags)]
-    lines += ["quantization:", "  method: bitwright", f"  format_version: {report['format_version']}"]
-    lines += [f"  bits_per_weight: {report['bits']['measured']:.5g}"]
+    tags = ["bitwright", "quantized", *([f"{asked}-bit"] if asked else [])]
+    lines += ["library_name: transformers", f"tags: {json.dumps(tags)}", "quantization:", "  method: bitwright"]
+    lines += [f"  format_version: {report['format_version']}", f"  bits_per_weight: {report['bits']['measured']:.5g}"]
     return "\n".join(["---", *lines, "---"])
 
 
-def _sizes(report: Report) -> str:
-    bits, source, asked = report["bits"], report["source"], report["recipe"]["spec"].get("bits")
+def _sizes(report: Report) -> list[tuple[str, str]]:
+    bits, source = report["bits"], report["source"]
     after = sum(report["files"].values())
     smaller = source["bytes"] / max(1, after)
-    license_ = _code(source["license"]) if source["license"] else "unknown: the base model's folder does not state one"
     rows = [
-        ("bits asked", f"{asked} for each code" if asked else "see plan.json"),
+        ("bits of each code", str(report["recipe"]["spec"].get("bits", "see plan.json"))),
         ("bits promised", f"{bits['promised']:.5g} per quantized weight, scales and zeros and all else included"),
         ("bits measured on disk", f"{bits['measured']:.5g} per quantized weight"),
-        ("quantized", f"{bits['weights']:,} of {source['parameters']:,} weights, {len(report['sites']):,} matrices"),
-        ("their bytes", f"{bits['packed_bytes']:,}"),
-        ("whole checkpoint", f"{after:,} bytes of weights (original {source['bytes']:,}: {smaller:.2f} times as much)"),
-        ("license", license_),
+        ("quantized", f"{bits['weights']:,} of {source['parameters']:,} weights, {bits['packed_bytes']:,} bytes"),
+        ("all weight files", f"{after:,} bytes, {smaller:.2f} times smaller than the original's {source['bytes']:,}"),
+        ("license of the base model", _code(source["license"] or "unknown: its folder does not state one")),
     ]
-    return _table(rows)
+    return [*rows, ("commit of the base model", _code(source["revision"]))] if source["revision"] else rows
 
 
 def _loading(report: Report) -> str:
-    kind = "AutoModelForCausalLM" if str(report["source"]["architecture"]).endswith("ForCausalLM") else "AutoModel"
-    generate = [
-        'tokens = tokenizer("The", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=40)[0]))",
-    ]
-    lines = [
-        "```python",
-        "import quant  # the package bitwright",
-        "from transformers import AutoTokenizer",
-        "",
-        f'model = quant.load("{FOLDER}", device="cpu")  # verified by checksums; packed weights stay packed',
-        f'tokenizer = AutoTokenizer.from_pretrained("{FOLDER}")',
-        *(generate if kind == "AutoModelForCausalLM" else []),
-        "```",
-        "",
-        f'`{kind}.from_pretrained("{FOLDER}")` works too, once `quant` is imported. `quant.load(..., dequantize=True)` '
-        "gives a plain float model. Without `quant`, transformers refuses the folder.",
-    ]
-    return "\n".join(lines)
+    generates = report["source"]["architecture"].endswith("ForCausalLM")
+    kind = "AutoModelForCausalLM" if generates else "AutoModel"
+    use = """
+tokens = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=40)[0]))"""
+    return f"""```python
+import quant  # the package bitwright
+from transformers import AutoTokenizer
 
+model = quant.load("{FOLDER}", device="cpu")  # verified by checksums; packed weights stay packed
+tokenizer = AutoTokenizer.from_pretrained("{FOLDER}"){use if generates else ""}
+```
 
-def _making(report: Report) -> str:
-    calibration, model, source = report["calibration"], report["model"], report["source"]
-    compute = report["compute"]
-    commit = f", commit {_code(source['revision'])}" if source["revision"] else ""
-    rows = [
-        (
-            "base model",
-            f"{_code(model['name'])}{commit}, sha256 {_code(model['sha256'])} of its config, headers and samples",
-        ),
-        ("method", _words(method_words(report["recipe"]))),
-        (
-            "calibration text",
-            f"{_code(calibration['text'])}"
-            + (f", sha256 {_code(calibration['sha256'])}" if calibration["sha256"] else ""),
-        ),
-    ]
-    if report["recipe"]["calibration"]:
-        rows.append(("calibration windows", _words(windows_words(report["recipe"], report["calibration_tokens"]))))
-    rows += [
-        (
-            "computed",
-            f"{compute['dtype']} on {_words(compute['device'])} ({compute['machine']}), {compute['threads']} threads",
-        ),
-        ("versions", ", ".join(f"{_words(name)} {_words(version)}" for name, version in report["versions"].items())),
-    ]
-    same = (
-        "The same bytes come out on the same kind of machine with the same versions; `recipe.json` and `plan.json` "
-        "in this folder hold every setting."
-    )
-    return f"```bash\n{plain(report['command'], 4000)}\n```\n\n{same}\n\n{_table(rows)}"
-
-
-def _limits(report: Report) -> str:
-    bits = report["bits"]["measured"]
-    loss = (
-        "At 4 bits and more a model of some size usually keeps its abilities nearly whole."
-        if bits >= 4
-        else "Around 3 bits losses are visible in figures, and in hard tasks."
-        if bits >= 2.9
-        else "Below 3 bits a model loses much: facts, reasoning and rare languages first."
-    )
-    read = "the calibration text above" if report["recipe"]["calibration"] else "no text at all"
-    return (
-        f"{loss} Quantization was guided by {read}; on text of another kind more may be lost than a perplexity shows. "
-        "Judge it on your own task. The limits, biases and license terms of the base model hold here as well."
-    )
-
-
-def _grouped(heading: str, groups: Sequence[Group]) -> list[str]:
-    return [heading, "\n".join(f"- {_words(group.text)}{_names(group)}" for group in groups)] if groups else []
-
-
-def _names(group: Group) -> str:
-    names = ", ".join(_code(name) for name in group.names[:3])
-    more = f" and {len(group.names) - 3:,} more" if len(group.names) > 3 else ""
-    return f"{f' ({group.count:,} alike)' if group.count > 1 else ''}: {names}{more}"
+`{kind}.from_pretrained("{FOLDER}")` works too, once `quant` is imported. `quant.load(..., dequantize=True)` gives a
+plain float model. Without `quant`, transformers refuses the folder."""
 
 
 def _evaluation(results: Mapping[str, Any]) -> str:
     """The figures as a table, and what they depend on."""
-    perplexity, original = results.get("perplexity") or {}, results.get("original") or {}
+    here, there = results.get("perplexity") or {}, results.get("original") or {}
     divergence, hidden = results.get("divergence") or {}, results.get("hidden") or {}
-    settings = results.get("settings") or {}
     rows = [
-        ("perplexity per token", perplexity.get("token"), original.get("token"), ".5g"),
-        ("bits per byte", perplexity.get("bits_per_byte"), original.get("bits_per_byte"), ".5g"),
-        ("perplexity per word", perplexity.get("word"), original.get("word"), ".5g"),
+        ("perplexity per token", here.get("token"), there.get("token"), ".5g"),
+        ("bits per byte", here.get("bits_per_byte"), there.get("bits_per_byte"), ".5g"),
+        ("perplexity per word", here.get("word"), there.get("word"), ".5g"),
         ("KL divergence to the original, nats per token", divergence.get("kl"), None, ".4g"),
         ("same first choice as the original", divergence.get("top1"), None, ".2%"),
         ("cosine of hidden states, per token", hidden.get("token"), None, ".5f"),
         ("cosine of hidden states, per line", hidden.get("sentence"), None, ".5f"),
     ]
     lines = ["| | this checkpoint | original |", "|---|---|---|"]
-    for label, here, there, form in rows:
-        if isinstance(here, float | int):
-            lines.append(f"| {label} | {here:{form}} | {f'{there:{form}}' if isinstance(there, float | int) else ''} |")
-    words = {key: _words(settings.get(key)) for key in ("window_rule", "window", "dtype")}
-    stride = f", stride {_words(settings['stride'])}" if settings.get("stride") else ""
+    for label, value, original, form in rows:
+        if value is not None:
+            lines.append(f"| {label} | {value:{form}} | {'' if original is None else f'{original:{form}}'} |")
+    settings = results["settings"]
+    stride = f", stride {settings['stride']}" if settings.get("stride") else ""
     against = f" The original is {_code(results['against'])}." if results.get("against") else ""
-    versions = ", ".join(
-        f"{_words(name)} {_words(number)}" for name, number in (settings.get("versions") or {}).items()
+    return "\n".join(lines) + (
+        f"\n\nText {_code(settings['text'])}, sha256 {_code(settings['text_sha256'])}; "
+        f"{settings['window_rule']} windows of {settings['window']} tokens{stride}; {settings['dtype']}.{against}"
     )
-    text = f"Text {_code(settings.get('text'))}, sha256 {_code(settings.get('text_sha256'))}"
-    windows = f"{words['window_rule']} windows of {words['window']} tokens{stride}"
-    return "\n".join([*lines, "", f"{text}; {windows}; {words['dtype']}.{against} {versions}."])
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    return "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)])
 
 
 def _code(value: object) -> str:
     """Untrusted text as code: one line, nothing that ends the code or the table's cell."""
-    return f"`{plain(value).replace('`', chr(39)).replace('|', '/')}`"
+    return f"`{plain(value, 1000).replace('`', chr(39)).replace('|', '/')}`"
 
 
 def _words(value: object) -> str:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from quant.errors import ModelError
 
 SAMPLE_BYTES = 64 * 1024
-NEEDED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+NEEDED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")  # the last for its licence
 DUPLICATES = ("*/*.safetensors", "consolidated*.safetensors")  # the same weights in other people's layouts
 
 

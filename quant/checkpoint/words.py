@@ -1,0 +1,124 @@
+"""What the model card, report.html and `quant-inspect` say alike of the plain data of report.json; deterministic.
+
+A site's `error` is None where it is not finite. Names and texts come from the model's folder: whoever shows them passes
+them through `plain` and escapes them for the place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Report = Mapping[str, Any]
+Site = Mapping[str, Any]
+METHODS = {"Feedback": "GPTQ (arXiv 2210.17323)", "Nearest": "round to nearest"}  # others: by their class
+
+
+def notes(report: Report) -> list[tuple[str, str]]:
+    """(site, what did not go as asked): what the figures say themselves, then the solvers' notes."""
+    found: list[tuple[str, str]] = []
+    for site in report["sites"]:
+        error, inputs, seen = site["error"], site["shape"][1], max(site["tokens"], default=0)
+        if error is None:
+            found.append((site["site"], "its error is not finite: the float weight's own output is zero here"))
+        elif error > 0.5:
+            found.append((site["site"], "more than half of the output's energy is lost"))
+        if report["recipe"]["calibration"] and not site["experts"] and seen < inputs:
+            found.append((site["site"], f"{seen} tokens for {inputs} inputs: give more samples"))
+    return found + [(site["site"], brief(site["notes"])) for site in report["sites"] if site["notes"]]
+
+
+def brief(texts: Sequence[str]) -> str:
+    """A stack has a note per expert: the first ones."""
+    return "; ".join(capped(texts, 2))
+
+
+def capped(lines: Sequence[str], most: int) -> list[str]:
+    rest = len(lines) - most
+    return [*lines[:most], *([f"and {rest:,} more in report.json"] if rest > 0 else [])]
+
+
+def worst(sites: Sequence[Site], most: int) -> Sequence[Site]:
+    """All sites in the model's order, or those of most error if there are more than `most`."""
+    if len(sites) <= most:
+        return sites
+    return sorted(sites, key=lambda site: float("-inf") if site["error"] is None else -site["error"])[:most]
+
+
+def by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
+    """What stayed float: reason -> names."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons
+
+
+def kind(site: Site) -> str:
+    """A site's name below its block, without numbers: what it has in common with its like in other blocks."""
+    return re.sub(r"\.\d+(?=\.)", "", site["site"].removeprefix(site["block"] + "."))
+
+
+def errors(sites: Sequence[Site]) -> list[float]:
+    """Finite errors, sorted."""
+    return sorted(site["error"] for site in sites if site["error"] is not None)
+
+
+def provenance_rows(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What decides the bytes, in words. `run`: `Prepared.identity()`, which report.json holds too."""
+    recipe, text, compute = run["recipe"], run["calibration"], run["compute"]
+    settings = {key: value for key, value in recipe["solver"].items() if key != "kind"} | {"match": recipe["match"]}
+    rows = [
+        ("base model", f"{run['model']['name']}, sha256 {run['model']['sha256']} (config, headers, samples)"),
+        ("method", f"{METHODS.get(recipe['solver']['kind'], recipe['solver']['kind'])}; {_settings(settings)}"),
+        ("calibration text", f"{text['text']}, sha256 {text['sha256'] or 'none'}"),
+    ]
+    if windows := recipe["calibration"]:
+        cut = f"{windows['samples']:,} of at most {windows['sequence_length']:,} tokens"
+        rows.append(("calibration windows", f"{cut}, seed {windows['seed']}, {windows['batch_size']} at once"))
+    where = f"{compute['device']} ({compute['machine']}) in {compute['dtype']}, {compute['threads']} threads"
+    return [*rows, ("computed", where), ("versions", _settings(run["versions"]))]
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} ({_settings(v)})" if isinstance(v, dict) else f"{k} {v}" for k, v in values.items())
+
+
+def spec_words(spec: Mapping[str, Any]) -> str:
+    """`3-bit, groups of 64, asymmetric`; for other layouts, their fields."""
+    if spec["layout"] != "uniform":
+        return f"{spec['layout']} ({_settings({key: value for key, value in spec.items() if key != 'layout'})})"
+    groups = "whole rows" if spec["group_size"] == -1 else f"groups of {spec['group_size']}"
+    symmetry = "symmetric" if spec["symmetric"] else "asymmetric"
+    scales = "" if spec["scale_dtype"] == "float16" else f", {spec['scale_dtype']} scales"
+    return f"{spec['bits']}-bit, {groups}, {symmetry}{scales}"
+
+
+def specs_words(sites: Sequence[Site]) -> str:
+    """The specs of many sites, commonest first."""
+    counts = Counter(spec_words(site["spec"]) for site in sites)
+    return "; ".join(f"{words} ({count:,} sites)" for words, count in counts.most_common())
+
+
+def shape_words(site: Site) -> str:
+    rows, columns = site["shape"]
+    experts = site["experts"]
+    return f"{experts} × {rows // experts:,} × {columns:,}" if experts else f"{rows:,} × {columns:,}"
+
+
+def tokens_words(tokens: Sequence[int]) -> str:
+    """One count, or the least and most of a stack's experts."""
+    least, most = min(tokens, default=0), max(tokens, default=0)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def percent(error: float | None) -> str:
+    """A relative error: `1.42 %`."""
+    return "–" if error is None else f"{100 * error:.3g} %"
+
+
+def plain(text: object, limit: int = 300) -> str:
+    """Untrusted text on one line: without control characters, and not without end."""
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
