@@ -57,6 +57,9 @@ Exit codes: 0 done, 2 settings, 3 model, 4 calibration, 5 solver, 6 checkpoint, 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+INTERRUPTED, TERMINATED = 130, 143
+
+
 class Terminated(BaseException):
     """SIGTERM, raised like KeyboardInterrupt, so that files are closed and the lock is given back."""
 
@@ -215,12 +218,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     error_console = Console(stderr=True)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer has turned Ctrl-C into its exit code
+            raise KeyboardInterrupt
+        sys.exit(code or 0)
     except (BitwrightError, SpecError) as error:
         error_console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code if isinstance(error, BitwrightError) else SettingsError.exit_code)
     except (KeyboardInterrupt, Terminated, typer.Abort) as stop:
-        code = 143 if isinstance(stop, Terminated) else 130
+        code = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
         again = [arg for arg in sys.argv[1:] if arg not in ("--resume", "--restart")]
         command = shlex.join(["quantize", *again, "--resume"])
         error_console.print(f"stopped; finished blocks are kept. Continue with:\n  {escape(command)}", soft_wrap=True)
