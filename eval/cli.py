@@ -21,10 +21,11 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from quant.calibration.texts import resolve
+from quant.checkpoint.card import add_evaluation
 from quant.errors import BitwrightError, ResourceError, SettingsError
 from quant.eval.evaluate import evaluate
 from quant.eval.report import Report
-from quant.eval.subject import Subject, open_subject
+from quant.eval.subject import Subject, open_subject, packed_by_us
 from quant.eval.table import console_for, continuations, table
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
@@ -39,6 +40,8 @@ _EPILOG = """
 `quant-eval gpt2 --text wikitext2 --stride 256` : a model from the hub, strided windows
 
 `quant-eval out/4bit --against models/original --text notes.txt --max-windows 40 --json -` : own text, JSON on stdout
+
+`quant-eval out/4bit --against models/original --card` : the figures go into the checkpoint's model card, too
 
 `quant-eval out/encoder-4bit --against models/encoder` : cosines of hidden states
 """
@@ -73,6 +76,7 @@ def command(
         str | None, typer.Option("--json", metavar="FILE|-", help="All figures and settings; - is stdout.")
     ] = None,
     plot_to: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Size against perplexity.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Put the figures into README.md of packed checkpoints.")] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", help="The table alone: no progress, no continuations shown.")
     ] = False,
@@ -95,6 +99,9 @@ def command(
             out.print(f"plot: {plot_to}", soft_wrap=True)
         if json_to:
             _write_json(json_to, original, reports)
+        for report in reports if card else []:
+            if report.path and packed_by_us(Path(report.path)):
+                add_evaluation(report.path, report.to_dict())
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 import quant.cli
+import quant.eval.cli
 from quant import Recipe, load_recipe
 from quant.blocks import Solved
 from quant.checkpoint.card import add_evaluation, card
@@ -108,7 +110,7 @@ def test_many_sites_and_many_experts(report: dict[str, Any], monkeypatch: pytest
             {**site, "error": source.lognormvariate(-4, 1), "tokens": [*range(128)], "notes": notes, "seconds": 0.1}
         )
     found = page(report)
-    assert "expert 1: saw 1 tokens; and 126 more in report.json" in found.words
+    assert "expert 0: saw 0 tokens; and 127 more in report.json" in found.words
     assert "0 to 127" in found.words
     monkeypatch.setattr("quant.checkpoint.report.MOST_ROWS", 100)
     assert 100 < [tag for tag, _ in page(report).tags].count("tr") < 115
@@ -210,7 +212,7 @@ def test_the_command_asks_for_the_same(recipe: Recipe, monkeypatch: pytest.Monke
 
 
 def test_a_recipe_far_from_all_shipped_ones_names_its_file() -> None:
-    assert "--recipe recipe.json --device" in command(run(Recipe(calibration=None), {}))
+    assert "--recipe recipe.json --bits 4 --device" in command(run(Recipe(calibration=None), {}))
 
 
 # --- the card
@@ -274,6 +276,19 @@ def test_figures_come_into_the_card_and_are_replaced(packed_llama: Path, tmp_pat
     add_evaluation(tmp_path, figures(23.5))
     assert readme.read_text().count("## Evaluation") == 1
     assert "23.5" in readme.read_text()
+
+
+def test_quant_eval_puts_its_figures_into_the_card(
+    packed_llama: Path, llama: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quant.eval.cli, "_calm", lambda: None)
+    mine = shutil.copytree(packed_llama, tmp_path / "mine")
+    before = (llama / "README.md").exists()
+    settings = ["--against", str(llama), "--text", str(words), "--max-windows", "1", "--no-generate", "--card"]
+    result = CliRunner().invoke(quant.eval.cli.app, [str(mine), str(llama), *settings])
+    assert result.exit_code == 0, result.output
+    assert "| KL divergence to the original" in (mine / "README.md").read_text()
+    assert (llama / "README.md").exists() == before
 
 
 def test_figures_need_a_card(tmp_path: Path) -> None:

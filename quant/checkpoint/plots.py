@@ -49,8 +49,8 @@ def over_depth(report: Report, key: str, label: str, log: bool) -> str:
             if any(len(group) > 1 for group in found.values()):
                 low, high = [min(group) for group in found.values()], [max(group) for group in found.values()]
                 axes.fill_between(depths, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        if log and values:
-            axes.set_yscale("log")
+        if values:
+            axes.set(**({"yscale": "log"} if log else {"ylim": (0, None)}))
         _blocks(axes, label)
 
     return _picture(f"{label} over depth", draw)
@@ -74,6 +74,7 @@ def bytes_by_kind(report: Report) -> str:
         axes.bar_label(drawn, [human(size) + bits for _, size, bits in bars], padding=3)
         axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
         axes.set_xticks([])
+        axes.grid(visible=False)
         axes.invert_yaxis()
         axes.margins(x=0.25)
 

@@ -58,6 +58,8 @@ def command(run: Mapping[str, Any]) -> str:
     recipe, compute = run["recipe"], run["compute"]
     name, changes = _nearest(_flat(recipe))
     words = ["quantize", "--model", run["model"]["name"], "--recipe", name]
+    if bits := changes.pop("spec.bits", recipe["spec"].get("bits")):  # said even where it is the recipe's own
+        words += ["--bits", str(bits)]
     for path, value in changes.items():
         words += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
     if any(spec != recipe["spec"] for spec in run["plan"].values()):

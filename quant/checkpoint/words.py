@@ -31,8 +31,8 @@ def notes(report: Report) -> list[tuple[str, str]]:
 
 
 def brief(texts: Sequence[str]) -> str:
-    """A stack has a note per expert: the first ones."""
-    return "; ".join(capped(texts, 2))
+    """A stack has a note per expert: the first of them."""
+    return "; ".join(capped(texts, 1))
 
 
 def capped(lines: Sequence[str], most: int) -> list[str]:
