@@ -497,6 +497,9 @@ def test_transformers_own_odd_experts(kind: str) -> None:
 # linears that are not what they seem
 
 
+READ = "its weight, or the dtype of it, is read from outside its own forward"
+
+
 class Odd(nn.Module):
     """A block with one ordinary linear, and `odd`, used in a way of its own."""
 
@@ -558,6 +561,11 @@ class BothWays(Odd):
         return self.odd(x) @ self.weight
 
 
+class CastTo(Odd):
+    def use(self, x: torch.Tensor) -> torch.Tensor:
+        return self.odd(x.to(self.weight.dtype))
+
+
 class ByName(Odd):
     def use(self, x: torch.Tensor) -> torch.Tensor:
         return self.odd(input=x)
@@ -569,9 +577,10 @@ class ByName(Odd):
         (lambda: Odd(Scaled(32, 32)), "Scaled computes more than x W^T + b"),
         (lambda: Odd(Biasless(32, 32)), "Biasless computes more than x W^T + b"),
         (lambda: Odd(Prescaled(32, 32)), "Prescaled changes its input before the product"),
-        (Sliced, "only a part of it is multiplied by"),
+        (Sliced, READ),
         (Borrowed, "its weight is read from outside its own forward"),
         (BothWays, "its weight is read from outside its own forward"),
+        (CastTo, READ),
         (ByName, "its weight is read from outside its own forward"),
         (Twice, "used on several inputs in one pass"),
         (lambda: Odd(nn.Linear(32, 32)), None),
@@ -825,8 +834,9 @@ def test_a_t5_encoder() -> None:
         "layer.0.SelfAttention.q 32x32, layer.0.SelfAttention.k 32x32, layer.0.SelfAttention.v 32x32",
         "layer.0.SelfAttention.o 32x32",
         "layer.1.DenseReluDense.wi 48x32",
-        "layer.1.DenseReluDense.wo 32x48",
     ]
+    reason = found.left["encoder.block.1.layer.1.DenseReluDense.wo.weight"]  # its input is cast to `wo.weight.dtype`
+    assert reason == READ
 
 
 # patterns

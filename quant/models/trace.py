@@ -42,7 +42,7 @@ class Trace:
     """`chain`: blocks that ran once, in call order; `repeated`: those that ran more often, with the count; `uses`: each
     block's products in call order; `outside`: parameters multiplied outside all blocks; `tied`: the further names of
     tied parameters, with the first name, which stands for them everywhere else; `routers`: weights of linears whose
-    outputs choose experts."""
+    outputs choose experts; `read`: weights of linears that code around them looks at (`x.to(linear.weight.dtype)`)."""
 
     chain: tuple[str, ...]
     repeated: dict[str, int]
@@ -50,6 +50,7 @@ class Trace:
     outside: frozenset[str]
     tied: dict[str, str]
     routers: frozenset[str]
+    read: frozenset[str]
 
     @cached_property
     def users(self) -> dict[str, set[str]]:
@@ -84,7 +85,15 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
         with watch:
             _prove_chain(model, batch, chain, watch.outputs, whole)
     tied = {name: first for name, first in first_name.items() if name != first}
-    return Trace(chain, repeated, watch.uses, frozenset(watch.outside), tied, frozenset(watch.routers.found))
+    return Trace(
+        chain,
+        repeated,
+        watch.uses,
+        frozenset(watch.outside),
+        tied,
+        frozenset(watch.routers.found),
+        frozenset(watch.read),
+    )
 
 
 _PRODUCTS = (
@@ -138,6 +147,7 @@ class _Watch(TorchFunctionMode):
         self.linear: tuple[str, torch.Tensor | None] | None = None  # the one running: its weight's name, its input
         self.answer: torch.Tensor | None = None
         self.routers = Routers(model)
+        self.read: set[str] = set()
         self.alive: list[torch.Tensor] = []  # a block's inputs are kept until it ends, so that no two share an address
 
     @contextmanager
@@ -205,6 +215,7 @@ class _Watch(TorchFunctionMode):
             result = func(*args, **kwargs)
             if self.recording:
                 self.routers.other(func, (args, kwargs), result)
+                self._look(func, args)
             return result
         flipped = weight.stride(-1) == 0 and weight.shape[-1] > 1  # the stored row is the dimension that has a stride
         answer = noise(name, x, weight if by_columns else weight.mT)
@@ -217,6 +228,19 @@ class _Watch(TorchFunctionMode):
         if self.recording and parameter.dim() == 2:
             self.routers.product(name, result)
         return result
+
+    def _look(self, func: Any, args: Any) -> None:
+        """Notes a look at a weight from outside its linear. What it would see of a packed one is nothing like it."""
+        if (
+            self.block is None
+            or func == torch.Tensor.device.__get__
+            or not args
+            or not isinstance(args[0], torch.Tensor)
+        ):
+            return
+        name, _ = self.parameters.get(args[0].untyped_storage().data_ptr(), ("", None))
+        if name and (self.linear is None or self.linear[0] != name):
+            self.read.add(name)
 
     def _record(self, name: str, whole: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> None:
         if self.block is None:
