@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
@@ -72,18 +73,20 @@ def _label(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -
     taken = [_box(axes, x, y, 8) for x, y, _ in points]
     taken += [_box(axes, x, line.get_ydata()[0], 1, across=frame.width) for line in axes.lines for x, *_ in points[:1]]
     for x, y, name in sorted(points, key=lambda point: -point[1]):
-        text = None
+        box = None
         for dx, dy, where in _places():
-            if text is not None:
-                text.remove()
-            text = axes.annotate(
-                name, (x, y), xytext=(dx, dy), textcoords="offset points", ha=where, va="center", fontsize=8
-            )
-            box = text.get_window_extent(renderer)
+            style: Any = {"textcoords": "offset points", "ha": where, "va": "center", "fontsize": 8}
+            line = {"arrowstyle": "-", "linewidth": 0.5, "color": "#888888"} if dy else None  # far from its point
+            text = axes.annotate(name, (x, y), xytext=(dx, dy), arrowprops=line, **style)
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)  # of the name without its line
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             if inside and not any(box.overlaps(other) for other in taken):
                 break
-        taken.append(text.get_window_extent(renderer))  # pyright: ignore[reportOptionalMemberAccess]: there are places
+            text.remove()
+        else:
+            axes.annotate(name, (x, y), xytext=(9, 0), textcoords="offset points", va="center", fontsize=8)  # no room
+        taken.append(box)
 
 
 def _places() -> list[tuple[int, int, str]]:
