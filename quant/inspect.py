@@ -24,41 +24,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from quant.checkpoint import words
 from quant.checkpoint.journal import FOLDER
 from quant.checkpoint.manifest import PackedSite, read_config, read_sites, stored_tensors, verify
 from quant.checkpoint.provenance import command as quantize_command
 from quant.checkpoint.shards import Piece
-from quant.checkpoint.words import (
-    Site,
-    brief,
-    by_reason,
-    capped,
-    percent,
-    plain,
-    provenance_rows,
-    shape_words,
-    spec_words,
-    tokens_words,
-    worst,
-)
-from quant.display import human
 from quant.errors import BitwrightError, CheckpointError, ResumeError, SettingsError
 from quant.models.source import Source
 
 MOST_SITES, MOST_NAMES = 100, 5
-RUN = ("model", "recipe", "plan", "calibration", "compute", "versions")
+RUN = ("model", "recipe", "plan", "calibration", "compute", "versions")  # said in words, as `made`
+NOT_SHOWN = (*RUN, "made", "left_float", "sites", "command", "resume", "damage")
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
-_EPILOG = """
-**Examples**
-
-`quant-inspect out/model-4bit` : bits, bytes, errors, provenance; every file is checked
-
-`quant-inspect out/model-4bit --no-verify` : without waiting for checksums
-
-`quant-inspect out/model-4bit --json | jq .bits` : for scripts
+_EPILOG = """Example: `quant-inspect out/model-4bit --json | jq .bits`
 
 Exit codes: 0 sound, 2 no such folder, 3 float files unreadable, 6 damaged, 7 unfinished and damaged.
 """
@@ -77,10 +58,10 @@ def command(
             typer.echo(json.dumps(found, indent=2))
         else:
             _show(found)
-        if problem := found.get("verification", {}).get("error"):
-            raise CheckpointError(problem)
+        if found.get("damage"):
+            raise CheckpointError(found["damage"])
     except BitwrightError as error:
-        typer.echo(f"error: {plain(error, 2000)}", err=True)
+        typer.echo(f"error: {words.plain(error, 2000)}", err=True)
         raise typer.Exit(error.exit_code) from None
 
 
@@ -90,8 +71,8 @@ def main() -> None:
 
 
 def look(folder: Path, check: bool = True) -> dict[str, Any]:
-    """Describes `folder` as plain data. `kind` is "packed", "unfinished" or "float"; damage that `check` finds is in
-    `verification.error`, so that the rest can still be shown.
+    """Describes `folder` as plain data. `kind` is "packed", "unfinished" or "float"; `damage` is what `check` found, or
+    None, so that the rest can still be shown.
 
     Raises:
         SettingsError: there is no such folder.
@@ -103,43 +84,47 @@ def look(folder: Path, check: bool = True) -> dict[str, Any]:
         state = "a file" if folder.exists() else "not there"
         raise SettingsError(f"{folder}: {state}; give the folder of a checkpoint")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    common: dict[str, Any] = {"folder": str(folder), "folder_bytes": size}
     if (folder / FOLDER).is_dir():
-        return {"kind": "unfinished", "folder": str(folder), "folder_bytes": size, **_unfinished(folder)}
+        return {"kind": "unfinished", **common, **_unfinished(folder)}
     config = read_config(folder)
-    described = _packed(folder, config, check) if "quantization_config" in config else _float(folder)
-    named = {"folder": str(folder), "folder_bytes": size, "architectures": config.get("architectures")}
-    return {"kind": "packed" if "bits" in described else "float", **named, **described}
+    common["architectures"] = config.get("architectures")
+    if config.get("quantization_config") is not None:
+        return {"kind": "packed", **common, **_packed(folder, config["quantization_config"], check)}
+    return {"kind": "float", **common, **_float(folder)}
 
 
-def _packed(folder: Path, config: dict[str, Any], check: bool) -> dict[str, Any]:
-    quantization = config["quantization_config"]
+def _packed(folder: Path, quantization: dict[str, Any], check: bool) -> dict[str, Any]:
     sites = read_sites(quantization, str(folder))
-    problem: str | None = None
+    sealed = "every file is what was written" if "checksums" in quantization else "no checksums; tensors as promised"
+    state, damage = sealed if check else "not checked", None
     stored: dict[str, Piece] = {}
     try:
         stored = stored_tensors(folder)
         if check:
             verify(folder)
     except CheckpointError as error:
-        problem = str(error)
-    state, told = _told(folder)
+        state, damage = "DAMAGED", str(error)
     weights = sum(math.prod(site.shape) for site in sites.values())
-    names = [name for site in sites.values() for name in site.stored()]
-    packed = sum(stored[name].nbytes for name in names) if stored.keys() >= set(names) else None
-    everything = sum(piece.nbytes for piece in stored.values())
+    names = {name for site in sites.values() for name in site.stored()}
+    packed = sum(stored[name].nbytes for name in names) if stored.keys() >= names else None
     promised = sum(site.spec.nbytes(site.shape) for site in sites.values())
+    report, told = _told(folder)
+    solved = told.pop("sites", {})
     return {
-        "written_by": quantization.get("version"),
+        "written_by": f"bitwright {quantization.get('version')}",
+        "weights": weights,
         "bits": {
-            "promised": 8 * promised / max(1, weights),
             "measured": None if packed is None else 8 * packed / max(1, weights),
-            "weights": weights,
+            "promised": 8 * promised / max(1, weights),
         },
-        "bytes": {"packed": packed, "float": None if packed is None else everything - packed},
-        "verification": {"checked": check, "sealed": "checksums" in quantization, "error": problem},
-        "report": state,
-        **{key: told.get(key) for key in (*RUN, "command", "left_float", "made")},
-        "sites": [_site(site, told.get("sites", {}).get(site.name, {})) for site in sites.values()],
+        "packed_bytes": packed,
+        "float_bytes": sum(piece.nbytes for name, piece in stored.items() if name not in names),
+        "verification": state,
+        "damage": damage,
+        "report": report,
+        **told,
+        "sites": [_site(site, solved.get(site.name, {})) for site in sites.values()],
     }
 
 
@@ -166,7 +151,7 @@ def _told(folder: Path) -> tuple[str, dict[str, Any]]:
     try:
         report = json.loads(path.read_bytes())
         told: dict[str, Any] = {key: dict(report[key]) for key in RUN}
-        told |= {"command": str(report["command"]), "made": provenance_rows(told)}
+        told |= {"command": str(report["command"]), "made": words.provenance_rows(told)}
         told["left_float"] = {str(name): str(reason) for name, reason in report["left_float"].items()}
         told["sites"] = {str(site["site"]): _told_site(site) for site in report["sites"]}
     except DAMAGE:
@@ -187,7 +172,7 @@ def _unfinished(folder: Path) -> dict[str, Any]:
     """A journal's own account. Without run.json the run had done nothing yet."""
     journal = folder / FOLDER
     if not (journal / "run.json").exists():
-        return {"blocks_done": 0, "sites_done": 0, "sites_planned": 0, "made": [], "resume": None}
+        return {"blocks_done": 0, "next": "nothing is done yet; begin anew with quantize --restart"}
     try:
         run = json.loads((journal / "run.json").read_bytes())
         records = [json.loads(file.read_bytes()) for file in sorted(journal.glob("[0-9]*.json"))]
@@ -196,7 +181,7 @@ def _unfinished(folder: Path) -> dict[str, Any]:
             "blocks_done": len(records),
             "sites_done": sum(len(record["sites"]) for record in records),
             "sites_planned": sum(spec is not None for spec in run["plan"].values()),
-            "made": provenance_rows(run),
+            "made": words.provenance_rows(run),
             "resume": f"{quantize_command(run)} --out {shlex.quote(str(folder))} --resume",
         }
     except DAMAGE:
@@ -210,85 +195,54 @@ def _float(folder: Path) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
     for entry in source.entries.values():
         dtypes[entry.dtype] += math.prod(entry.shape)
-    return {"parameters": sum(dtypes.values()), "dtypes": dict(dtypes.most_common()), "weight_bytes": source.nbytes()}
+    pack = f"quantize --model {shlex.quote(str(folder))} --bits 4"
+    counts = {"parameters": sum(dtypes.values()), "dtypes": dict(dtypes.most_common())}
+    return {**counts, "weight_bytes": source.nbytes(), "next": f"float model, not packed; pack it with: {pack}"}
 
 
 def _show(found: Mapping[str, Any]) -> None:
+    """The JSON's plain values as lines, the run in words, the sites as a table, and a command to copy."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=150)
-    rows = {"packed": _packed_rows, "unfinished": _unfinished_rows, "float": _float_rows}[found["kind"]](found)
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="cyan", no_wrap=True)
     facts.add_column(overflow="fold")
-    for name, value in [*rows, ("whole folder", _bytes(found["folder_bytes"])), *(found.get("made") or [])]:
-        facts.add_row(Text(plain(name)), Text(plain(value, 2000)))
+    shown = [(key.replace("_", " "), _value(value)) for key, value in found.items() if key not in NOT_SHOWN]
+    reasons = words.by_reason(found.get("left_float", {})).items()
+    left = [("left float", f"{reason}: {', '.join(words.capped(names, MOST_NAMES))}") for reason, names in reasons]
+    for name, value in [*shown, *left, *found.get("made", [])]:
+        facts.add_row(Text(name), Text(words.plain(value, 2000)))
     console.print(facts)
     if found.get("sites"):
         console.print(_site_table(found["sites"]))
-    if found.get("command"):
-        console.print(Text(f"Made by:\n  {plain(found['command'], 4000)}"), soft_wrap=True)
-    if found.get("resume"):
-        console.print(Text(f"Continue with:\n  {plain(found['resume'], 4000)}"), soft_wrap=True)
+    for key, heading in (("command", "Made by"), ("resume", "Continue with")):
+        if key in found:
+            console.print(Text(f"{heading}:\n  {words.plain(found[key], 4000)}"), soft_wrap=True)
 
 
-def _packed_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    bits, size, checked = found["bits"], found["bytes"], found["verification"]
-    measured = "unknown" if bits["measured"] is None else f"{bits['measured']:.5g}"
-    if checked["error"]:
-        state = "DAMAGED, see the error below"
-    elif not checked["checked"]:
-        state = "not checked (--no-verify)"
-    elif checked["sealed"]:
-        state = "every file is what was written"
-    else:
-        state = "none in this folder (save_pretrained wrote it); every tensor is what its spec promises"
-    reasons = by_reason(found["left_float"] or {}).items()
-    return [
-        ("packed checkpoint", f"{found['folder']}, written by bitwright {found['written_by']}"),
-        ("bits per weight", f"{measured} measured on disk, {bits['promised']:.5g} promised, over {bits['weights']:,}"),
-        ("bytes packed", _bytes(size["packed"])),
-        ("bytes left float", _bytes(size["float"])),
-        ("checksums", state),
-        ("report.json", found["report"] + ("" if found["report"] == "read" else ": errors and provenance not known")),
-        *(("left float", f"{reason}: {', '.join(capped(names, MOST_NAMES))}") for reason, names in reasons),
-    ]
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{_value(part)} {name}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _unfinished_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    done = f"{found['sites_done']:,} of {found['sites_planned']:,} sites, blocks finished: {found['blocks_done']:,}"
-    rows = [("unfinished run", found["folder"]), ("done", done)]
-    return rows if found["resume"] else [*rows, ("next", "nothing is done yet: begin anew with quantize --restart")]
-
-
-def _float_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [
-        ("float model, not packed", found["folder"]),
-        ("parameters", f"{found['parameters']:,}"),
-        ("stored as", ", ".join(f"{name} ({count:,})" for name, count in found["dtypes"].items())),
-        ("weight files", _bytes(found["weight_bytes"])),
-        ("to pack it", f"quantize --model {shlex.quote(found['folder'])} --bits 4"),
-    ]
-
-
-def _site_table(sites: Sequence[Site]) -> Table:
-    shown = worst(sites, MOST_SITES)
+def _site_table(sites: Sequence[words.Site]) -> Table:
+    shown = words.worst(sites, MOST_SITES)
     table = Table(pad_edge=False)
     for heading in ("site", "shape", "bits", "bytes", "error", "tokens", "spec", "notes"):
         number = heading in ("shape", "bits", "bytes", "error", "tokens")
         table.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=number)
     for site in shown:
-        bits, size = f"{site['bits_per_weight']:.5g}", f"{site['nbytes']:,}"
-        numbers = (shape_words(site), bits, size, percent(site["error"]), tokens_words(site["tokens"]))
-        cells = (site["site"], *numbers, spec_words(site["spec"]), brief(site["notes"]))
-        table.add_row(*(Text(plain(cell)) for cell in cells))
+        numbers = (words.shape_words(site), f"{site['bits_per_weight']:.5g}", f"{site['nbytes']:,}")
+        quality = (words.percent(site["error"]), words.tokens_words(site["tokens"]))
+        cells = (site["site"], *numbers, *quality, words.spec_words(site["spec"]), words.brief(site["notes"]))
+        table.add_row(*(Text(words.plain(cell)) for cell in cells))
     if len(shown) < len(sites):
         table.caption = f"the {MOST_SITES} of most error, of {len(sites):,} sites; --json has them all"
     return table
-
-
-def _bytes(size: int | None) -> str:
-    return "unknown" if size is None else f"{size:,} ({human(size)})"
 
 
 if __name__ == "__main__":

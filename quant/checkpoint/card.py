@@ -8,7 +8,6 @@ measured later come in by `add_evaluation`, between two marks, and may be replac
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,29 @@ from quant.errors import CheckpointError
 BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 FOLDER = "path/to/this/folder"
 MOST_LINES, MOST_NAMES = 20, 5
+FIGURES = (  # label, where it is in an evaluation's report, format
+    ("perplexity per token", "perplexity", "token", ".5g"),
+    ("bits per byte", "perplexity", "bits_per_byte", ".5g"),
+    ("KL divergence to the original, nats per token", "divergence", "kl", ".4g"),
+    ("same first choice as the original", "divergence", "top1", ".2%"),
+    ("cosine of hidden states, per token", "hidden", "token", ".5f"),
+    ("cosine of hidden states, per line", "hidden", "sentence", ".5f"),
+)
 
 
 def card(report: Report) -> str:
     """The card for the content of report.json."""
     bits, name = report["bits"], str(report["model"]["name"]).rstrip("/")
-    troubles = [f"- {_words(text)}: {_code(site)}" for site, text in notes(report)]
+    troubles = [f"- {_code(text)}: {_code(site)}" for site, text in notes(report)]
     left = [
-        f"- {_words(reason)}: {', '.join(_code(name) for name in capped(names, MOST_NAMES))}"
+        f"- {_code(reason)}: {', '.join(_code(name) for name in capped(names, MOST_NAMES))}"
         for reason, names in by_reason(report["left_float"]).items()
     ]
     return f"""{_front_matter(report)}
 
-# {_words(name.rpartition("/")[2])}, {bits["measured"]:.5g} bits per weight
+# {_code(name.rpartition("/")[2])}, {bits["measured"]:.5g} bits per weight
 
-{_code(name)} with {len(report["sites"]):,} weight matrices packed by bitwright: {_words(specs_words(report["sites"]))}.
+{_code(name)} with {len(report["sites"]):,} weight matrices packed by bitwright: {_code(specs_words(report["sites"]))}.
 Everything else is the original, bit for bit.
 
 {_table(_sizes(report))}
@@ -114,15 +121,15 @@ def _sizes(report: Report) -> list[tuple[str, str]]:
     bits, source = report["bits"], report["source"]
     after = sum(report["files"].values())
     smaller = source["bytes"] / max(1, after)
-    rows = [
+    return [
         ("bits of each code", str(report["recipe"]["spec"].get("bits", "see plan.json"))),
         ("bits promised", f"{bits['promised']:.5g} per quantized weight, scales and zeros and all else included"),
         ("bits measured on disk", f"{bits['measured']:.5g} per quantized weight"),
         ("quantized", f"{bits['weights']:,} of {source['parameters']:,} weights, {bits['packed_bytes']:,} bytes"),
         ("all weight files", f"{after:,} bytes, {smaller:.2f} times smaller than the original's {source['bytes']:,}"),
         ("license of the base model", _code(source["license"] or "unknown: its folder does not state one")),
+        ("commit of the base model", _code(source["revision"] or "unknown: a local folder")),
     ]
-    return [*rows, ("commit of the base model", _code(source["revision"]))] if source["revision"] else rows
 
 
 def _loading(report: Report) -> str:
@@ -145,19 +152,10 @@ plain float model. Without `quant`, transformers refuses the folder."""
 
 def _evaluation(results: Mapping[str, Any]) -> str:
     """The figures as a table, and what they depend on."""
-    here, there = results.get("perplexity") or {}, results.get("original") or {}
-    divergence, hidden = results.get("divergence") or {}, results.get("hidden") or {}
-    rows = [
-        ("perplexity per token", here.get("token"), there.get("token"), ".5g"),
-        ("bits per byte", here.get("bits_per_byte"), there.get("bits_per_byte"), ".5g"),
-        ("perplexity per word", here.get("word"), there.get("word"), ".5g"),
-        ("KL divergence to the original, nats per token", divergence.get("kl"), None, ".4g"),
-        ("same first choice as the original", divergence.get("top1"), None, ".2%"),
-        ("cosine of hidden states, per token", hidden.get("token"), None, ".5f"),
-        ("cosine of hidden states, per line", hidden.get("sentence"), None, ".5f"),
-    ]
     lines = ["| | this checkpoint | original |", "|---|---|---|"]
-    for label, value, original, form in rows:
+    for label, part, key, form in FIGURES:
+        value = (results.get(part) or {}).get(key)
+        original = (results.get("original") or {}).get(key) if part == "perplexity" else None
         if value is not None:
             lines.append(f"| {label} | {value:{form}} | {'' if original is None else f'{original:{form}}'} |")
     settings = results["settings"]
@@ -176,8 +174,3 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 def _code(value: object) -> str:
     """Untrusted text as code: one line, nothing that ends the code or the table's cell."""
     return f"`{plain(value, 1000).replace('`', chr(39)).replace('|', '/')}`"
-
-
-def _words(value: object) -> str:
-    """Untrusted text as text: its Markdown and HTML signs escaped."""
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", plain(value))

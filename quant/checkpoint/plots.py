@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-import statistics
+from collections import Counter
 from collections.abc import Callable
 from html import escape
 from typing import Any
@@ -34,22 +34,17 @@ STYLE: dict[Any, Any] = {
 
 
 def over_depth(report: Report, key: str, label: str, log: bool) -> str:
-    """`site[key]` over the blocks, a line for each kind of site; where a block has several of a kind, the line is their
-    median and a band spans them."""
+    """`site[key]` of every site over the blocks, a line for each kind of site."""
 
     def draw(axes: Any) -> None:
         rank = {block["name"]: number for number, block in enumerate(report["blocks"])}
-        values: dict[str, dict[int, list[float]]] = {}
+        points: dict[str, list[tuple[int, float]]] = {}
         for site in report["sites"]:
             if site[key]:  # None is not finite, and 0 is not on a logarithmic axis
-                values.setdefault(kind(site), {}).setdefault(rank[site["block"]], []).append(site[key])
-        for name, found in values.items():
-            depths, middle = list(found), [statistics.median(group) for group in found.values()]
-            (line,) = axes.plot(depths, middle, ".-", linewidth=1, label=_label(name))
-            if any(len(group) > 1 for group in found.values()):
-                low, high = [min(group) for group in found.values()], [max(group) for group in found.values()]
-                axes.fill_between(depths, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        if values:
+                points.setdefault(kind(site), []).append((rank[site["block"]], site[key]))
+        for name, found in points.items():
+            axes.plot([depth for depth, _ in found], [value for _, value in found], ".-", label=_label(name))
+        if points:
             axes.set(**({"yscale": "log"} if log else {"ylim": (0, None)}))
         _blocks(axes, label)
 
@@ -57,26 +52,22 @@ def over_depth(report: Report, key: str, label: str, log: bool) -> str:
 
 
 def bytes_by_kind(report: Report) -> str:
-    """Where the bytes are: packed, by kind of site, with their bits per weight; and what stayed float."""
-    sizes: dict[str, int] = {}
-    weights: dict[str, int] = {}
+    """Where the bytes are: packed, by kind of site, and what stayed float."""
+    sizes: Counter[str] = Counter()
     for site in report["sites"]:
-        sizes[kind(site)] = sizes.get(kind(site), 0) + site["nbytes"]
-        weights[kind(site)] = weights.get(kind(site), 0) + site["shape"][0] * site["shape"][1]
-    largest = sorted(sizes, key=lambda name: -sizes[name])[:MOST_KINDS]
-    bars = [(_label(name), sizes[name], f", {8 * sizes[name] / weights[name]:.3g} bits") for name in largest]
-    if len(sizes) > MOST_KINDS:
-        bars.append(("other kinds", sum(sizes.values()) - sum(size for _, size, _ in bars), ""))
-    bars.append(("left float", max(0, sum(report["files"].values()) - sum(sizes.values())), ""))
+        sizes[_label(kind(site))] += site["nbytes"]
+    bars = sizes.most_common(MOST_KINDS)
+    bars.append(("other kinds", sizes.total() - sum(size for _, size in bars)))
+    bars.append(("left float", max(0, sum(report["files"].values()) - sizes.total())))
+    bars = [bar for bar in bars if bar[1]]
 
     def draw(axes: Any) -> None:
-        drawn = axes.barh(range(len(bars)), [size for _, size, _ in bars], color=BLUE)
-        axes.bar_label(drawn, [human(size) + bits for _, size, bits in bars], padding=3)
-        axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+        drawn = axes.barh([name for name, _ in bars], [size for _, size in bars], color=BLUE)
+        axes.bar_label(drawn, [human(size) for _, size in bars], padding=3)
         axes.set_xticks([])
         axes.grid(visible=False)
         axes.invert_yaxis()
-        axes.margins(x=0.25)
+        axes.margins(x=0.15)
 
     return _picture("bytes by kind of site", draw, 0.8 + 0.25 * len(bars))
 

@@ -11,24 +11,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from quant.checkpoint import plots
-from quant.checkpoint.words import (
-    Report,
-    Site,
-    brief,
-    by_reason,
-    capped,
-    errors,
-    notes,
-    percent,
-    plain,
-    provenance_rows,
-    shape_words,
-    spec_words,
-    specs_words,
-    tokens_words,
-    worst,
-)
+from quant.checkpoint import plots, words
+from quant.checkpoint.words import Report, Site
 from quant.display import human
 
 MOST_ROWS = 2000  # of the table of sites
@@ -73,10 +57,10 @@ def render(report: Report) -> str:
 <style>{STYLE}</style></head>
 <body>
 <h1>{name}</h1>
-<p class="soft">{_text(specs_words(report["sites"]))}</p>
+<p class="soft">{_text(words.specs_words(report["sites"]))}</p>
 {_headline(report)}
 <h2>Look at this first</h2>
-{_list([f"{text}: {site}" for site, text in notes(report)], "notes") or "<p>Every site was solved as asked.</p>"}
+{_list([f"{text}: {site}" for site, text in words.notes(report)], "notes") or "<p>Every site was solved as asked.</p>"}
 <h2>Error over depth</h2>
 <figure>{error_plot}<figcaption>{meaning}</figcaption></figure>
 <h2>Bits over depth</h2>
@@ -88,7 +72,7 @@ def render(report: Report) -> str:
 <h2>Sites</h2>
 {_sites(report["sites"])}
 <h2>Left float</h2>
-{_list([f"{reason}: {', '.join(names)}" for reason, names in by_reason(report["left_float"]).items()])}
+{_list([f"{reason}: {', '.join(names)}" for reason, names in words.by_reason(report["left_float"]).items()])}
 <h2>Make it again</h2>
 <pre>{_text(report["command"])}</pre>
 {_table(("", ""), _made(report))}
@@ -98,7 +82,7 @@ def render(report: Report) -> str:
 
 
 def _headline(report: Report) -> str:
-    bits, source, found, check = report["bits"], report["source"], errors(report["sites"]), report["verification"]
+    bits, source, found, check = report["bits"], report["source"], words.errors(report["sites"]), report["verification"]
     after = sum(report["files"].values())
     gpu = f", {human(report['peak_gpu_bytes'])} on the GPU" if report["peak_gpu_bytes"] else ""
     resumed = f", {report['resumed_blocks']} from an earlier run" if report["resumed_blocks"] else ""
@@ -107,8 +91,8 @@ def _headline(report: Report) -> str:
     cards = [
         (f"{bits['measured']:.5g} bits", f"per weight on disk; asked {asked}, promised {bits['promised']:.5g} in all"),
         (human(after), f"weight files, {smaller}"),
-        (percent(statistics.median(found) if found else None), "relative output error, median site"),
-        (percent(found[-1] if found else None), "relative output error, worst site"),
+        (words.percent(statistics.median(found) if found else None), "relative output error, median site"),
+        (words.percent(found[-1] if found else None), "relative output error, worst site"),
         (f"{len(report['sites']):,} sites", f"{bits['weights']:,} of {source['parameters']:,} weights quantized"),
         (f"{report['seconds']:,.4g} s", f"wall time of this run, blocks: {len(report['blocks'])}{resumed}"),
         (human(report["peak_rss_bytes"]), f"peak memory{gpu}"),
@@ -119,19 +103,19 @@ def _headline(report: Report) -> str:
 
 
 def _sites(sites: Sequence[Site]) -> str:
-    shown = worst(sites, MOST_ROWS)
+    shown = words.worst(sites, MOST_ROWS)
     label = f"All {len(sites):,}" if len(shown) == len(sites) else f"The {MOST_ROWS:,} of most error, of {len(sites):,}"
     rows = (
         (
             site["site"],
-            shape_words(site),
-            spec_words(site["spec"]),
+            words.shape_words(site),
+            words.spec_words(site["spec"]),
             f"{site['bits_per_weight']:.5g}",
             f"{site['nbytes']:,}",
-            percent(site["error"]),
-            tokens_words(site["tokens"]),
+            words.percent(site["error"]),
+            words.tokens_words(site["tokens"]),
             f"{site['seconds']:.2f}",
-            brief(site["notes"]),
+            words.brief(site["notes"]),
         )
         for site in shown
     )
@@ -141,7 +125,7 @@ def _sites(sites: Sequence[Site]) -> str:
 def _made(report: Report) -> list[tuple[str, str]]:
     host = report["machine"]
     return [
-        *provenance_rows(report),
+        *words.provenance_rows(report),
         ("machine", f"{host['cpu']}, {host['cores']} cores, GPU {host['gpu'] or 'none'}, {host['platform']}"),
         ("files", ", ".join(f"{name} {size:,} bytes" for name, size in report["files"].items())),
     ]
@@ -157,10 +141,10 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _list(lines: Sequence[str], name: str = "") -> str:
-    items = "".join(f"<li>{_text(line)}</li>" for line in capped(lines, MOST_NAMES))
+    items = "".join(f"<li>{_text(line)}</li>" for line in words.capped(lines, MOST_NAMES))
     return f'<ul class="{name}">{items}</ul>' if items else ""
 
 
 def _text(value: object) -> str:
     """Untrusted text, escaped and shortened."""
-    return escape(plain(value, 4000))
+    return escape(words.plain(value, 4000))
