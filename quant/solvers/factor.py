@@ -72,15 +72,16 @@ def _match(cross: Tensor, damped: Tensor, added: float) -> Tensor:
 
 
 def column_order(diagonal: Tensor, order: Order, span: int, granularity: int) -> Tensor:
-    """Columns `[in]` (on the CPU) as they are rounded; those that are rounded together stay together."""
+    """Columns `[in]` (on the CPU) as they are rounded, in units of `granularity` that stay together. A unit that the
+    row's end cuts short comes last, and its group with it."""
     columns = diagonal.shape[0]
-    numbers = torch.arange(columns)
     if order == "none":
-        return numbers
+        return torch.arange(columns)
     units = [float(unit.max()) for unit in diagonal.cpu().split(granularity)]
-    ranked = sorted(range(len(units)), key=lambda u: -units[u])  # stable: equal units keep their order
-    if order == "gar":
-        per = max(1, span // granularity)
-        top = [max(units[g : g + per]) for g in range(0, len(units), per)]
-        ranked.sort(key=lambda u: (-top[u // per], u // per))
-    return torch.cat([numbers[u * granularity : (u + 1) * granularity] for u in ranked])
+    per = max(1, span // granularity)
+    groups = [max(units[g : g + per]) for g in range(0, len(units), per)]
+    if columns % granularity:
+        units[-1] = groups[-1] = -1.0
+    key = (lambda u: (-groups[u // per], u // per, -units[u])) if order == "gar" else (lambda u: -units[u])
+    ranked = sorted(range(len(units)), key=key)  # stable: equal ones keep their order
+    return torch.cat([torch.arange(columns)[u * granularity : (u + 1) * granularity] for u in ranked])

@@ -62,7 +62,7 @@ class Feedback:
             return Solution(nearest.packed, nearest.weight, nearest.error, (f"{factor}; rounded to nearest",))
         target = weight.float() if factor.match is None else weight.float() @ factor.match
         static = self.static_groups or self.order == "act"
-        quantized = feed(target, factor, rounder, statistics.diagonal, self.block, static)
+        quantized = feed(target, factor, rounder, factor.hessian.diagonal(), self.block, static)
         if rounder.granularity == 1 and not _is_diagonal(statistics.hessian):
             for _ in range(self.sweeps):
                 quantized = descend(target, quantized, factor.hessian, factor.order, rounder, self.block)

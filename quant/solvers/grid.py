@@ -2,12 +2,14 @@
 
 For each row and group, `min over (scale, zero) of sum_i importance_i (w_i - scale (code_i - zero))^2` with codes
 rounded to nearest. Candidates shrink the range between the extremes step by step (clipping a few outliers buys
-resolution for all); at 2 and 3 bits the zero points beside the natural one are tried as well; a symmetric grid, which
-has one level more on its negative side, also tries negative scales. The winner's scale is then refitted in closed form
-given its codes, `s = <w, q> / <q, q>`, and kept if the codes of the new scale are better. Every scale is rounded to its
-stored dtype *before* its error is measured.
+resolution for all) and widen it a little (the zero point is whole, so the natural grid rarely ends where the weights
+end); with each, the zero points beside the natural one are tried: that is worth as much at 4 bits (5 % of the error,
+normal weights, group 128) as at 2. A symmetric grid, which has one level more on its negative side, tries both signs of
+the scale instead. The winner's scale is then refitted in closed form given its codes, `s = <w, q> / <q, q>`. Every
+scale is rounded to its stored dtype *before* its error is measured.
 
-Cost: about 60 passes over the weight at 4 bits, in chunks that stay in cache.
+Cost: 125 evaluations of the weight, as many at a time as stay in cache. Within 0.5 % of a search ten times finer for 2
+to 4 bits.
 """
 
 from __future__ import annotations
@@ -25,25 +27,26 @@ CHUNK = 1 << 18  # values per chunk: a few float32 buffers of 1 MB each
 
 @dataclass(frozen=True)
 class Search:
-    """How far to look. `steps` clipped ranges from `widest` down to `narrowest` (by bits); `refits` closed-form scale
-    updates.
+    """How far to look. `steps` ranges from `widest` down to `narrowest` (None: by the bits), as a share of the
+    extremes', and the extremes themselves; `neighbours` zero points on each side of the natural one; `refits`
+    closed-form scale updates.
     """
 
-    steps: int = 32
-    widest: float = 1.05
+    steps: int = 24
+    widest: float = 1.2
     narrowest: float | None = None
-    neighbours: int | None = None
+    neighbours: int = 2
     refits: int = 2
 
     def shrinks(self, bits: int) -> list[float]:
         if self.steps <= 1:
             return [1.0]
-        low = self.narrowest if self.narrowest is not None else {1: 0.2, 2: 0.3, 3: 0.4, 4: 0.5}.get(bits, 0.7)
-        return [self.widest + (low - self.widest) * step / (self.steps - 1) for step in range(self.steps)]
+        low = self.narrowest if self.narrowest is not None else {1: 0.2, 2: 0.3, 3: 0.4, 4: 0.5, 5: 0.65}.get(bits, 0.8)
+        return [1.0, *(self.widest + (low - self.widest) * step / (self.steps - 1) for step in range(self.steps))]
 
-    def offsets(self, bits: int) -> list[int]:
-        reach = self.neighbours if self.neighbours is not None else {1: 1, 2: 1, 3: 1}.get(bits, 0)
-        return list(range(-reach, reach + 1))
+    def offsets(self) -> list[int]:
+        """0 first: where nothing is better, the natural zero point stays."""
+        return sorted(range(-self.neighbours, self.neighbours + 1), key=abs)
 
 
 SEARCH = Search()
@@ -83,7 +86,9 @@ def encode(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`scale` float32 rounded to what `dtype` holds: never infinite, and never 0 unless it was."""
     limits = torch.finfo(dtype)
-    size = scale.abs().clamp(limits.smallest_normal, limits.max)
+    # float16's subnormals count: 8-bit steps of a weight of 0.001 lie among them
+    least = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
+    size = scale.abs().clamp(least, limits.max)
     return torch.where(scale == 0, scale, torch.copysign(size, scale).to(dtype).float())
 
 
@@ -97,34 +102,43 @@ def _search(values: Tensor, weights: Tensor, spec: Uniform, search: Search) -> t
     """Best scale and zero `[r, g]` for `values` `[r, g, w]`, `weights` `[g, w]`."""
     top, dtype = 2**spec.bits - 1, DTYPES[spec.scale_dtype]
     span, natural = _natural(values, spec)
-    starts = [(span * shrink, natural) for shrink in search.shrinks(spec.bits)]
-    if spec.symmetric:
-        if spec.bits > 1 and search.steps > 1:
-            starts += [(-scale, zero) for scale, zero in starts]
-    else:
-        zeros = [(natural + offset).clamp(0, top) for offset in search.offsets(spec.bits)]
-        starts = [(scale, zero) for scale, _ in starts for zero in zeros]
-    best = torch.full_like(span, torch.inf)
-    scale, zero = span, natural
-    for candidate, point in starts:
-        scale, zero, best = _better(values, weights, spec, storable(candidate, dtype), point, (scale, zero, best))
+    shrinks = torch.tensor(search.shrinks(spec.bits), device=values.device)
+    scales, zeros = span * shrinks[:, None, None], natural[None]
+    if not spec.symmetric:
+        zeros = torch.cat([(zeros + offset).clamp(0, top) for offset in search.offsets()])
+        scales, zeros = scales.repeat_interleave(len(zeros), 0), zeros.repeat(len(scales), 1, 1)
+    elif spec.bits > 1 and search.steps > 1:
+        scales = torch.cat([scales, scales * (natural / (1 - natural))])  # the short side takes the larger extreme
+    scales = storable(scales, dtype)
+    best = (scales[0], zeros[0], torch.full_like(span, torch.inf))
+    batch = max(1, CHUNK // values.numel())
+    for scale, zero in zip(scales.split(batch), zeros.expand_as(scales).split(batch), strict=True):
+        best = _better(values, weights, spec, scale, zero, best)
     for _ in range(search.refits):
+        scale, zero, _error = best
         levels = encode(values, scale[..., None], zero[..., None], spec.bits).sub_(zero[..., None])
         weighted = levels * weights
         down = (weighted * levels).sum(-1)
         refit = torch.where(down > 0, (weighted * values).sum(-1) / torch.where(down > 0, down, 1.0), scale)
-        scale, zero, best = _better(values, weights, spec, storable(refit, dtype), zero, (scale, zero, best))
-    return scale, zero
+        best = _better(values, weights, spec, storable(refit, dtype)[None], zero[None], best)
+    return best[0], best[1]
 
 
 def _better(
     values: Tensor, weights: Tensor, spec: Uniform, scale: Tensor, zero: Tensor, best: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The better of a candidate and the best `(scale, zero, error)` so far, group by group; a tie keeps the old one."""
+    """The best of the candidates `[c, r, g]` and of `(scale, zero, error)` so far, group by group; a tie keeps the old
+    one.
+    """
     loss = encode(values, scale[..., None], zero[..., None], spec.bits).sub_(zero[..., None]).mul_(scale[..., None])
-    error = loss.sub_(values).square_().mul_(weights).sum(-1)
+    error, index = loss.sub_(values).square_().mul_(weights).sum(-1).min(0)
+    pick = lambda candidates: candidates.gather(0, index[None])[0]  # noqa: E731
     wins = error < best[2]
-    return torch.where(wins, scale, best[0]), torch.where(wins, zero, best[1]), torch.where(wins, error, best[2])
+    return (
+        torch.where(wins, pick(scale), best[0]),
+        torch.where(wins, pick(zero), best[1]),
+        torch.where(wins, error, best[2]),
+    )
 
 
 def _natural(values: Tensor, spec: Uniform) -> tuple[Tensor, Tensor]:
