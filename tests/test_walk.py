@@ -534,6 +534,11 @@ class Biasless(nn.Linear):
         return torch.nn.functional.linear(input, self.weight)
 
 
+class Half(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(input, self.weight[:16]).repeat(1, 1, 2)
+
+
 class Written(nn.Linear):
     """Falcon's linear: the same in other words, so it is a site."""
 
@@ -577,6 +582,7 @@ class ByName(Odd):
         (lambda: Odd(Scaled(32, 32)), "Scaled computes more than x W^T + b"),
         (lambda: Odd(Biasless(32, 32)), "Biasless computes more than x W^T + b"),
         (lambda: Odd(Prescaled(32, 32)), "Prescaled changes its input before the product"),
+        (lambda: Odd(Half(32, 32)), "only a part of it is multiplied by"),
         (Sliced, READ),
         (Borrowed, "its weight is read from outside its own forward"),
         (BothWays, "its weight is read from outside its own forward"),

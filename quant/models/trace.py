@@ -86,13 +86,13 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
             _prove_chain(model, batch, chain, watch.outputs, whole)
     tied = {name: first for name, first in first_name.items() if name != first}
     return Trace(
-        chain,
-        repeated,
-        watch.uses,
-        frozenset(watch.outside),
-        tied,
-        frozenset(watch.routers.found),
-        frozenset(watch.read),
+        chain=chain,
+        repeated=repeated,
+        uses=watch.uses,
+        outside=frozenset(watch.outside),
+        tied=tied,
+        routers=frozenset(watch.routers.found),
+        read=frozenset(watch.read),
     )
 
 
