@@ -384,6 +384,43 @@ def test_a_site_that_the_model_does_not_have(copied: Path) -> None:
         quant.load(copied)
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj", "model.embed_tokens"])
+def test_a_site_that_is_no_such_layer(name: str, copied: Path) -> None:
+    """A square matrix said to lie on its side, and an embedding said to be a linear layer."""
+    config = json.loads((copied / "config.json").read_text())
+    del config["quantization_config"]["checksums"]
+    entries = config["quantization_config"]["sites"]
+    if name.endswith("q_proj"):
+        entries[name]["transposed"] = True
+    else:
+        entries[name] = {"shape": [VOCABULARY, 64], "spec": entries["model.layers.1.self_attn.q_proj"]["spec"]}
+        stored = load_file(copied / "model.safetensors")
+        stored[f"{name}.weight"] = torch.zeros(VOCABULARY * 32, dtype=torch.uint8)
+        stored[f"{name}.scales"] = torch.ones(VOCABULARY, 2, dtype=torch.float16)
+        stored[f"{name}.zeros"] = torch.zeros(VOCABULARY, 1, dtype=torch.uint8)
+        save_file(stored, copied / "model.safetensors", metadata={"format": "pt"})
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"config\.json lists this (Linear as a transposed|Embedding as a plain) linear"
+    ):
+        quant.load(copied)
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"), [(math.nan, "holds NaN or infinite numbers"), (None, "stored as torch.int32")]
+)
+def test_a_float_tensor_that_holds_no_numbers(bad: float | None, said: str, copied: Path) -> None:
+    stored = load_file(copied / "model.safetensors")
+    if bad is None:
+        stored["model.norm.weight"] = stored["model.norm.weight"].to(torch.int32)
+    else:
+        stored["model.norm.weight"][3] = bad
+    save_file(stored, copied / "model.safetensors", metadata={"format": "pt"})
+    unseal(copied)
+    with pytest.raises(CheckpointError, match=rf"model\.norm\.weight: {said}"):
+        quant.load(copied)
+
+
 def test_a_float_tensor_that_is_missing(copied: Path) -> None:
     """transformers would warn and run on random numbers."""
     stored = load_file(copied / "model.safetensors")

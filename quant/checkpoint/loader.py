@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -24,6 +25,7 @@ from quant.checkpoint.manifest import verify as verify_folder
 from quant.errors import BitwrightError, CheckpointError, ResourceError, SettingsError, out_of_memory
 from quant.kernels.layouts import LayoutError
 from quant.linear import PackedExperts, PackedLinear, packed_stack, put_packed
+from quant.models.candidates import is_linear
 from quant.models.source import first_line
 
 _verified: ContextVar[bool] = ContextVar("verified", default=False)  # whether `load` has done so already
@@ -96,6 +98,11 @@ def put_site(model: Any, packed: PackedSite) -> str:
                 "config.json and weights do not belong together"
             )
         owner = model.get_submodule(site.parameter.rpartition(".")[0])
+        if site.kind == "linear" and (not is_linear(owner) or isinstance(owner, Conv1D) != site.transposed):
+            raise CheckpointError(
+                f"{packed.name}: config.json lists this {type(owner).__name__} as a "
+                f"{'transposed' if site.transposed else 'plain'} linear layer; config.json is damaged, copy it again"
+            )
         bias = site.kind == "linear" and getattr(owner, "bias", None) is not None
         put_packed(
             model,
@@ -107,7 +114,15 @@ def put_site(model: Any, packed: PackedSite) -> str:
 
 
 def check_values(model: nn.Module) -> None:
-    """Raises `CheckpointError` for values that no layout allows, naming the site."""
+    """Raises `CheckpointError` for values that no layout allows and for float tensors that are none, naming them."""
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":  # left on disk by device="auto"
+            continue
+        if not parameter.is_floating_point():
+            raise CheckpointError(f"{name}: stored as {parameter.dtype}; floating-point numbers were expected")
+        low, high = parameter.detach().aminmax() if parameter.numel() else (torch.zeros(()), torch.zeros(()))
+        if not bool(low.isfinite() and high.isfinite()):
+            raise CheckpointError(f"{name}: holds NaN or infinite numbers; copy the checkpoint again")
     for name, module in model.named_modules():
         stacks = module.bitwright_stacks if isinstance(module, PackedExperts) else {}
         try:
