@@ -27,6 +27,7 @@ from quant.display import Display, human
 from quant.errors import BitwrightError, SettingsError
 from quant.estimate import Estimate, estimate
 from quant.kernels.spec import SpecError
+from quant.memory import map_large
 from quant.pipeline import Result, run
 from quant.prepare import Prepared, Settings, prepare
 from quant.progress import Progress
@@ -216,6 +217,7 @@ def _terminate(*_: object) -> None:
 def main() -> None:
     """The console entry point: one sentence for every error that has one."""
     signal.signal(signal.SIGTERM, _terminate)
+    map_large()
     error_console = Console(stderr=True)
     try:
         code = app(standalone_mode=False)

@@ -8,7 +8,6 @@ activations, which are counted; the times scale with the number of batches and w
 
 from __future__ import annotations
 
-import resource
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from quant.calibration.activations import Activations
 from quant.calibration.replay import Replay
 from quant.checkpoint.shards import sizes
 from quant.checkpoint.writer import arrangement, promised_pieces, quantized_sites
+from quant.memory import peak_bytes
 from quant.models.stream import outside_blocks
 from quant.prepare import Prepared
 from quant.threads import threads
@@ -79,7 +79,7 @@ def estimate(prepared: Prepared) -> Estimate:
     share = weights / max(1, seen.block_weights)  # in blocks of the rehearsed size
     per_block = seen.load + seen.solve + (seen.collect + seen.advance * paths) * batches
     peak_gpu = torch.cuda.max_memory_allocated() + held if cuda else 0
-    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + (0 if cuda else held)
+    peak_rss = peak_bytes() + (0 if cuda else held)
     verification = (seen.load + seen.advance) * share
     return Estimate(
         sites=len(sites),

@@ -9,7 +9,6 @@ depth; and a killed run goes on from the last finished block to the very same by
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from quant.errors import BitwrightError, ModelError, ResourceError, out_of_memor
 from quant.kernels.layouts import LAYOUTS
 from quant.kernels.spec import spec_from_dict
 from quant.linear import stored_name
+from quant.memory import give_back, peak_bytes
 from quant.models.source import first_line
 from quant.models.stream import first_tensor, outside_blocks
 from quant.models.walk import Block
@@ -92,7 +92,7 @@ def run(prepared: Prepared, out: Path, mode: Mode = "new", progress: Progress | 
         report["seconds"] = round(time.perf_counter() - began, 2)
         report["resumed_blocks"] = resumed
         report["peak_gpu_bytes"] = torch.cuda.max_memory_allocated() if "cuda" in prepared.settings.device else 0
-        report["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        report["peak_rss_bytes"] = peak_bytes()
         written.finish(report)
         journal.close()
     return Result(out, written, report)
@@ -132,6 +132,7 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
             wanted = range(len(batches)) if index + 1 < len(chain) else [len(batches) - 1]  # only the probe has a head
             _advance(replay, index, batches, wanted, store, float_store, originals)
             skeleton.unload(names)
+            give_back()
             progress.advanced(index, weights.get(name, 0))
         skeleton.load(head)
         output = first_tensor(replay.head(batches[-1], store[len(batches) - 1]))

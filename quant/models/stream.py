@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from quant.calibration.replay import Replay
+from quant.memory import give_back
 from quant.models.skeleton import Skeleton
 
 
@@ -36,6 +37,7 @@ def stream(skeleton: Skeleton, chain: Sequence[str], batch: Mapping[str, torch.T
             skeleton.load(names)
             output = replay.output(index, batch, output)
             skeleton.unload(names)
+            give_back()
         skeleton.load(head)
         result = first_tensor(replay.head(batch, output))
     skeleton.unload([*outside, *head])

@@ -1,0 +1,48 @@
+"""The memory of this process: its peak, and giving back what is no longer used.
+
+Freed memory is not returned by itself: glibc keeps it for the next request, in holes between small things that live on.
+Measured on Llamas of blocks of 26 MB: every block left its own size behind, so the peak grew with the depth. Two calls
+end that. `give_back` returns free pages, after each block. `map_large` gives large tensors a mapping of their own that
+leaves no hole (glibc raises that limit up to 32 MB as it goes); it holds for the whole process, so only a process of
+our own asks for it. Together they cost 7 % of the time on blocks of that size. Elsewhere than on glibc both do nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+from typing import Any
+
+LARGE = 4 * 1024 * 1024  # above the solvers' buffers of 1 MB, which are asked for often
+_M_MMAP_THRESHOLD = -3
+
+
+def peak_bytes() -> int:
+    """The largest resident set that this process has had. Its parent's, which Linux hands to a child, is not in it."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        import resource  # not on every platform
+
+        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return usage if sys.platform == "darwin" else usage * 1024
+
+
+def give_back() -> None:
+    """Returns free pages to the system."""
+    call = _glibc("malloc_trim")
+    if call is not None:
+        call(0)
+
+
+def map_large() -> None:
+    """From now on, requests of `LARGE` bytes and more are mapped, and unmapped when freed."""
+    call = _glibc("mallopt")
+    if call is not None:
+        call(_M_MMAP_THRESHOLD, LARGE)
+
+
+def _glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

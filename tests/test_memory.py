@@ -1,0 +1,41 @@
+"""What a process is told about its memory, and that freed memory goes back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from quant.memory import LARGE, peak_bytes
+
+CHILD = f"""
+import ctypes, torch
+from quant.memory import give_back, map_large, peak_bytes
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) * 1024
+map_large()
+large = [torch.ones({LARGE} // 4) for _ in range(16)]
+before = resident()
+del large
+assert before - resident() > 15 * {LARGE}, "large tensors are unmapped when they are freed"
+kept, small = [], []
+for _ in range(4096):  # what lives on lies between what is freed
+    small.append(torch.ones(4096))
+    kept.append(torch.ones(1))
+before = resident()
+del small
+give_back()
+assert before - resident() > 4096 * 4096 * 3, "free pages go back though the heap's end is in use"
+assert peak_bytes() >= before
+"""
+
+
+def test_peak_is_at_least_what_is_in_use() -> None:
+    assert peak_bytes() > 50 << 20  # torch alone takes more
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's calls and Linux's account of them")
+def test_freed_memory_goes_back() -> None:
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
