@@ -102,6 +102,8 @@ class BlockSolver:
                 {e: Statistics.identity(stage[0].inputs, self._device()) for e in range(max(1, stage[0].experts))}
                 for stage in stages
             ]
+        if self.float_store is not None:  # nothing is solved yet, so one stage after another sees what all would
+            return [self._statistics(index, stage, {}) for stage in stages]
         watched = [Stage(self.model, stage, cross=False) for stage in stages]
         collect(watched, self.replay, index, self.batches, self.store)
         return [stage.finish() for stage in watched]
@@ -134,6 +136,8 @@ class BlockSolver:
             notes = parts[0].notes
         else:
             stats, notes = self._with_priors(stats)
+            if self.float_store is not None:
+                notes = ("matches its own outputs: the float path may send a token to other experts", *notes)
             parts = [self._solve(f"{site.name}[{e}]", weight[e], stats[e], spec) for e in range(site.experts)]
             notes += tuple(f"expert {e}: {note}" for e, part in enumerate(parts) for note in part.notes)
         packed = parts[0].packed if len(parts) == 1 else concatenate([_uniform(part.packed) for part in parts])

@@ -240,6 +240,21 @@ def test_true_sequential_order_is_a_choice(llama: Path, words: Path, packed_llam
     assert {name for name in same if name.endswith("_proj.weight")} == first
 
 
+@pytest.mark.parametrize("sequential", ["true", "false"])
+def test_matching_the_float_path(llama: Path, words: Path, tmp_path: Path, sequential: str) -> None:
+    """The first stage's inputs are those of the float path; from then on the two aims part."""
+    order = f"sequential={sequential}"
+    quant.quantize(str(llama), tmp_path / "out", tiny.recipe(words, order, "match=float"))
+    quant.quantize(str(llama), tmp_path / "own", tiny.recipe(words, order))
+    mine, other = stored(tmp_path / "out"), stored(tmp_path / "own")
+    same = {name for name in mine if torch.equal(mine[name], other[name])}
+    first = {f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkv"}
+    if sequential == "false":  # the whole first block is solved before its outputs part
+        first |= {f"model.layers.0.{p}_proj.weight" for p in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}
+    assert {name for name in same if name.endswith("_proj.weight")} == first
+    assert torch.isfinite(logits(quant.load(tmp_path / "out"))).all()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_narrower_computation(llama: Path, words: Path, tmp_path: Path, dtype: str) -> None:
     result = quant.quantize(str(llama), tmp_path / "out", tiny.recipe(words), settings=Settings(dtype=dtype))
@@ -270,6 +285,14 @@ def test_experts_that_saw_few_tokens_are_named(words: Path, tmp_path: Path) -> N
             assert any(note.startswith(fallback) for note in site["notes"])
     assert {site["site"].rpartition(".")[2] for site in stacks} == {"gate_up_proj", "down_proj"}
     assert report["left_float"]["model.layers.0.mlp.gate.weight"].startswith("a matrix of MixtralTopKRouter")
+
+
+def test_experts_do_not_match_the_float_path_and_say_so(words: Path, tmp_path: Path) -> None:
+    source = tiny.model("mixtral", tmp_path / "model")
+    report = quant.quantize(str(source), tmp_path / "out", tiny.recipe(words, "match=float")).report
+    said = {site["site"]: site["notes"][:1] for site in report["sites"]}
+    note = "matches its own outputs: the float path may send a token to other experts"
+    assert said == {site["site"]: [note] if site["experts"] else [] for site in report["sites"]}
 
 
 def test_experts_with_enough_tokens_need_no_prior(words: Path, tmp_path: Path) -> None:

@@ -213,13 +213,13 @@ def test_killed_after_a_block_with_activations_on_disk(
 # --- SIGINT and SIGTERM, through the command line
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_folder_that_resumes(
     sent: int, code: int, gemma: Path, words: Path, tmp_path: Path, started: Callable[..., Any]
 ) -> None:
     out = tmp_path / "out put"
     asked = ["quantize", "--model", str(gemma), "--bits", "4", "--group-size", "32", "--calibration", str(words)]
-    asked += ["--samples", "64", "--sequence-length", "32", "--out", str(out), "--set", "calibration.batch_size=2"]
+    asked += ["--samples", "24", "--sequence-length", "32", "--out", str(out), "--set", "calibration.batch_size=2"]
     child = started(_command_line, asked, tmp_path / "said")
     wait_for((out / FOLDER / "00000.json").exists, child)
     os.kill(child.pid, sent)
@@ -239,7 +239,7 @@ def test_a_signal_leaves_a_folder_that_resumes(
 
 
 def _undisturbed(gemma: Path, words: Path, folder: Path) -> str:
-    recipe = tiny.recipe(words, "calibration.samples=64")
+    recipe = tiny.recipe(words, "calibration.samples=24")
     quantize(str(gemma), folder / "whole", recipe)
     return tiny.contents(folder / "whole")["model.safetensors"]
 
