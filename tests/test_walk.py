@@ -583,7 +583,7 @@ class ByName(Odd):
         (lambda: Odd(Biasless(32, 32)), "Biasless computes more than x W^T + b"),
         (lambda: Odd(Prescaled(32, 32)), "Prescaled changes its input before the product"),
         (lambda: Odd(Half(32, 32)), "only a part of it is multiplied by"),
-        (Sliced, READ),
+        (Sliced, "only a part of it is multiplied by"),
         (Borrowed, "its weight is read from outside its own forward"),
         (BothWays, "its weight is read from outside its own forward"),
         (CastTo, READ),

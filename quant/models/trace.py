@@ -199,7 +199,7 @@ class _Watch(TorchFunctionMode):
         if answer is None or not uses or self.block is None:
             return
         bias: Any = module.bias
-        expected = answer if bias is None else answer + bias
+        expected = answer + bias if bias is not None and bias.shape == answer.shape[-1:] else answer
         if not isinstance(output, torch.Tensor) or not same(output.flatten(), expected.flatten()):
             last = uses.pop()
             oddity = last.oddity or f"{type(module).__name__} computes more than x W^T + b"

@@ -158,11 +158,11 @@ def _unfit(seen: Trace, block: str, site: Site, times: list[Use]) -> str | None:
         return f"shared: {others[0]} multiplies by it as well"
     if parameter in seen.tied.values():
         return f"tied to {next(name for name, first in seen.tied.items() if first == parameter)}"
-    if parameter in seen.read and not site.experts:
-        return "its weight, or the dtype of it, is read from outside its own forward"
     odd = [use.oddity for use in times if use.oddity]
     if odd:
         return odd[0]
+    if parameter in seen.read and not site.experts:
+        return "its weight, or the dtype of it, is read from outside its own forward"
     if len({use.transposed for use in times}) > 1:
         return "multiplied by in both orientations"
     if len({use.source for use in times}) > 1 and not site.experts:
