@@ -23,7 +23,7 @@ ALLOWED = 0.10
 QUICK = ("--threads", "1", "--set", "solver.search.steps=1", "--set", "solver.search.refits=0")
 RECIPES = {
     "rtn": ("--recipe", "rtn", *QUICK),
-    "gptq": ("--recipe", "gptq", *QUICK, "--set", "solver.sweeps=0", "--samples", "8"),
+    "gptq": ("--recipe", "gptq", *QUICK, "--set", "solver.sweeps=0", "--samples", "4"),
 }
 
 
