@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 import quant
 from tests import tiny
+from tests.processes import Children, Start
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,6 +24,14 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def started() -> Iterator[Start]:
+    """Starts a function in a process of its own; what still runs at the end of the test is killed."""
+    children = Children()
+    yield children.start
+    children.end()
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,15 @@
-"""Kill a run at any instant: it goes on to the same bytes, or says why it will not.
-
-Runs that are killed are forked from a process that has imported everything, so that an attempt costs its work alone.
-"""
+"""Kill a run at any instant: it goes on to the same bytes, or says why it will not."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,34 +26,13 @@ from quant.checkpoint.journal import FOLDER, Journal
 from quant.errors import CheckpointError, ResumeError
 from tests import tiny
 from tests.architectures import make
-
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["quant.cli", "quant.checkpoint.plots", "transformers.models.gemma3.modeling_gemma3"])
-PATIENCE = 120  # seconds that a child may take on a busy machine
+from tests.processes import PATIENCE, Start, quiet, wait_for
 
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four blocks of two kinds."""
     return tiny.model("gemma3", tmp_path_factory.mktemp("models") / "gemma3")
-
-
-@pytest.fixture
-def started() -> Iterator[Callable[..., Any]]:
-    """Starts a function in a process of its own; what still runs at the end of the test is killed."""
-    children: list[Any] = []
-
-    def start(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        children.append(FORK.Process(target=target, args=args, kwargs=kwargs))
-        children[-1].start()
-        return children[-1]
-
-    yield start
-    for child in children:
-        if child.is_alive():
-            child.kill()
-        child.join(PATIENCE)
-        child.close()
 
 
 def begun(out: Path) -> bool:
@@ -68,28 +43,10 @@ def mode(out: Path) -> Any:
     return "resume" if begun(out) or journal.complete(out) else "new"
 
 
-def wait_for(what: Callable[[], bool], child: Any = None) -> None:
-    began = time.monotonic()
-    while not what():
-        assert time.monotonic() - began < PATIENCE
-        assert child is None or child.is_alive()
-        time.sleep(0.001)
-
-
-def quiet(target: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Runs in a child whose output nobody wants to see."""
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    target(*args, **kwargs)
-
-
 # --- SIGKILL
 
 
-def test_killed_ten_times_at_random_instants(
-    gemma: Path, words: Path, tmp_path: Path, started: Callable[..., Any]
-) -> None:
+def test_killed_ten_times_at_random_instants(gemma: Path, words: Path, tmp_path: Path, started: Start) -> None:
     """The instants are fractions of an undisturbed run; the last attempts meet a journal that is nearly full."""
     recipe = tiny.recipe(words)
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -193,9 +150,7 @@ def watch_disk(patched: pytest.MonkeyPatch, touch: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mixtral"])
-def test_killed_after_a_block_with_activations_on_disk(
-    name: str, words: Path, tmp_path: Path, started: Callable[..., Any]
-) -> None:
+def test_killed_after_a_block_with_activations_on_disk(name: str, words: Path, tmp_path: Path, started: Start) -> None:
     """What the float path and the spilled activations were is computed again, to the last bit."""
     model = tiny.model(name, tmp_path / "model")
     recipe, where = tiny.recipe(words, "match=float"), Settings(spill_bytes=0)
@@ -215,7 +170,7 @@ def test_killed_after_a_block_with_activations_on_disk(
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_folder_that_resumes(
-    sent: int, code: int, gemma: Path, words: Path, tmp_path: Path, started: Callable[..., Any]
+    sent: int, code: int, gemma: Path, words: Path, tmp_path: Path, started: Start
 ) -> None:
     out = tmp_path / "out put"
     asked = ["quantize", "--model", str(gemma), "--bits", "4", "--group-size", "32", "--calibration", str(words)]
@@ -367,9 +322,7 @@ def test_which_folders_a_run_takes(unfinished: tuple[Path, Path, Path], packed_l
         quantize(str(model), tmp_path / folder, quant.load_recipe("rtn"))
 
 
-def test_two_runs_in_one_folder(
-    gemma: Path, words: Path, packed_llama: Path, tmp_path: Path, started: Callable[..., Any]
-) -> None:
+def test_two_runs_in_one_folder(gemma: Path, words: Path, packed_llama: Path, tmp_path: Path, started: Start) -> None:
     """The first is stopped, not killed: it holds its lock, and finishes when it is let go."""
     out, recipe = tmp_path / "out", tiny.recipe(words)
     child = started(quiet, quantize, str(gemma), out, recipe)
@@ -421,7 +374,7 @@ def test_restart_deletes_what_is_ours_and_nothing_else(
 
 
 def test_restart_after_a_kill_in_the_last_phase(
-    llama: Path, words: Path, packed_llama: Path, tmp_path: Path, started: Callable[..., Any]
+    llama: Path, words: Path, packed_llama: Path, tmp_path: Path, started: Start
 ) -> None:
     """Shards of a first, sharded run do not stay behind when the second makes one file; a killed restart included."""
     make("llama").save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
