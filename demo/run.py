@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not spin: the matrices are small
 
 from rich.console import Console
 from rich.table import Table
@@ -62,7 +63,9 @@ def main() -> None:
     (args.out / "results.md").write_text(text, encoding="utf-8")
     (args.out / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     show(console, rows)
-    console.print(f"wrote {args.out}: results.md, size-against-perplexity.png, and report.html in each checkpoint folder")
+    console.print(
+        f"wrote {args.out}: results.md, size-against-perplexity.png, and report.html in each checkpoint folder"
+    )
 
 
 def row(name: str, bits: int, measured: float, report: Any, seconds: float) -> dict[str, Any]:

@@ -99,6 +99,12 @@ class PackedStack:
     def __init__(self, packed: Packed, experts: int, transposed: bool, dtype: torch.dtype) -> None:
         self.packed, self.experts, self.transposed, self.dtype = packed, experts, transposed, dtype
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """As the float parameter's."""
+        rows, columns = self.packed.shape[0] // self.experts, self.packed.shape[1]
+        return (self.experts, columns, rows) if self.transposed else (self.experts, rows, columns)
+
     def __getitem__(self, index: Any) -> torch.Tensor:
         rows = self.packed.shape[0] // self.experts
         start = int(index) * rows

@@ -230,7 +230,9 @@ def test_the_base_of_a_model_can_be_saved_and_loaded(packed_llama: Path, tmp_pat
 
 def test_a_dequantized_model_is_plain(packed_moe: Path) -> None:
     model = quant.load(packed_moe, dequantize=True, dtype=torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    unpacked = [p for name, p in model.named_parameters() if name.removesuffix(".weight") in sites(packed_moe)]
+    assert len(unpacked) == len(sites(packed_moe))
+    assert {p.dtype for p in unpacked} == {torch.bfloat16}  # some versions of transformers keep a router in float32
     assert not any("acked" in type(module).__name__ for module in model.modules())
     assert not getattr(model, "is_quantized", False)
     assert not hasattr(model.config, "quantization_config")

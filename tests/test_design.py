@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import quant
 
 ROOT = Path(__file__).parent.parent
 MAPPED = ("kernels", "eval", "recipes")
-LIMIT = 6000  # lines of the whole package
+LIMIT = 6500  # lines of code of the whole package; docstrings, comments and blank lines come on top
 
 
 def sources(folder: str) -> list[Path]:
@@ -95,14 +97,31 @@ def test_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     total, table, long = 0, [], []
     for folder in ("quant", *MAPPED):
         lines = {path: len(path.read_text().splitlines()) for path in sources(folder)}
-        total += sum(lines.values())
+        code = sum(code_lines(path) for path in lines)
+        total += code
         longest = max(lines, key=lines.__getitem__)
-        table.append(f"{folder:8} {sum(lines.values()):6} lines, longest {longest.name} ({lines[longest]})")
-        long += [f"{path.name}: {count} lines" for path, count in lines.items() if count > 330]
+        table.append(
+            f"{folder:8} {sum(lines.values()):6} lines, {code:5} of code, longest {longest.name} ({lines[longest]})"
+        )
+        long += [f"{path.name}: {count} lines" for path, count in lines.items() if count > 300]
     with capsys.disabled():
-        print("\n" + "\n".join([*table, f"total    {total:6} lines of {LIMIT}"]))
+        print("\n" + "\n".join([*table, f"total    {total:6} lines of code, at most {LIMIT}"]))
     assert long == []
     assert total < LIMIT
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: no blank lines, comments or docstrings."""
+    text = path.read_text(encoding="utf-8")
+    described = {
+        line
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False)
+        for line in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
+    }
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = (token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in silent)
+    return len({line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - described)
 
 
 def test_no_function_is_longer_than_a_screen() -> None:
