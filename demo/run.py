@@ -110,9 +110,9 @@ def markdown(rows: list[dict[str, Any]], group_size: int, seconds: float) -> str
     host = machine()
     lines += [
         "",
-        f"Groups of {group_size}; bits on disk and KL (nats per token, to the float model) as measured; bytes of all weight "
-        f"files, the embedding in bfloat16 included; held-out perplexity in windows of 512 tokens. {host.cpu}, {host.cores} "
-        f"cores; {used}; {seconds:.0f} s in all.",
+        f"`make demo`: groups of {group_size}; bits per quantized weight as found on disk; bytes of all weights, the "
+        "bfloat16 embedding included; perplexity of a small model on held-out text (python-docs), windows of 512 tokens; "
+        f"KL in nats per token to the float model. {host.cpu}, {host.cores} cores; {used}; {seconds:.0f} s in all.",
     ]
     return "\n".join(lines) + "\n"
 

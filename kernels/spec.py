@@ -59,8 +59,8 @@ class Uniform(Spec):
     """Uniform grid: `w = scale * (code - zero)`, one scale and zero per row and per group of `group_size` inputs.
 
     `bits`: 1-8. `group_size`: any positive number (the last group may be shorter), or -1 for the whole row.
-    `symmetric`: no stored zero point; the zero is `2^(bits-1)`, and 0.5 at 1 bit (levels -scale/2, +scale/2). The scale may
-    be negative, so the longer side of the grid can face either way. Asymmetric: an integer zero point of `bits` bits.
+    `symmetric`: no stored zero point; the zero is `2^(bits-1)`, and 0.5 at 1 bit (levels -scale/2, +scale/2). The scale
+    may be negative, so the longer side of the grid can face either way. Asymmetric: an integer zero point of `bits` bits.
     `scale_dtype`: float16 or bfloat16.
     """
 
@@ -105,7 +105,7 @@ class Uniform(Spec):
 def spec_from_dict(data: dict[str, Any]) -> Spec:
     """The inverse of `Spec.to_dict`. Raises `SpecError` on an unknown layout or key."""
     kinds: dict[str, type[Spec]] = {kind.layout: kind for kind in (Uniform,)}
-    if not isinstance(data, dict) or data.get("layout") not in kinds:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(data, dict) or data.get("layout") not in list(kinds):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SpecError(f"layout of {data!r} is unknown; this version knows {', '.join(sorted(kinds))}")
     fields = {key: value for key, value in data.items() if key != "layout"}
     try:

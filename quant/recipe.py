@@ -29,7 +29,7 @@ SOLVERS: tuple[type[Any], ...] = (Feedback, Nearest)
 @dataclass(frozen=True)
 class Calibration:
     """Which text the inputs come from. `text`: a name or a file; `samples` windows of `sequence_length` tokens, cut at
-    random places by `seed`; `batch_size` windows run at once (the bytes of a checkpoint depend on it in their last bits).
+    random places by `seed`; `batch_size` windows run at once (it can change the last bits of a sum).
     """
 
     text: str = "python-docs:calibration"
@@ -107,7 +107,7 @@ def load_recipe(name: str) -> Recipe:
     if path.suffix == ".json":
         try:
             return recipe_from_dict(_mapping(json.loads(path.read_text(encoding="utf-8")), name))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise SettingsError(f"--recipe {name}: cannot be read ({error})") from None
     if path.suffix == ".py":
         spec = importlib.util.spec_from_file_location("bitwright_recipe", path)
@@ -122,7 +122,8 @@ def load_recipe(name: str) -> Recipe:
             module = importlib.import_module(f"quant.recipes.{name}")
         except ModuleNotFoundError:
             raise SettingsError(
-                f"--recipe {name}: no such recipe; shipped are {', '.join(shipped_recipes())}, or give a .json or .py file"
+                f"--recipe {name}: no such recipe; shipped are {', '.join(shipped_recipes())}, or give a .json or .py "
+                "file"
             ) from None
     recipe = getattr(module, "RECIPE", None)
     if not isinstance(recipe, Recipe):
@@ -200,8 +201,9 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return _build(hint, value, where)  # pyright: ignore[reportArgumentType]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise SettingsError(f"{where} is {value!r}; a {getattr(hint, '__name__', hint)} is expected")
+    kind: Any = hint
+    if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
+        raise SettingsError(f"{where} is {value!r}; expected {getattr(hint, '__name__', hint)}")
     return value
 
 
@@ -232,7 +234,7 @@ def make_plan(recipe: Recipe, found: Walk, file: Path | None = None) -> Plan:
         return Plan(specs)
     try:
         given = _mapping(json.loads(file.read_text(encoding="utf-8")), f"--plan {file}")
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"--plan {file}: cannot be read ({error})") from None
     for name, spec in given.items():
         if name not in specs:

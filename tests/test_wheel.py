@@ -34,7 +34,7 @@ def test_wheel_holds_every_module_once(wheel: Path) -> None:
 
 
 def test_quickstart_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
-    """Installed without the repository on the path; what it depends on is lent by the environment that runs the tests."""
+    """Installed away from the repository; its dependencies are lent by the environment that runs the tests."""
     home = tmp_path / "env"
     venv.create(home, with_pip=False, symlinks=True)
     site = next((home / "lib").glob("python*")) / "site-packages"

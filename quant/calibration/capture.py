@@ -1,8 +1,8 @@
 """Statistics of what a stage's sites read, from one block run on every batch.
 
 A linear's input comes from a hook on it; since all sites of a stage read the same tensor, the first one called is
-enough and the pass ends there. An expert's input is seen where it is multiplied: a function mode recognises the matrix by
-its place inside the stack's memory, so every expert gets its own statistics and its own count of tokens, however the
+enough and the pass ends there. An expert's input is seen where it is multiplied: a function mode recognises the matrix
+by its place inside the stack's memory, so every expert gets its own statistics and its own count of tokens, however the
 architecture routes.
 """
 
@@ -112,7 +112,7 @@ def collect_matched(
     """As `collect` for a stage of linears, with the float path's inputs of the same tokens (`Statistics.cross`)."""
     for number, batch in enumerate(batches):
         seen: list[torch.Tensor] = []
-        with float_weights(), stage.watch(lambda _, x: seen.append(x.detach().clone()), alone=True):
+        with float_weights(), stage.watch(lambda _, x, seen=seen: seen.append(x.detach().clone()), alone=True):
             replay.output(index, batch, float_previous[number])
-        with stage.watch(lambda _, x: stage.collectors[0].update(x, reference=seen[0]), alone=True):
+        with stage.watch(lambda _, x, seen=seen: stage.collectors[0].update(x, reference=seen[0]), alone=True):
             replay.output(index, batch, previous[number])
