@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from quant.kernels.layouts import Packed
+from quant.kernels.layouts import Packed, rows_at_once
 
 MAX_BYTES = 32 << 20
 
@@ -35,7 +35,7 @@ def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None, max_bytes: int
 def row_chunks(packed: Packed, dtype: torch.dtype, max_bytes: int) -> Iterator[tuple[int, int]]:
     """Row ranges whose dequantization stays below `max_bytes`, the float32 values and the codes on the way included."""
     per_row = packed.shape[1] * (5 + (0 if dtype == torch.float32 else dtype.itemsize))
-    step = max(1, max_bytes // max(1, per_row))
+    step = max(1, min(max_bytes // max(1, per_row), rows_at_once(packed.device, packed.shape[1])))
     for start in range(0, packed.shape[0], step):
         yield start, min(start + step, packed.shape[0])
 
