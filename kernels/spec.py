@@ -60,7 +60,7 @@ class Uniform(Spec):
 
     `bits`: 1-8. `group_size`: any positive number (the last group may be shorter), or -1 for the whole row.
     `symmetric`: no stored zero point; the zero is `2^(bits-1)`, and 0.5 at 1 bit (levels -scale/2, +scale/2). The scale
-    may be negative, so the longer side of the grid can face either way. Asymmetric: an integer zero point of `bits` bits.
+    may be negative, so the longer side of the grid can face either way. Asymmetric: a zero point of `bits` bits.
     `scale_dtype`: float16 or bfloat16.
     """
 
