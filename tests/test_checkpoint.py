@@ -99,16 +99,19 @@ def test_packed_weights_stay_packed_in_memory(packed_llama: Path, packed_moe: Pa
         assert names.isdisjoint(sites(folder))
 
 
-def test_where_it_goes_and_what_it_computes_in(packed_llama: Path) -> None:
-    expected = logits(quant.load(packed_llama))
-    half = quant.load(packed_llama, dtype="bfloat16")
+@pytest.mark.parametrize("kind", ["packed_llama", "packed_moe"])
+def test_where_it_goes_and_what_it_computes_in(kind: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(kind)
+    expected = logits(quant.load(folder))
+    half = quant.load(folder, dtype="bfloat16")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert logits(half).dtype == torch.bfloat16
-    spread = quant.load(packed_llama, device="auto")
-    for model in (half, spread):  # eight bits of mantissa, two blocks deep
+    spread = quant.load(folder, device="auto", dtype="float32")
+    assert torch.equal(logits(spread), expected)
+    for model in (half, quant.load(folder, device="auto")):  # eight bits of mantissa, two blocks deep
         assert float((logits(model).float() - expected).abs().max()) < 0.1 * float(expected.abs().max())
     with pytest.raises(SettingsError, match="dtype 'float99' is unknown; give float32, float16, bfloat16 or auto"):
-        quant.load(packed_llama, dtype="float99")
+        quant.load(folder, dtype="float99")
 
 
 @pytest.mark.parametrize("kind", ["packed_llama", "packed_moe"])

@@ -230,6 +230,11 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def test_an_unfinished_run_is_no_checkpoint(unfinished: tuple[Path, Path, Path]) -> None:
+    with pytest.raises(CheckpointError, match="out: an unfinished run; continue it with quantize --resume"):
+        quant.load(unfinished[2])
+
+
 def test_another_recipe_is_refused(unfinished: tuple[Path, Path, Path]) -> None:
     model, text, out = unfinished
     said = "the unfinished run there is another one: recipe.spec.bits = 4 then, 3 now. Resume with what it was begun"

@@ -21,11 +21,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from quant.checkpoint.manifest import CHECKSUMS, FOR_PEOPLE, METHOD, listed_files, plain_name, verify, weight_files
+from quant.checkpoint.manifest import (
+    CHECKSUMS,
+    FOR_PEOPLE,
+    JOURNAL,
+    METHOD,
+    listed_files,
+    plain_name,
+    verify,
+    weight_files,
+)
 from quant.checkpoint.shards import INDEX, Atomic, Piece, disk_error, read_pieces, write_text
 from quant.errors import CheckpointError, ResumeError
 
-FOLDER = ".bitwright"
+FOLDER = JOURNAL
 DONE = ".bitwright-done"
 FILES = "files.json"
 SAME = ("model", "recipe", "plan", "calibration")  # what makes a finished checkpoint the one that is asked for

@@ -26,6 +26,7 @@ from quant.models.walk import Site
 METHOD = "bitwright"
 FORMAT_VERSION = 1
 CHECKSUMS = "checksums.json"
+JOURNAL = ".bitwright"  # here while a run is under way; see `journal`
 FOR_PEOPLE = ("README.md", "report.json", "report.html", CHECKSUMS)
 KEYS = {"quant_method", "format_version", "version", "sites", "checksums"}
 SITE_KEYS = {"shape", "spec", "experts", "transposed"}
@@ -108,6 +109,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except OSError as error:
+        if (folder / JOURNAL).is_dir():
+            raise CheckpointError(f"{folder}: an unfinished run; continue it with quantize --resume") from None
         raise CheckpointError(f"{folder}: config.json cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
