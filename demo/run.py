@@ -19,6 +19,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not spin: the matrices are small
 
+import transformers
 from rich.console import Console
 from rich.table import Table
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     args = parser.parse_args()
     console = Console()
+    transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
     model = os.path.relpath(HERE / "model")
     original = open_subject(model)

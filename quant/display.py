@@ -69,9 +69,9 @@ class Display(Progress):
             self.began = time.perf_counter()  # blocks from a journal say nothing about the pace
         self.bars.update(self.task, completed=self.done_weights, memory=_memory(), eta=self._eta(self.done_weights))
         if not self.console.is_terminal and self.errors:
-            worst = max(self.errors)
+            left = self._eta(self.done_weights)
             self.console.print(
-                f"block {index + 1}/{self.blocks}: worst error {worst:.2e}, {self._eta(self.done_weights)}"
+                f"block {index + 1}/{self.blocks}: worst error {max(self.errors):.2e}{left and ', ' + left}"
             )
 
     def step(self, what: str) -> None:
