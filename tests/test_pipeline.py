@@ -97,44 +97,46 @@ def test_without_data(name: str, tmp_path: Path) -> None:
 # --- the trained model: quality
 
 
+class Judged:
+    """The demonstration model by recipe and bits: the result and the held-out perplexity, made when first asked for."""
+
+    def __init__(self, demo: Path, folder: Path) -> None:
+        self.demo, self.folder = demo, folder
+        self.found: dict[tuple[str, int], tuple[Any, float]] = {}
+
+    def __call__(self, name: str, bits: int) -> tuple[Any, float]:
+        if (name, bits) not in self.found:
+            gptq = override(load_recipe("gptq"), CALIBRATION)
+            recipes = {"gptq": gptq, "rtn": load_recipe("rtn"), "rtn-weighted": replace(gptq, solver=Nearest())}
+            recipe = with_spec(recipes[name], bits=bits, group_size=64)
+            result = quant.quantize(str(self.demo), self.folder / f"{name}-{bits}", recipe)
+            subject = open_subject(str(result.out), "cpu", "float32")
+            encoded = encode(subject.tokenizer(), resolve("python-docs"))
+            self.found[name, bits] = (result, measure(subject, encoded, rule_for(subject, 256, None, 32)).token)
+        return self.found[name, bits]
+
+
 @pytest.fixture(scope="module")
-def judged(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[Any, float]]:
-    """(recipe, bits) -> (result, held-out perplexity) on the demonstration model."""
-    folder = tmp_path_factory.mktemp("judged")
-    encoded = None
-    found: dict[tuple[str, int], tuple[Any, float]] = {}
-    gptq = override(load_recipe("gptq"), CALIBRATION)
-    for bits in (4, 3, 2):
-        recipes = {"gptq": gptq, "rtn": load_recipe("rtn")}
-        if bits == 3:
-            recipes["rtn-weighted"] = replace(gptq, solver=Nearest())
-        for name, recipe in recipes.items():
-            out = folder / f"{name}-{bits}"
-            result = quant.quantize(str(demo), out, with_spec(recipe, bits=bits, group_size=64))
-            subject = open_subject(str(out), "cpu", "float32")
-            encoded = encoded or encode(subject.tokenizer(), resolve("python-docs"))
-            found[name, bits] = (result, measure(subject, encoded, rule_for(subject, 256, None, 32)).token)
-    return found
+def judged(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Judged:
+    return Judged(demo, tmp_path_factory.mktemp("judged"))
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
-def test_gptq_beats_round_to_nearest(judged: dict[tuple[str, int], tuple[Any, float]], bits: int) -> None:
-    assert judged["gptq", bits][1] < judged["rtn", bits][1]
+def test_gptq_beats_round_to_nearest(judged: Judged, bits: int) -> None:
+    assert judged("gptq", bits)[1] < judged("rtn", bits)[1]
 
 
-def test_gptq_loses_less_at_every_site(judged: dict[tuple[str, int], tuple[Any, float]]) -> None:
+def test_gptq_loses_less_at_every_site(judged: Judged) -> None:
     """Its error on the calibration inputs, against rounding whose grids know the same inputs."""
-    reports = (judged[name, 3][0].report for name in ("gptq", "rtn-weighted"))
+    reports = (judged(name, 3)[0].report for name in ("gptq", "rtn-weighted"))
     gptq, nearest = ({site["site"]: site["error"] for site in report["sites"]} for report in reports)
     assert len(gptq) == 28
     assert [name for name in gptq if not gptq[name] < nearest[name]] == []
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
-def test_bytes_are_what_the_specs_promise(
-    judged: dict[tuple[str, int], tuple[Any, float]], demo: Path, bits: int
-) -> None:
-    result, _ = judged["gptq", bits]
+def test_bytes_are_what_the_specs_promise(judged: Judged, demo: Path, bits: int) -> None:
+    result, _ = judged("rtn", bits)
     spec, bytes_, weights = Uniform(bits, 64), 0, 0
     tensors = stored(result.out)
     float_tensors = stored(demo)
