@@ -9,6 +9,7 @@ fails).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -31,8 +32,14 @@ class Factor:
     order: Tensor
     feedback: Tensor
     hessian: Tensor
+    variance: Tensor
     match: Tensor | None
     notes: tuple[str, ...]
+
+    @cached_property
+    def diagonal(self) -> bool:
+        """No two inputs are correlated: every column is on its own, and rounding to nearest is all there is to do."""
+        return int(self.hessian.count_nonzero()) == int(self.hessian.diagonal().count_nonzero())
 
 
 def factorise(statistics: Statistics, order: Order, damp: float, span: int, granularity: int) -> Factor | str:
@@ -60,7 +67,9 @@ def _factorise(statistics: Statistics, order: Order, damp: float, span: int, gra
         inverse = torch.linalg.solve_triangular(upper, torch.eye(len(index)).to(upper), upper=True)
         match = None if statistics.cross is None else _match(statistics.cross, damped, share * mean)
         raised = (f"Hessian not positive definite with damp {damp:g}; {share:g} used",) if share != damp else ()
-        return Factor(columns, (inverse * upper.diagonal()[:, None]).float(), damped.float(), match, raised)
+        diagonal = upper.diagonal()
+        feedback, variance = (inverse * diagonal[:, None]).float(), diagonal.square().float()
+        return Factor(columns, feedback, damped.float(), variance, match, raised)
     return f"Hessian not positive definite with damp {damp:g} to {tried[-1]:g} ({statistics.tokens} tokens seen)"
 
 

@@ -37,6 +37,7 @@ class Search:
     narrowest: float | None = None
     neighbours: int = 2
     refits: int = 2
+    stretches: tuple[float, ...] = (0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
 
     def shrinks(self, bits: int) -> list[float]:
         if self.steps <= 1:
@@ -50,7 +51,7 @@ class Search:
 
 
 SEARCH = Search()
-MINMAX = Search(steps=1, neighbours=0, refits=0)
+MINMAX = Search(steps=1, neighbours=0, refits=0, stretches=())
 """No search: the grid spans the group's extremes."""
 
 
