@@ -113,9 +113,10 @@ def test_wrong_settings_end_in_one_sentence(quantize, tmp_path: Path, args, code
 
 
 def test_a_model_that_is_not_there(quantize, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, _, err = quantize("--model", "./no-such-folder")
-    assert code == 3
-    assert "give the folder" in err
+    for name in ("./no-such-folder", "x" * 300, "~nobody-of-this-name/model"):
+        code, _, err = quantize("--model", name)
+        assert code == 3
+        assert "not a folder" in err
 
 
 def test_unknown_flag(quantize) -> None:

@@ -141,10 +141,14 @@ def find(model: str) -> Source:
     Raises:
         ModelError: no such folder and the hub cannot give it.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        found, there = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a user who does not exist
+        raise ModelError(f"{model}: not a folder ({first_line(error)})") from None
+    if found:
         return Source(folder.resolve(), str(model).rstrip("/"))
-    if folder.exists() or model.startswith((".", "/", "~")):
+    if there or model.startswith((".", "/", "~")):
         raise ModelError(f"{model}: not a folder; give the folder that holds config.json and the .safetensors files")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
