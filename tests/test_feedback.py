@@ -26,7 +26,7 @@ from quant.solvers.rounder import Rehearsal, UniformRounder
 from quant.solvers.solution import Solution
 
 ORDERS: tuple[Order, ...] = ("gar", "act", "none")
-PLAIN = Feedback(sweeps=0)  # GPTQ as published
+PLAIN = Feedback(sweeps=0)  # no descent after it
 
 
 def statistics(features: int, tokens: int = 400, seed: int = 0) -> Statistics:

@@ -20,6 +20,7 @@ Feedback never looks back, so a few sweeps of coordinate descent and closed-form
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from quant.calibration.statistics import Statistics
+from quant.errors import SettingsError
 from quant.kernels.spec import Spec
 from quant.solvers.descent import descend
 from quant.solvers.factor import Factor, factorise
@@ -45,7 +47,7 @@ class Feedback:
     `damp`: added to the Hessian's diagonal, as a share of its mean; ten times more on each of 3 retries if the matrix
     is not positive definite (a note says so), and then round to nearest (a note says so). `block`: columns updated at
     once. `order`: see the module. `static_groups`: grids from the original weight instead of the updated one. `sweeps`:
-    rounds of descent on the codes and then the scales; 0 is GPTQ as published.
+    rounds of descent on the codes and then the scales; 0 is feedback alone.
     """
 
     damp: float = 0.01
@@ -54,6 +56,13 @@ class Feedback:
     static_groups: bool = False
     sweeps: int = 2
     search: Search = SEARCH
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damp < math.inf or self.block < 1 or self.sweeps < 0:
+            raise SettingsError(
+                f"damp is {self.damp}, block {self.block}, sweeps {self.sweeps}; "
+                "damp is a positive number, block at least 1, sweeps at least 0"
+            )
 
     def solve(self, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution:
         check(weight, statistics)

@@ -16,7 +16,7 @@ from torch import Tensor
 from quant.errors import SolverError
 from quant.kernels.layouts import Packed, PackedUniform
 from quant.kernels.spec import DTYPES, Spec, Uniform
-from quant.solvers.grid import CHUNK, Search, encode, fit, storable
+from quant.solvers.grid import Search, at_once, encode, fit, storable
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +137,7 @@ class UniformRounder:
         multiples = torch.tensor((1.0, *self.search.stretches), device=scales.device)
         tried = storable(scales * multiples, DTYPES[self.spec.scale_dtype])  # [out, m]
         best = torch.empty_like(scales, dtype=torch.long)
-        step = max(1, CHUNK // (weight.shape[1] * len(multiples)))
+        step = max(1, at_once(scales.device) // (weight.shape[1] * len(multiples)))
         for start in range(0, len(scales), step):
             part = slice(start, start + step)
             scale, zero = tried[part].flatten(), zeros[part].expand_as(tried[part]).flatten()
