@@ -206,6 +206,7 @@ def _command_line(argv: list[str], said: Path) -> None:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     sys.argv = argv
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background inherits a deaf one
     cli.main()
 
 
