@@ -4,6 +4,12 @@
 package also teaches transformers' own `from_pretrained` to read such checkpoints.
 """
 
+import os
+
+# Threads that wait shall sleep. Spinning ones take the core that the working one needs on a machine with other users: a
+# matrix of 1024 x 2816 took GPTQ 111 s on two busy cores, and 3 s with this. OpenMP reads it when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from quant.checkpoint.loader import load
 from quant.errors import BitwrightError
 from quant.kernels.spec import Uniform
