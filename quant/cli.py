@@ -95,7 +95,7 @@ def quantize(
         bool, typer.Option("--dry-run", help="Print sites, bytes, memory and time; write nothing.")
     ] = False,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads; default: one for small matrices, else torch's choice.")
+        int | None, typer.Option(help="CPU threads; default: torch's choice, and one to solve small matrices.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,

@@ -19,7 +19,6 @@ from quant.models.source import Source, find
 from quant.models.walk import Walk, walk
 from quant.progress import Progress
 from quant.recipe import Plan, Recipe, make_plan
-from quant.threads import worth
 
 TRACE_TOKENS = 16
 PROBE_TOKENS = 64
@@ -29,7 +28,7 @@ SPILL_BYTES = 2 * 1024**3
 @dataclass(frozen=True)
 class Settings:
     """What does not belong to a recipe: where and how a run goes. `spill_bytes`: activations kept in memory, the rest
-    on disk. `plan`: a file with specs for some sites. `threads`: of the CPU; 0 lets the size of the matrices decide."""
+    on disk. `plan`: a file with specs for some sites. `threads`: of the CPU; 0 is torch's choice."""
 
     device: str = "cpu"
     dtype: str = "float32"
@@ -53,7 +52,7 @@ class Prepared:
     @property
     def threads(self) -> int:
         """CPU threads of the run."""
-        return self.settings.threads or worth(max(site.out * site.inputs for site in self.walk.sites))
+        return self.settings.threads or torch.get_num_threads()
 
     def probe(self) -> Batch:
         """What the verification runs on: the first window's first tokens."""

@@ -22,11 +22,11 @@ from quant.solvers.factor import Factor, Order, column_order, factorise
 from quant.solvers.feedback import Feedback, blocks, feed
 from quant.solvers.grid import SEARCH, encode
 from quant.solvers.nearest import Nearest
-from quant.solvers.rounder import UniformRounder
+from quant.solvers.rounder import Rehearsal, UniformRounder
 from quant.solvers.solution import Solution
 
 ORDERS: tuple[Order, ...] = ("gar", "act", "none")
-PLAIN = Feedback(sweeps=0)  # GPTQ as published
+PLAIN = Feedback(sweeps=0)  # no descent after it
 
 
 def statistics(features: int, tokens: int = 400, seed: int = 0) -> Statistics:
@@ -67,7 +67,7 @@ class PairRounder:
         self.asked: list[Tensor] = []
         self.codes: dict[tuple[int, ...], Tensor] = {}
 
-    def fit(self, start: int, weight: Tensor, importance: Tensor) -> None:
+    def fit(self, start: int, weight: Tensor, importance: Tensor, rehearsal: Rehearsal | None = None) -> None:
         assert weight.shape[1] == importance.shape[0]
         assert start % 2 == 0
 
@@ -89,7 +89,7 @@ class Recorder(UniformRounder):
     """A uniform rounder that keeps what it was asked to round."""
 
     def __init__(self, spec: Uniform, shape: tuple[int, int]) -> None:
-        super().__init__(spec, shape, torch.device("cpu"), SEARCH)
+        super().__init__(spec, shape, torch.device("cpu"), replace(SEARCH, stretches=()))
         self.asked: list[Tensor] = []
 
     def round(self, columns: Tensor, values: Tensor) -> Tensor:
@@ -256,6 +256,20 @@ def test_column_order() -> None:
     assert blocks(torch.arange(10), 10, 4, static=False) == [(0, 4), (4, 8), (8, 10)]
     assert blocks(torch.tensor([4, 5, 0, 1, 2, 3]), 4, 4, static=False) == [(0, 2), (2, 6)]
     assert blocks(torch.arange(10), 4, 6, static=True) == [(0, 6), (6, 10)]
+
+
+@pytest.mark.parametrize("order", ["gar", "none"])
+def test_a_rehearsal_is_what_then_happens(order: Order) -> None:
+    weight, stats, spec = some_weight(16, 60), statistics(60), Uniform(bits=2, group_size=-1)
+    rounder = Recorder(spec, (16, 60))
+    factor = factor_of(stats, order, rounder.span)
+    found = feed(weight, factor, rounder, stats.diagonal, 16, static=False)
+    rehearsal = Rehearsal(factor.order, factor.feedback, factor.variance)
+    scale, zero = rounder.scales[0], rounder.zeros[0]
+    loss = rehearsal.loss(weight.T, lambda values: (encode(values, scale, zero, 2) - zero) * scale)
+    torch.testing.assert_close(loss, quadratic(weight, found, factor.hessian), rtol=1e-3, atol=0)
+    plain = Feedback(sweeps=0, search=replace(SEARCH, stretches=()), order=order).solve(weight, stats, spec)
+    assert Feedback(sweeps=0, order=order).solve(weight, stats, spec).error < plain.error
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant.calibration.statistics import HessianCollector, Statistics
-from quant.errors import CalibrationError, SolverError
+from quant.errors import CalibrationError, SettingsError, SolverError
 from quant.kernels.spec import DTYPES, Spec, Uniform
 from quant.solvers.feedback import Feedback
 from quant.solvers.grid import MINMAX, SEARCH, Search, encode, fit, storable
@@ -206,3 +206,14 @@ def test_stored_scales_are_what_the_fit_promised() -> None:
         scales, _ = fit(torch.randn(5, 40), torch.ones(40), Uniform(group_size=16, scale_dtype=name), SEARCH)
         assert torch.equal(scales, scales.to(DTYPES[name]).float())
         assert DTYPES[name] == dtype
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r"damp is 0, block 128, sweeps 2; damp is a positive number"):
+        Feedback(damp=0)
+    with pytest.raises(SettingsError, match="block at least 1"):
+        Feedback(block=0)
+    with pytest.raises(SettingsError, match="steps is at least 1"):
+        Search(steps=0)
+    with pytest.raises(SettingsError, match="stretches are positive"):
+        Search(stretches=(1.1, -1.0))

@@ -9,6 +9,7 @@ fails).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -31,8 +32,14 @@ class Factor:
     order: Tensor
     feedback: Tensor
     hessian: Tensor
+    variance: Tensor
     match: Tensor | None
     notes: tuple[str, ...]
+
+    @cached_property
+    def diagonal(self) -> bool:
+        """No two inputs are correlated: every column is on its own, and rounding to nearest is all there is to do."""
+        return int(self.hessian.count_nonzero()) == int(self.hessian.diagonal().count_nonzero())
 
 
 def factorise(statistics: Statistics, order: Order, damp: float, span: int, granularity: int) -> Factor | str:
@@ -45,7 +52,7 @@ def factorise(statistics: Statistics, order: Order, damp: float, span: int, gran
 
 def _factorise(statistics: Statistics, order: Order, damp: float, span: int, granularity: int) -> Factor | str:
     columns = column_order(statistics.diagonal, order, span, granularity)
-    index = columns.to(statistics.hessian.device)
+    last_first = columns.flip(0).to(statistics.hessian.device)
     mean = float(statistics.diagonal.mean())
     if mean <= 0:
         return f"Hessian is zero ({statistics.tokens} tokens seen)"
@@ -53,22 +60,26 @@ def _factorise(statistics: Statistics, order: Order, damp: float, span: int, gra
     for share in tried:
         damped = statistics.hessian.double()
         damped.diagonal().add_(share * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped[index][:, index].flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damped[last_first][:, last_first])
         if int(failed) or not bool(torch.isfinite(lower).all()):
             continue
+        match = None if statistics.cross is None else _match(statistics.cross, lower, last_first, share * mean)
         upper = lower.flip(0, 1)
-        inverse = torch.linalg.solve_triangular(upper, torch.eye(len(index)).to(upper), upper=True)
-        match = None if statistics.cross is None else _match(statistics.cross, damped, share * mean)
+        variance = upper.diagonal().square()
+        eye = torch.eye(len(columns), dtype=upper.dtype, device=upper.device)
+        feedback = torch.linalg.solve_triangular(upper, eye, upper=True).mul_(upper.diagonal()[:, None])
         raised = (f"Hessian not positive definite with damp {damp:g}; {share:g} used",) if share != damp else ()
-        return Factor(columns, (inverse * upper.diagonal()[:, None]).float(), damped.float(), match, raised)
+        return Factor(columns, feedback.float(), damped.float(), variance.float(), match, raised)
     return f"Hessian not positive definite with damp {damp:g} to {tried[-1]:g} ({statistics.tokens} tokens seen)"
 
 
-def _match(cross: Tensor, damped: Tensor, added: float) -> Tensor:
-    """`C H^-1`, both damped alike: inputs that say nothing leave the weight as it is."""
+def _match(cross: Tensor, lower: Tensor, index: Tensor, added: float) -> Tensor:
+    """`C H^-1`, both damped alike: inputs that say nothing leave the weight as it is. `lower`: Cholesky factor of the
+    damped Hessian in the order `index`."""
     cross = cross.double()
     cross.diagonal().add_(added)
-    return torch.linalg.solve(damped, cross, left=False).float()
+    solved = torch.cholesky_solve(cross[:, index].T, lower).T
+    return torch.empty_like(solved).index_copy_(1, index, solved).float()
 
 
 def column_order(diagonal: Tensor, order: Order, span: int, granularity: int) -> Tensor:

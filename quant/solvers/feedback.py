@@ -20,6 +20,7 @@ Feedback never looks back, so a few sweeps of coordinate descent and closed-form
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,13 +28,16 @@ import torch
 from torch import Tensor
 
 from quant.calibration.statistics import Statistics
+from quant.errors import SettingsError
 from quant.kernels.spec import Spec
 from quant.solvers.descent import descend
 from quant.solvers.factor import Factor, factorise
 from quant.solvers.grid import SEARCH, Search
 from quant.solvers.nearest import Nearest
-from quant.solvers.rounder import Rounder, rounder_for
+from quant.solvers.rounder import Rehearsal, Rounder, rounder_for
 from quant.solvers.solution import Solution, check, solution
+
+REHEARSED = 256  # columns; see `_fit_group`
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Feedback:
     `damp`: added to the Hessian's diagonal, as a share of its mean; ten times more on each of 3 retries if the matrix
     is not positive definite (a note says so), and then round to nearest (a note says so). `block`: columns updated at
     once. `order`: see the module. `static_groups`: grids from the original weight instead of the updated one. `sweeps`:
-    rounds of descent on the codes and then the scales; 0 is GPTQ as published.
+    rounds of descent on the codes and then the scales; 0 is feedback alone.
     """
 
     damp: float = 0.01
@@ -52,6 +56,13 @@ class Feedback:
     static_groups: bool = False
     sweeps: int = 2
     search: Search = SEARCH
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damp < math.inf or self.block < 1 or self.sweeps < 0:
+            raise SettingsError(
+                f"damp is {self.damp}, block {self.block}, sweeps {self.sweeps}; "
+                "damp is a positive number, block at least 1, sweeps at least 0"
+            )
 
     def solve(self, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution:
         check(weight, statistics)
@@ -63,7 +74,7 @@ class Feedback:
         target = weight.float() if factor.match is None else weight.float() @ factor.match
         static = self.static_groups or self.order == "act"
         quantized = feed(target, factor, rounder, factor.hessian.diagonal(), self.block, static)
-        if rounder.granularity == 1 and not _is_diagonal(statistics.hessian):
+        if rounder.granularity == 1 and not factor.diagonal:
             for _ in range(self.sweeps):
                 quantized = descend(target, quantized, factor.hessian, factor.order, rounder, self.block)
                 quantized = rounder.refit(target, factor.hessian)
@@ -88,8 +99,7 @@ def feed(weight: Tensor, factor: Factor, rounder: Rounder, importance: Tensor, b
         for i in range(start, stop, size):
             end = min(i + size, stop)
             if i in fresh:
-                first, last, rank = _group(order, i, rounder.span)
-                rounder.fit(first, work[i + rank.to(index.device)].T, importance[first:last])
+                _fit_group(work, i, factor, rounder, importance)
             quantized[i:end] = rounder.round(order[i:end], work[i:end].T).T
             error = work[i:end] - quantized[i:end]
             if size > 1:
@@ -125,13 +135,13 @@ def blocks(order: Tensor, span: int, size: int, static: bool) -> list[tuple[int,
     return [*ranges, (begin, total)]
 
 
-def _group(order: Tensor, position: int, span: int) -> tuple[int, int, Tensor]:
-    """First and last + 1 column of the group that starts at `position`, and where its columns stand after it."""
-    first = int(order[position]) // span * span
-    last = min(first + span, len(order))
-    return first, last, order[position : position + last - first].argsort()
-
-
-def _is_diagonal(hessian: Tensor) -> bool:
-    """No two inputs are correlated: every column is on its own and rounding to nearest was already optimal."""
-    return int(hessian.count_nonzero()) == int(hessian.diagonal().count_nonzero())
+def _fit_group(work: Tensor, i: int, factor: Factor, rounder: Rounder, importance: Tensor) -> None:
+    """Fits the group that starts at position `i` to `work` `[in, out]`, with a rehearsal unless it is wide: a rehearsal
+    costs as much per weight as the group is wide."""
+    first = int(factor.order[i]) // rounder.span * rounder.span
+    last = min(first + rounder.span, len(factor.order))
+    end, rehearsal = i + last - first, None
+    columns = (factor.order[i:end] - first).to(work.device)
+    if last - first <= REHEARSED and rounder.granularity == 1 and not factor.diagonal:
+        rehearsal = Rehearsal(columns, factor.feedback[i:end, i:end].to(work.dtype), factor.variance[i:end])
+    rounder.fit(first, work[i + columns.argsort()].T, importance[first:last], rehearsal)

@@ -6,6 +6,8 @@ vector code takes `granularity` of them; a trellis whose sequences run along the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,7 +16,31 @@ from torch import Tensor
 from quant.errors import SolverError
 from quant.kernels.layouts import Packed, PackedUniform
 from quant.kernels.spec import DTYPES, Spec, Uniform
-from quant.solvers.grid import Search, encode, fit, storable
+from quant.solvers.grid import Search, at_once, encode, fit, storable
+
+
+@dataclass(frozen=True, eq=False)
+class Rehearsal:
+    """What error feedback is about to do inside one group, so that a rounder can try parameters before it chooses.
+
+    `order` `[k]`: the group's columns, numbered from its first, as they will be rounded. `feedback` `[k, k]` and
+    `variance` `[k]`: as in `Factor`, for these columns.
+    """
+
+    order: Tensor
+    feedback: Tensor
+    variance: Tensor
+
+    def loss(self, weight: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+        """Runs the group: `weight` `[k, n]`, one matrix column per row; `rounding` takes and gives `[n]`. Returns
+        `[n]`: what each of the `n` adds to `tr(D H DT)` if all later groups were free.
+        """
+        work, total = weight[self.order], torch.zeros_like(weight[0])
+        for i, variance in enumerate(self.variance.tolist()):
+            error = work[i] - rounding(work[i])
+            total.addcmul_(error, error, value=variance)
+            work[i + 1 :].addr_(self.feedback[i, i + 1 :], error, alpha=-1)
+        return total
 
 
 class Rounder(Protocol):
@@ -25,10 +51,9 @@ class Rounder(Protocol):
     granularity: int
     span: int
 
-    def fit(self, start: int, weight: Tensor, importance: Tensor) -> None:
+    def fit(self, start: int, weight: Tensor, importance: Tensor, rehearsal: Rehearsal | None = None) -> None:
         """Chooses the parameters of the columns from `start` on, for `weight` `[out, k]` and `importance` `[k]`: one
-        whole group, or (`start` 0) all of them.
-        """
+        whole group, perhaps with a rehearsal; or (`start` 0) all of them."""
         ...
 
     def round(self, columns: Tensor, values: Tensor) -> Tensor:
@@ -66,8 +91,10 @@ class UniformRounder:
         self.scales = torch.zeros((spec.groups(shape[1]), shape[0]), device=device)
         self.zeros = torch.zeros_like(self.scales)
 
-    def fit(self, start: int, weight: Tensor, importance: Tensor) -> None:
+    def fit(self, start: int, weight: Tensor, importance: Tensor, rehearsal: Rehearsal | None = None) -> None:
         scales, zeros = fit(weight, importance, self.spec, self.search)
+        if rehearsal is not None and self.search.stretched(self.spec.bits):
+            scales = self._rehearsed(weight, scales, zeros, rehearsal)
         group = start // self.span
         self.scales[group : group + scales.shape[1]] = scales.T
         self.zeros[group : group + zeros.shape[1]] = zeros.T
@@ -101,6 +128,23 @@ class UniformRounder:
         scales = self.scales.T.to(DTYPES[self.spec.scale_dtype]).contiguous()
         zeros = None if self.spec.symmetric else self.zeros.T.byte()
         return PackedUniform.from_codes(self.spec, self.shape, self.codes.T, scales, zeros)
+
+    def _rehearsed(self, weight: Tensor, scales: Tensor, zeros: Tensor, rehearsal: Rehearsal) -> Tensor:
+        """The multiples of `scales` `[out, 1]` that lose least in a rehearsal, each row its own. The fitted scale is
+        the best for the weight as it is; feedback will add to the columns that come late, and often wants a wider
+        grid.
+        """
+        multiples = torch.tensor((1.0, *self.search.stretches), device=scales.device)
+        tried = storable(scales * multiples, DTYPES[self.spec.scale_dtype])  # [out, m]
+        best = torch.empty_like(scales, dtype=torch.long)
+        step = max(1, at_once(scales.device) // (weight.shape[1] * len(multiples)))
+        for start in range(0, len(scales), step):
+            part = slice(start, start + step)
+            scale, zero = tried[part].flatten(), zeros[part].expand_as(tried[part]).flatten()
+            stacked = weight[part].T.repeat_interleave(len(multiples), 1)
+            rounding = lambda v, s=scale, z=zero: encode(v, s, z, self.spec.bits).sub_(z).mul_(s)  # noqa: E731
+            best[part] = rehearsal.loss(stacked, rounding).view(-1, len(multiples)).argmin(1, keepdim=True)
+        return tried.gather(1, best)
 
     def _values(self) -> Tensor:
         group = torch.arange(self.shape[1], device=self.codes.device) // self.span
