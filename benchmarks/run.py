@@ -8,15 +8,16 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 NEED_DATA = ("quality.py", "encoder.py")
+TAKE_DATA = (*NEED_DATA, "speed.py")
 
 
 def main() -> None:
     given = sys.argv[1:]
-    for name in ("depth.py", "dryrun.py", *NEED_DATA):
+    for name in ("depth.py", "dryrun.py", "speed.py", *NEED_DATA):
         if name in NEED_DATA and "--data" not in given:
             print(f"{name}: skipped, it needs --data DATA")
             continue
-        extra = given if name in NEED_DATA else []
+        extra = given if name in TAKE_DATA else []
         subprocess.run([sys.executable, str(HERE / name), *extra], check=True)
 
 
