@@ -132,8 +132,10 @@ def command_line() -> str:
     shown = [script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name]
     hidden = ("--data", "--results")
     for before, argument in zip(sys.argv, sys.argv[1:], strict=False):
-        shown.append(before.removeprefix("--").upper() if before in hidden else argument)
-    return "python " + " ".join(part if part.isupper() else shlex.quote(part) for part in shown)
+        name = argument.split("=")[0]
+        place = f"{name}=COMMAND" if before == "--peer" else before.removeprefix("--").upper()
+        shown.append(place if before in (*hidden, "--peer") else shlex.quote(argument))
+    return "python " + " ".join(shown)
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
