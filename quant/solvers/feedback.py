@@ -21,7 +21,9 @@ Feedback never looks back, so a few sweeps of coordinate descent and closed-form
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -29,12 +31,13 @@ from torch import Tensor
 
 from quant.calibration.statistics import Statistics
 from quant.errors import SettingsError
+from quant.kernels.available import runs_triton
 from quant.kernels.spec import Spec
 from quant.solvers.descent import descend
 from quant.solvers.factor import Factor, factorise
 from quant.solvers.grid import SEARCH, Search
 from quant.solvers.nearest import Nearest
-from quant.solvers.rounder import Rehearsal, Rounder, rounder_for
+from quant.solvers.rounder import TOGETHER, Rehearsal, Rounder, UniformRounder, rounder_for
 from quant.solvers.solution import Solution, check, solution
 
 REHEARSED = 256  # columns; see `_fit_group`
@@ -94,20 +97,37 @@ def feed(weight: Tensor, factor: Factor, rounder: Rounder, importance: Tensor, b
     if static:
         rounder.fit(0, weight, importance)
     fresh = set[int]() if static else set(group_starts(order, rounder.span))
+    kernel = rounder if isinstance(rounder, UniformRounder) and _in_one_kernel(work) else None
     for start, stop in blocks(order, rounder.span, max(size, block - block % size), static):
         errors = torch.empty_like(work[start:stop])
-        for i in range(start, stop, size):
-            end = min(i + size, stop)
+        for i, end in _pieces(start, stop, TOGETHER if kernel else size, fresh):
             if i in fresh:
                 _fit_group(work, i, factor, rounder, importance)
-            quantized[i:end] = rounder.round(order[i:end], work[i:end].T).T
-            error = work[i:end] - quantized[i:end]
-            if size > 1:
-                error = torch.linalg.solve_triangular(V[i:end, i:end].T, error, upper=False, unitriangular=True)
-            errors[i - start : end - start] = error
+            part = (order[i:end], work[i:end], V[i:end, i:end])
+            rounded, error = kernel.round_in_turn(*part) if kernel else _round(rounder, *part)
+            quantized[i:end], errors[i - start : end - start] = rounded, error
             work[end:stop].addmm_(V[i:end, end:stop].T, error, alpha=-1)
         work[stop:].addmm_(V[start:stop, stop:].T, errors, alpha=-1)
     return torch.empty_like(weight).index_copy_(1, index, quantized.T)
+
+
+def _in_one_kernel(work: Tensor) -> bool:
+    return work.dtype == torch.float32 and work.numel() > 0 and runs_triton(work)
+
+
+def _pieces(start: int, stop: int, size: int, fresh: Collection[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of at most `size` positions from `start` to `stop`; a group begins where a range begins."""
+    cuts = (i for i in range(start + 1, stop) if i in fresh or (i - start) % size == 0)
+    return pairwise((start, *cuts, stop))
+
+
+def _round(rounder: Rounder, columns: Tensor, values: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns `values` `[k, out]` rounded together, and the error to propagate."""
+    rounded = rounder.round(columns, values.T).T
+    error = values - rounded
+    if len(columns) > 1:
+        error = torch.linalg.solve_triangular(V.T, error, upper=False, unitriangular=True)
+    return rounded, error
 
 
 def group_starts(order: Tensor, span: int) -> list[int]:

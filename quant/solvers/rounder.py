@@ -18,6 +18,8 @@ from quant.kernels.layouts import Packed, PackedUniform
 from quant.kernels.spec import DTYPES, Spec, Uniform
 from quant.solvers.grid import Search, at_once, encode, fit, storable
 
+TOGETHER = 128  # columns that the kernel of `round_in_turn` takes at once
+
 
 @dataclass(frozen=True, eq=False)
 class Rehearsal:
@@ -105,6 +107,22 @@ class UniformRounder:
         codes = encode(values[:, 0], scale, zero, self.spec.bits)
         self.codes[column] = codes
         return codes.sub_(zero).mul_(scale)[:, None]
+
+    def round_in_turn(self, columns: Tensor, values: Tensor, feedback: Tensor) -> tuple[Tensor, Tensor]:
+        """Up to `TOGETHER` columns `values` `[k, out]` float32, one after another with feedback among them, in one
+        kernel: the representable values and the errors `[k, out]`. What `feed` does with `round`, column by column."""
+        from quant.kernels.feedback import round_columns
+
+        groups = columns // self.span
+        # one group: its grid for every column, without a copy
+        grids = (groups[:1], (len(columns), -1)) if bool((groups == groups[0]).all()) else (groups, (-1, -1))
+        scales, zeros = (grid[grids[0]].expand(grids[1])[None] for grid in (self.scales, self.zeros))
+        rounded, errors = torch.empty_like(values), torch.empty_like(values)
+        codes = torch.empty_like(values, dtype=torch.uint8)
+        outputs = (rounded[None], errors[None], codes[None])
+        round_columns(values[None], feedback[None], scales, zeros, self.spec.bits, *outputs)
+        self.codes[columns] = codes
+        return rounded, errors
 
     def refit(self, weight: Tensor, hessian: Tensor) -> Tensor:
         """Group after group the scale that minimises `tr(D H DT)` given all the others: `s += <A H D> / <A H A>` with
