@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from quant.calibration.activations import Activations
 from quant.calibration.capture import Outputs, Stage, collect, collect_matched
+from quant.calibration.remember import Remembered, finished
 from quant.calibration.replay import Replay
 from quant.calibration.samples import Batch
 from quant.calibration.statistics import Statistics
 from quant.errors import SolverError
 from quant.kernels.layouts import Packed, PackedUniform, concatenate
 from quant.kernels.spec import Spec
+from quant.memory import give_back
 from quant.models.walk import Block, Site
 from quant.recipe import Plan, Recipe
 from quant.solvers.solution import Solution
@@ -70,10 +73,14 @@ class BlockSolver:
         store: Outputs,
         float_store: Outputs | None,
         on_site: Callable[[Solved], None],
+        room: Callable[[str], Activations] | None = None,
     ) -> None:
+        """`room`: makes a store for the outputs of a submodule that later passes need no more compute."""
         self.replay, self.recipe, self.plan = replay, recipe, plan
         self.batches, self.store, self.float_store = batches, store, float_store
         self.on_site = on_site
+        self.room = room
+        self.remembered: list[Remembered] = []
         self.model: nn.Module = replay.model
 
     def solve(self, index: int, block: Block, originals: dict[str, torch.Tensor]) -> list[Solved]:
@@ -87,6 +94,7 @@ class BlockSolver:
             statistics = None
         solved: list[Solved] = []
         for number, stage in enumerate(stages):
+            give_back()
             stats = statistics[number] if statistics is not None else self._statistics(index, stage, originals)
             for site in stage:
                 began = time.perf_counter()
@@ -94,7 +102,24 @@ class BlockSolver:
                 self._replace(site, result.packed, originals)
                 self.on_site(result)
                 solved.append(result)
+            if number + 1 < len(stages):
+                self._remember(block, {s.name for stage in stages for s in stage}, {s.site.name for s in solved})
         return solved
+
+    def _remember(self, block: Block, sites: set[str], solved: set[str]) -> None:
+        """From now on the outputs of what is finished inside the block are computed once."""
+        if self.room is None or self.recipe.calibration is None or not self.recipe.sequential or self.float_store:
+            return
+        known = {one.name for one in self.remembered}
+        for name in finished(self.model.get_submodule(block.name), block.name, sites, solved):
+            if name not in known:
+                module = self.model.get_submodule(name)
+                self.remembered.append(Remembered(name, module, self.replay, self.room(name)))
+
+    def forget(self) -> None:
+        """The block is done with: its outputs are stored."""
+        while self.remembered:
+            self.remembered.pop().forget()
 
     def _statistics_at_once(self, index: int, stages: Sequence[Sequence[Site]]) -> list[dict[int, Statistics]]:
         if self.recipe.calibration is None:

@@ -118,14 +118,17 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
             store[0] = None
         names = skeleton.names_under(largest.name)
         load = _timed(lambda: skeleton.load(names))
+        room = lambda name: Activations(1, Path(folder) / name, prepared.settings.spill_bytes, device)  # noqa: E731
         matched = prepared.recipe.match == "float" and prepared.recipe.calibration is not None
         solver = BlockSolver(
-            replay, prepared.recipe, prepared.plan, [batch], store, store if matched else None, solved.append
+            replay, prepared.recipe, prepared.plan, [batch], store, store if matched else None, solved.append, room
         )
         whole = _timed(lambda: solver.solve(index, blocks[largest.name], {}))
         output: list[Any] = []
-        advance = _timed(lambda: output.append(replay.output(index, batch, store[0])))
+        advance = _timed(lambda: output.append(replay.output(index, batch, store[0], 0)))
         stored = sum(t.nbytes for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor))
+        stored += sum(one.store.held + one.store.spilled for one in solver.remembered)
+        solver.forget()
         skeleton.unload([*names, *outside])
     solve = sum(s.seconds for s in solved)
     weights = sum(s.site.shape[0] * s.site.shape[1] for s in solved)

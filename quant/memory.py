@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LARGE = 4 * 1024 * 1024  # above the solvers' buffers of 1 MB, which are asked for often
+LARGE = 5 * 1024 * 1024 // 4  # above the solvers' buffers of 1 MB, which are asked for often
 _M_MMAP_THRESHOLD = -3
 
 

@@ -115,7 +115,8 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
     weights = {name: sum(s.shape[0] * s.shape[1] for s in block.sites) for name, block in blocks.items()}
     progress.begin(len(chain), sum(weights.values()), sum(journal.finished(i) for i in range(len(chain))))
     with Replay(model, chain) as replay:
-        solver = BlockSolver(replay, recipe, prepared.plan, calibration, store, float_store, progress.site)
+        room = lambda name: _activations(prepared, journal.folder, name, len(batches))  # noqa: E731
+        solver = BlockSolver(replay, recipe, prepared.plan, calibration, store, float_store, progress.site, room)
         for index, name in enumerate(chain):
             began = time.perf_counter()
             progress.block(index, name)
@@ -131,6 +132,7 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
                 journal.write(index, _stored(solved, prepared, names), record)
             wanted = range(len(batches)) if index + 1 < len(chain) else [len(batches) - 1]  # only the probe has a head
             _advance(replay, index, batches, wanted, store, float_store, originals)
+            solver.forget()
             skeleton.unload(names)
             give_back()
             progress.advanced(index, weights.get(name, 0))
@@ -203,7 +205,7 @@ def _advance(
             for number in wanted:
                 float_store[number] = replay.output(index, batches[number], float_store[number])
     for number in wanted:
-        store[number] = _finite(replay.output(index, batches[number], store[number]), replay.names[index])
+        store[number] = _finite(replay.output(index, batches[number], store[number], number), replay.names[index])
 
 
 def _finite(output: Any, block: str) -> Any:

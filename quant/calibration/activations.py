@@ -70,6 +70,9 @@ class Activations:
     def __len__(self) -> int:
         return len(self._items)
 
+    def __delitem__(self, index: int) -> None:
+        self._drop(index)
+
     def _drop(self, index: int) -> None:
         item = self._items[index]
         if item is None:

@@ -93,7 +93,7 @@ def collect(stages: Sequence[Stage], replay: Replay, index: int, batches: Sequen
         with ExitStack() as watching:
             for stage in stages:
                 watching.enter_context(stage.watch(_add_to(stage), alone=len(stages) == 1))
-            replay.output(index, batch, previous[number])
+            replay.output(index, batch, previous[number], number)
 
 
 def _add_to(stage: Stage) -> Take:

@@ -34,6 +34,7 @@ class Replay:
         self.names = tuple(names)
         self._patched: list[tuple[nn.Module, Any]] = []
         self._cacheless = cacheless(model)
+        self.number: int | None = None  # of the batch in the pass under way, for `remember`
         self._active = 0
         self._given: Any = None  # what block `_active` gets from the one before it
         self._filler: Any = None  # what the blocks before that answer; its numbers never arrive anywhere
@@ -76,8 +77,9 @@ class Replay:
 
         return stand_in
 
-    def output(self, index: int, batch: Mapping[str, Any], previous: Any) -> Any:
-        """Block `index`'s output on a batch, given the output of the block before it (None for the first).
+    def output(self, index: int, batch: Mapping[str, Any], previous: Any, number: int | None = None) -> Any:
+        """Block `index`'s output on a batch, given the output of the block before it (None for the first). `number`:
+        the batch's, where what it gave earlier may be used again (`remember`).
 
         A hook inside the block may raise `Stop` to end the pass early; the result is then None.
 
@@ -85,7 +87,11 @@ class Replay:
             ModelError: this batch does not take the model through block `index`.
         """
         self._only_arguments = False
-        return self._run(index, batch, previous)
+        self.number = number
+        try:
+            return self._run(index, batch, previous)
+        finally:
+            self.number = None
 
     def arguments(self, index: int, batch: Mapping[str, Any], previous: Any) -> Any:
         """The `(args, kwargs)` that block `index` would be called with."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.solvers.rounder import Rounder
+from quant.solvers.rounder import Rounder, in_one_kernel
 
 
 def descend(
@@ -31,10 +31,16 @@ def descend(
     H = hessian[index][:, index]
     Q = quantized.T[index].contiguous()
     D = weight.T[index] - Q
-    diagonal = H.diagonal().tolist()
+    kernel = in_one_kernel(rounder, Q)
+    diagonal = [] if kernel else H.diagonal().tolist()
     for start in range(0, len(order), block):
         stop = min(start + block, len(order))
         slope = H[start:stop] @ D
+        if kernel:
+            part = slice(start, stop)
+            Q[part], change = kernel.round_in_turn(order[part], slope, H[part, part], Q[part], 1 / H.diagonal()[part])
+            D[part] -= change
+            continue
         for i in range(start, stop):
             best = torch.add(Q[i], slope[i - start], alpha=1 / diagonal[i])
             rounded = rounder.round(order[i : i + 1], best[:, None])[:, 0]

@@ -31,13 +31,12 @@ from torch import Tensor
 
 from quant.calibration.statistics import Statistics
 from quant.errors import SettingsError
-from quant.kernels.available import runs_triton
 from quant.kernels.spec import Spec
 from quant.solvers.descent import descend
 from quant.solvers.factor import Factor, factorise
 from quant.solvers.grid import SEARCH, Search
 from quant.solvers.nearest import Nearest
-from quant.solvers.rounder import TOGETHER, Rehearsal, Rounder, UniformRounder, rounder_for
+from quant.solvers.rounder import Rehearsal, Rounder, in_one_kernel, rounder_for
 from quant.solvers.solution import Solution, check, solution
 
 REHEARSED = 256  # columns; see `_fit_group`
@@ -97,10 +96,10 @@ def feed(weight: Tensor, factor: Factor, rounder: Rounder, importance: Tensor, b
     if static:
         rounder.fit(0, weight, importance)
     fresh = set[int]() if static else set(group_starts(order, rounder.span))
-    kernel = rounder if isinstance(rounder, UniformRounder) and _in_one_kernel(work) else None
+    kernel = in_one_kernel(rounder, work)
     for start, stop in blocks(order, rounder.span, max(size, block - block % size), static):
         errors = torch.empty_like(work[start:stop])
-        for i, end in _pieces(start, stop, TOGETHER if kernel else size, fresh):
+        for i, end in _pieces(start, stop, block if kernel else size, fresh):
             if i in fresh:
                 _fit_group(work, i, factor, rounder, importance)
             part = (order[i:end], work[i:end], V[i:end, i:end])
@@ -109,10 +108,6 @@ def feed(weight: Tensor, factor: Factor, rounder: Rounder, importance: Tensor, b
             work[end:stop].addmm_(V[i:end, end:stop].T, error, alpha=-1)
         work[stop:].addmm_(V[start:stop, stop:].T, errors, alpha=-1)
     return torch.empty_like(weight).index_copy_(1, index, quantized.T)
-
-
-def _in_one_kernel(work: Tensor) -> bool:
-    return work.dtype == torch.float32 and work.numel() > 0 and runs_triton(work)
 
 
 def _pieces(start: int, stop: int, size: int, fresh: Collection[int]) -> Iterator[tuple[int, int]]:

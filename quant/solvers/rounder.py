@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from quant.errors import SolverError
+from quant.kernels.available import runs_triton
 from quant.kernels.layouts import Packed, PackedUniform
 from quant.kernels.spec import DTYPES, Spec, Uniform
 from quant.solvers.grid import Search, at_once, encode, fit, storable
-
-TOGETHER = 128  # columns that the kernel of `round_in_turn` takes at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +31,10 @@ class Rehearsal:
     order: Tensor
     feedback: Tensor
     variance: Tensor
+
+    def weigh(self, errors: Tensor) -> Tensor:
+        """What `loss` returns, from the errors `[k, n]` in the order of rounding."""
+        return (errors.square() * self.variance[:, None]).sum(0)
 
     def loss(self, weight: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
         """Runs the group: `weight` `[k, n]`, one matrix column per row; `rounding` takes and gives `[n]`. Returns
@@ -81,6 +84,12 @@ def rounder_for(spec: Spec, shape: tuple[int, int], device: torch.device, search
     raise SolverError(f"no rounder for {type(spec).__name__}; uniform grids have one")
 
 
+def in_one_kernel(rounder: Rounder, work: Tensor) -> UniformRounder | None:
+    """The rounder, if a kernel can round columns of `work` for it in turn."""
+    takes = work.dtype == torch.float32 and work.numel() > 0 and runs_triton(work)
+    return rounder if takes and isinstance(rounder, UniformRounder) else None
+
+
 class UniformRounder:
     """Nearest level of a uniform grid. Holds everything transposed, so that a column is contiguous."""
 
@@ -108,21 +117,32 @@ class UniformRounder:
         self.codes[column] = codes
         return codes.sub_(zero).mul_(scale)[:, None]
 
-    def round_in_turn(self, columns: Tensor, values: Tensor, feedback: Tensor) -> tuple[Tensor, Tensor]:
-        """Up to `TOGETHER` columns `values` `[k, out]` float32, one after another with feedback among them, in one
-        kernel: the representable values and the errors `[k, out]`. What `feed` does with `round`, column by column."""
+    def round_in_turn(
+        self, columns: Tensor, values: Tensor, lines: Tensor, held: Tensor | None = None, share: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Columns `values` `[k, out]`, one after another with feedback `lines` `[k, k]` among them, in one kernel: the
+        representable values and the errors `[k, out]`. What `feed` does with `round`, column by column; with `held`
+        and `share`, what `descend` does (see `round_columns`)."""
+        groups = columns // self.span
+        if bool((groups == groups[0]).all()):  # one grid for all columns, without a copy
+            scales, zeros = (grid[groups[:1]].expand(len(columns), -1) for grid in (self.scales, self.zeros))
+        else:
+            scales, zeros = self.scales[groups], self.zeros[groups]
+        rounded, errors, self.codes[columns] = self._in_turn(values, lines, scales, zeros, held, share)
+        return rounded, errors
+
+    def _in_turn(
+        self, values: Tensor, lines: Tensor, scales: Tensor, zeros: Tensor,
+        held: Tensor | None = None, share: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         from quant.kernels.feedback import round_columns
 
-        groups = columns // self.span
-        # one group: its grid for every column, without a copy
-        grids = (groups[:1], (len(columns), -1)) if bool((groups == groups[0]).all()) else (groups, (-1, -1))
-        scales, zeros = (grid[grids[0]].expand(grids[1])[None] for grid in (self.scales, self.zeros))
         rounded, errors = torch.empty_like(values), torch.empty_like(values)
         codes = torch.empty_like(values, dtype=torch.uint8)
+        arrays = (values[None], lines[None], scales[None], zeros[None])
         outputs = (rounded[None], errors[None], codes[None])
-        round_columns(values[None], feedback[None], scales, zeros, self.spec.bits, *outputs)
-        self.codes[columns] = codes
-        return rounded, errors
+        round_columns(*arrays, self.spec.bits, *outputs, None if held is None else held[None], share)
+        return rounded, errors, codes
 
     def refit(self, weight: Tensor, hessian: Tensor) -> Tensor:
         """Group after group the scale that minimises `tr(D H DT)` given all the others: `s += <A H D> / <A H A>` with
@@ -160,8 +180,13 @@ class UniformRounder:
             part = slice(start, start + step)
             scale, zero = tried[part].flatten(), zeros[part].expand_as(tried[part]).flatten()
             stacked = weight[part].T.repeat_interleave(len(multiples), 1)
-            rounding = lambda v, s=scale, z=zero: encode(v, s, z, self.spec.bits).sub_(z).mul_(s)  # noqa: E731
-            best[part] = rehearsal.loss(stacked, rounding).view(-1, len(multiples)).argmin(1, keepdim=True)
+            if in_one_kernel(self, stacked):
+                grids = (grid.expand_as(stacked) for grid in (scale, zero))
+                loss = rehearsal.weigh(self._in_turn(stacked[rehearsal.order], rehearsal.feedback, *grids)[1])
+            else:
+                rounding = lambda v, s=scale, z=zero: encode(v, s, z, self.spec.bits).sub_(z).mul_(s)  # noqa: E731
+                loss = rehearsal.loss(stacked, rounding)
+            best[part] = loss.view(-1, len(multiples)).argmin(1, keepdim=True)
         return tried.gather(1, best)
 
     def _values(self) -> Tensor:

@@ -1,0 +1,60 @@
+"""Outputs that no later solving can change, kept so that each is computed once per batch.
+
+True sequential order runs a block once for every stage. When the sites of a submodule (an attention, say) are all
+solved, its output for each batch is final, since everything before it was solved earlier: the next pass keeps it, and
+the passes after that read it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import wraps
+from typing import Any
+
+from torch import nn
+
+from quant.calibration.activations import Activations
+from quant.calibration.replay import Replay, copy
+
+
+class Remembered:
+    """Stands in for `module`'s forward until `forget`. Only passes that `replay` was given a batch's number for use
+    `store`."""
+
+    def __init__(self, name: str, module: nn.Module, replay: Replay, store: Activations) -> None:
+        self.name, self.module, self.store = name, module, store
+        self._own, forward = module.__dict__.get("forward"), module.forward
+
+        @wraps(forward)
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            number = replay.number
+            if number is None:
+                return forward(*args, **kwargs)
+            kept = store[number]
+            if kept is not None:
+                return copy(kept)
+            result = forward(*args, **kwargs)
+            store[number] = copy(result)
+            return result
+
+        module.forward = remembered  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forget(self) -> None:
+        if self._own is None:
+            del self.module.forward
+        else:
+            self.module.forward = self._own
+        for number in range(len(self.store)):
+            del self.store[number]
+
+
+def finished(block: nn.Module, prefix: str, sites: Iterable[str], solved: set[str]) -> list[str]:
+    """The largest submodules of `block` (named `prefix`) with at least two sites, all of them solved: full names."""
+    found: list[str] = []
+    names = [name for name in sites if name.startswith(f"{prefix}.")]
+    for name, _ in block.named_modules(prefix=prefix):
+        inside = [site for site in names if site.startswith(f"{name}.")]
+        outer = any(name.startswith(f"{other}.") for other in found)
+        if name != prefix and not outer and len(inside) > 1 and solved.issuperset(inside):
+            found.append(name)
+    return found

@@ -1,0 +1,45 @@
+"""What is final inside a block is computed once, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import quant
+from quant.blocks import BlockSolver
+from quant.calibration.remember import finished
+from tests import tiny
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "falcon", "gemma3", "qwen3-moe", "bert"])
+def test_the_bytes_are_those_of_computing_it_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, model = tiny.recipe(tiny.text(tmp_path)), tiny.model(name, tmp_path / "model")
+    attentions = list[int]()
+    real = nn.functional.scaled_dot_product_attention
+
+    def counted(*args: object, **kwargs: object) -> torch.Tensor:
+        attentions[-1] += 1
+        return real(*args, **kwargs)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", counted)
+    attentions.append(0)
+    quant.quantize(str(model), tmp_path / "kept", recipe)
+    monkeypatch.setattr(BlockSolver, "_remember", lambda *_: None)
+    attentions.append(0)
+    quant.quantize(str(model), tmp_path / "again", recipe)
+    assert tiny.contents(tmp_path / "kept") == tiny.contents(tmp_path / "again")
+    assert attentions[0] < attentions[1]
+
+
+def test_what_counts_as_finished() -> None:
+    block = nn.ModuleDict(
+        {"attention": nn.ModuleDict({"q": nn.Linear(2, 2), "o": nn.Linear(2, 2)}), "up": nn.Linear(2, 2)}
+    )
+    sites = {"b.attention.q", "b.attention.o", "b.up", "c.up"}
+    assert finished(block, "b", sites, {"b.attention.q"}) == []
+    assert finished(block, "b", sites, {"b.attention.q", "b.attention.o"}) == ["b.attention"]
+    assert finished(block, "b", sites, {"b.up"}) == []  # one linear is not worth a store
+    assert finished(block, "b", sites, sites) == ["b.attention"]  # the block itself is stored anyway
