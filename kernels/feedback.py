@@ -79,17 +79,14 @@ def round_columns(
     work: Tensor, lines: Tensor, scales: Tensor, zeros: Tensor, bits: int, rounded: Tensor, errors: Tensor,
     codes: Tensor, held: Tensor | None = None, share: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Rounds `k <= LONGEST` columns of `b` matrices in turn into `rounded`, `errors` and `codes` (uint8).
+    """Rounds `k` columns of `b` matrices in turn into `rounded`, `errors` and `codes` (uint8).
 
     All float32 but the codes. `work`, `rounded`, `errors`, `codes` `[b, k, out]`, each matrix contiguous; `lines`
     `[b, k, k]`: `V`, or the Hessian; `scales`, `zeros` `[b, k, out]`, the grid of each column, perhaps
     expanded. With `held` `[b, k, out]` (each matrix contiguous) and `share` `[k]`, `1 / diagonal`, it is a sweep of
     descent: `work` is the slope, `held` what was chosen before, `errors` by how much that changes. `work` is left as it
-    is.
+    is. Raises `ValueError` on matrices that are not contiguous or not all of one shape.
     """
-    batch, columns, rows = work.shape
-    if columns > LONGEST:
-        raise ValueError(f"{columns} columns came; one launch takes at most {LONGEST}")
     for tensor in (work, rounded, errors, codes, held):
         if tensor is not None and (tensor.shape != work.shape or not tensor[0].is_contiguous()):
             raise ValueError(f"{list(tensor.shape)} came for {list(work.shape)}, or matrices that are not contiguous")
@@ -97,11 +94,28 @@ def round_columns(
         lines = lines.contiguous()
     if zeros.stride() != scales.stride():
         scales, zeros = scales.contiguous(), zeros.contiguous()
+    for start in range(0, work.shape[1], LONGEST):
+        if start:
+            past = slice(start - LONGEST, start)
+            work = torch.baddbmm(work[:, LONGEST:], lines[:, past, start:].mT, errors[:, past], alpha=-1)
+        part = slice(start, start + LONGEST)
+        _launch(
+            work[:, :LONGEST], lines[:, part, part], scales[:, part], zeros[:, part],
+            None if held is None else held[:, part], None if share is None else share[part],
+            rounded[:, part], errors[:, part], codes[:, part], 2.0**bits - 1,
+        )  # fmt: skip
+
+
+def _launch(
+    work: Tensor, lines: Tensor, scales: Tensor, zeros: Tensor, held: Tensor | None, share: Tensor | None,
+    rounded: Tensor, errors: Tensor, codes: Tensor, top: float,
+) -> None:  # fmt: skip
+    batch, columns, rows = work.shape
     sizes, warps = shape(columns)
     with torch.cuda.device_of(work):
         columns_kernel[(triton.cdiv(rows, sizes["ROWS"]), batch)](
             work, lines, scales, zeros, held, share, rounded, errors, codes,
-            rows, columns, 2.0**bits - 1, work.stride(0), lines.stride(0), lines.stride(1), scales.stride(0),
+            rows, columns, top, work.stride(0), lines.stride(0), lines.stride(1), scales.stride(0),
             scales.stride(1), 0 if held is None else held.stride(0),
             rounded.stride(0), errors.stride(0), codes.stride(0),
             **sizes, DESCENT=held is not None, num_warps=warps, enable_fp_fusion=True,

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant.calibration.statistics import HessianCollector
+from quant.calibration.statistics import HessianCollector, Statistics
 from quant.kernels.spec import Uniform
-from quant.solvers.factor import Factor, factorise
+from quant.solvers.factor import Factor, Order, factorise
 from quant.solvers.feedback import Feedback, _pieces, feed
 from quant.solvers.grid import SEARCH, encode
-from quant.solvers.rounder import UniformRounder
+from quant.solvers.rounder import Rehearsal, UniformRounder
 from tests.ahead import SHARED_LIMIT, compile_for
 from tests.rerun import rerun
 
@@ -106,7 +106,7 @@ def check(p: Problem) -> None:
     assert torch.equal(rounded, (codes - p.zeros) * p.scales)
     for b in range(len(p.work)):
         _, expected, wanted, doubts, certain = in_torch(p, b)
-        assert float(certain.float().mean()) > 0.95  # else the test would say nothing
+        assert float(certain.float().mean()) > 0.75  # else the test would say nothing
         assert torch.equal(codes[b][certain], wanted[certain])
         assert bool(((errors[b] - expected).abs() <= doubts)[certain].all())
 
@@ -133,9 +133,18 @@ def interpreted_a_shared_factor_is_not_copied() -> None:
     check(shared)
 
 
-def interpreted_too_many_columns_are_refused() -> None:
-    with pytest.raises(ValueError, match="129 columns came; one launch takes at most 128"):
-        check(problem(1, 129, 1, 4, True, False, 0))
+@pytest.mark.parametrize("descent", [False, True])
+def interpreted_more_columns_than_one_launch_takes(descent: bool) -> None:
+    check(problem(2, 131, 5, 4, True, descent, 0))
+
+
+def interpreted_matrices_that_are_not_contiguous_are_refused() -> None:
+    from quant.kernels.feedback import round_columns
+
+    p = problem(1, 4, 6, 4, True, False, 0)
+    out = torch.empty((1, 6, 4)).mT
+    with pytest.raises(ValueError, match=r"\[1, 4, 6\] came for \[1, 4, 6\], or matrices that are not contiguous"):
+        round_columns(p.work, p.lines, p.scales, p.zeros, 4, out, out, out.byte())
 
 
 def statistics(features: int) -> HessianCollector:
@@ -143,6 +152,10 @@ def statistics(features: int) -> HessianCollector:
     collector = HessianCollector(features)
     collector.update(torch.randn((300, features), generator=draw) @ torch.randn((features, features), generator=draw))
     return collector
+
+
+def some_weight(rows: int, columns: int) -> Tensor:
+    return torch.randn((rows, columns), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(
@@ -156,27 +169,37 @@ def statistics(features: int) -> HessianCollector:
     ],
 )
 def interpreted_feed_takes_the_kernel(
-    order: str, group: int, block: int, static: bool, monkeypatch: pytest.MonkeyPatch
+    order: Order, group: int, block: int, static: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Groups that start inside a block, groups wider than one, columns of many groups in one piece."""
     stats, spec = statistics(70).finish(), Uniform(bits=3, group_size=group)
-    weight = torch.randn((11, 70), generator=torch.Generator().manual_seed(1))
-    calls = list[int]()
-    in_turn = UniformRounder.round_in_turn
-    monkeypatch.setattr(
-        UniformRounder, "round_in_turn", lambda self, c, *rest: (calls.append(len(c)), in_turn(self, c, *rest))[1]
-    )
-    found = list[tuple[Tensor, Tensor]]()
-    for _ in range(2):
+    weight, found = some_weight(11, 70), list[Tensor]()
+    for kernel in (True, False):
         rounder = UniformRounder(spec, (11, 70), weight.device, SEARCH)
-        factor = factorise(stats, order, 0.01, rounder.span, 1)  # pyright: ignore[reportArgumentType]
+        factor = factorise(stats, order, 0.01, rounder.span, 1)
         assert isinstance(factor, Factor)
-        quantized = feed(weight, factor, rounder, stats.diagonal, block, static)
+        with monkeypatch.context() as patch:
+            if kernel:
+                patch.setattr(rounder, "round", None)
+            else:
+                patch.delenv("BITWRIGHT_INTERPRET")
+            quantized = feed(weight, factor, rounder, stats.diagonal, block, static)
         assert torch.equal(rounder.pack().dequantize(), quantized)
-        found.append((rounder.codes, quantized))
-        monkeypatch.delenv("BITWRIGHT_INTERPRET", raising=False)  # and then in torch
-    assert sum(calls) == 70
-    assert float((found[0][0] != found[1][0]).float().mean()) < 0.01  # a tie may tip
+        found.append(rounder.codes)
+    assert float((found[0] != found[1]).float().mean()) < 0.005  # a tie may tip
+
+
+def interpreted_solve_takes_the_kernel_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 bits: with rehearsals, then feedback, then two sweeps of descent."""
+    stats, spec, weight = statistics(40).finish(), Uniform(bits=2, group_size=16), some_weight(5, 40)
+    with monkeypatch.context() as patch:
+        patch.setattr(UniformRounder, "round", None)
+        patch.setattr(Rehearsal, "loss", None)
+        found = Feedback(block=24).solve(weight, stats, spec)
+    monkeypatch.delenv("BITWRIGHT_INTERPRET")
+    expected = Feedback(block=24).solve(weight, stats, spec)
+    assert float((found.weight != expected.weight).float().mean()) < 0.005  # a tie may tip
+    assert found.error == pytest.approx(expected.error, rel=1e-3)
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
@@ -205,7 +228,7 @@ def test_pieces_end_where_groups_begin() -> None:
 def test_the_bound_knows_the_loop() -> None:
     """`in_torch` is the loop of `feed`: same codes, bit for bit."""
     stats, spec = statistics(40).finish(), Uniform(bits=3, group_size=-1)
-    weight = torch.randn((6, 40), generator=torch.Generator().manual_seed(1))
+    weight = some_weight(6, 40)
     rounder = UniformRounder(spec, (6, 40), weight.device, SEARCH)
     factor = factorise(stats, "none", 0.01, 40, 1)
     assert isinstance(factor, Factor)
@@ -226,9 +249,9 @@ def test_kernel_ahead_of_time() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_solving_on_a_gpu() -> None:
-    weight = torch.randn((300, 512), generator=torch.Generator().manual_seed(1))
+    weight = some_weight(300, 512)
     for spec in (Uniform(bits=4, group_size=32), Uniform(bits=2, group_size=-1)):
         stats = statistics(512).finish()
         here = Feedback().solve(weight, stats, spec)
-        there = Feedback().solve(weight.cuda(), stats.to("cuda"), spec)
+        there = Feedback().solve(weight.cuda(), Statistics(stats.hessian.cuda(), stats.tokens), spec)
         assert there.error == pytest.approx(here.error, rel=1e-2)
