@@ -23,7 +23,7 @@ ELEMENTS = 1024  # of a tile in one warp: 32 registers of each thread
 def _offsets(chunk, chunks, row, column, SIZE: tl.constexpr):
     """Where the values of some chunks lie in a matrix of `chunks` chunks per row, and their column."""
     place = (chunk % chunks) * SIZE + tl.arange(0, SIZE)
-    return (chunk // chunks).to(tl.int64) * row + place * column, place
+    return (chunk // chunks).to(tl.int64) * row + place.to(tl.int64) * column, place
 
 
 @triton.jit

@@ -8,7 +8,7 @@ as `log2` rounds of sums and differences, and `F` a Hadamard matrix of order 12,
 activations like this before quantizing them: QuIP# (arXiv 2402.04396), QuaRot (arXiv 2404.00456).
 
 The torch path and the Triton kernel (`butterflies.py`) do the same float32 operations in the same order, so they agree
-bit for bit. The kernel reads and writes each value once and takes 8 to 20 instructions for it, by block size.
+bit for bit. The kernel reads and writes each value once and takes 8 to 28 instructions for it, by block and dtype.
 """
 
 from __future__ import annotations
@@ -115,14 +115,14 @@ def _table(factor: int, inverse: bool, device: torch.device) -> Tensor:
 
 
 def _forward(x: Tensor, block: int, signs: Tensor | None, inverse: bool) -> Tensor:
-    if x.dtype == torch.float64 or not runs_triton(x):
+    if x.dtype == torch.float64 or not x.numel() or not runs_triton(x):
         return reference(x, block, signs, inverse)
     from quant.kernels.butterflies import launch
 
     factor, size = split_order(block)
     table = None if factor == 1 else _table(factor, inverse, x.device)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch(x.reshape(-1, x.shape[-1]), out, size, table, signs, inverse)
+    launch(x.reshape(-1, x.shape[-1]), out, size, table, None if signs is None else signs.contiguous(), inverse)
     return out
 
 

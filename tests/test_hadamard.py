@@ -78,6 +78,7 @@ def test_strides_and_gradients(block: int) -> None:
     signs = random_signs(96, 0)
     assert torch.equal(hadamard(x, block, signs), hadamard(x.detach().contiguous(), block, signs))
     assert hadamard(x, block, signs).is_contiguous()
+    assert hadamard(x[..., :0], block).shape == (2, 5, 0)
     for inverse in (False, True):
         (grad,) = torch.autograd.grad(hadamard(x, block, signs, inverse).square().sum(), x)
         torch.testing.assert_close(grad, 2 * x.detach(), rtol=0, atol=1e-12)  # orthonormal: the norm is kept
@@ -163,11 +164,12 @@ def interpreted_kernel_is_the_reference(
 
 
 def interpreted_dispatch_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, signs = some((96, 4, 3)).permute(1, 2, 0), random_signs(96, 0)
+    x, signs = some((96, 4, 3)).permute(1, 2, 0), random_signs(192, 0)[::2]
     expected = reference(x, 32, signs)
+    assert hadamard(x[:0], 32, signs).shape == (0, 3, 96)
+    assert hadamard(x[..., :0], 32).shape == (4, 3, 0)
     monkeypatch.setattr(module, "reference", None)
     assert torch.equal(hadamard(x, 32, signs), expected)
-    assert hadamard(x[:0], 32, signs).shape == (0, 3, 96)
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)

@@ -125,7 +125,7 @@ class UniformRounder:
         and `share`, what `descend` does (see `round_columns`)."""
         groups = columns // self.span
         if bool((groups == groups[0]).all()):  # one grid for all columns, without a copy
-            scales, zeros = (grid[groups[:1]].expand(len(columns), -1) for grid in (self.scales, self.zeros))
+            scales, zeros = (grid[int(groups[0])].expand(len(columns), -1) for grid in (self.scales, self.zeros))
         else:
             scales, zeros = self.scales[groups], self.zeros[groups]
         rounded, errors, self.codes[columns] = self._in_turn(values, lines, scales, zeros, held, share)
