@@ -12,10 +12,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quant.kernels import reference
+from quant.kernels import launch, reference
 from quant.kernels.layouts import Packed
+from quant.kernels.order import Arranged
 
 VARIABLE = "BITWRIGHT_KERNEL"
+
+Weight = Packed | Arranged
+"""A packed weight in the order of the checkpoint, or in that of the GPU kernels."""
 
 
 class KernelError(RuntimeError):
@@ -27,27 +31,41 @@ class Kernel:
     """One row: `refuses(x, packed)` is None where it accepts, else the reason; `run(x, packed, bias)` multiplies."""
 
     name: str
-    refuses: Callable[[Tensor, Packed], str | None]
-    run: Callable[[Tensor, Packed, Tensor | None], Tensor]
+    refuses: Callable[[Tensor, Weight], str | None]
+    run: Callable[[Tensor, Weight, Tensor | None], Tensor]
 
 
-def _torch_refuses(x: Tensor, packed: Packed) -> str | None:
+def _torch_refuses(x: Tensor, packed: Weight) -> str | None:
     if x.device != packed.device:
         return f"x is on {x.device}, the weight on {packed.device}"
     return None if x.is_floating_point() else f"x is {x.dtype}, not floating-point"
 
 
-KERNELS: tuple[Kernel, ...] = (Kernel("torch", _torch_refuses, reference.matmul),)
+def _triton_refuses(x: Tensor, packed: Weight) -> str | None:
+    if not isinstance(packed, Arranged):
+        return 'the weight is not in kernel order; quant.load(device="cuda") and model.to("cuda") put it there'
+    return launch.refuses(x, packed)
 
 
-def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+def _triton(x: Tensor, packed: Weight, bias: Tensor | None) -> Tensor:
+    assert isinstance(packed, Arranged)
+    return launch.matmul(x, packed, bias)
+
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("triton", _triton_refuses, _triton),
+    Kernel("torch", _torch_refuses, reference.matmul),
+)
+
+
+def matmul(x: Tensor, packed: Weight, bias: Tensor | None = None) -> Tensor:
     """`x` `[..., in]` times the packed weight `[out, in]` transposed, plus `bias`. Raises `KernelError` if no row
     accepts.
     """
     return select(x, packed).run(x, packed, bias)
 
 
-def select(x: Tensor, packed: Packed) -> Kernel:
+def select(x: Tensor, packed: Weight) -> Kernel:
     """The row that will run."""
     for kernel in _candidates():
         if kernel.refuses(x, packed) is None:
@@ -55,7 +73,7 @@ def select(x: Tensor, packed: Packed) -> Kernel:
     raise KernelError(f"no kernel takes these arguments:\n{explain(x, packed)}")
 
 
-def explain(x: Tensor, packed: Packed) -> str:
+def explain(x: Tensor, packed: Weight) -> str:
     """One line per row of the table: which one runs, which also accept, and why the others refuse."""
     forced, lines, chosen = os.environ.get(VARIABLE), list[str](), False
     for kernel in KERNELS:

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quant.kernels.layouts import Packed, rows_at_once
+from quant.kernels.order import Arranged
 
 MAX_BYTES = 32 << 20
 
 
-def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None, max_bytes: int = MAX_BYTES) -> Tensor:
+def matmul(x: Tensor, packed: Packed | Arranged, bias: Tensor | None = None, max_bytes: int = MAX_BYTES) -> Tensor:
     """`x` `[..., in]` times the packed weight `[out, in]` transposed, plus `bias` `[out]`: `[..., out]` in `x`'s dtype.
 
     The weight is dequantized in `x`'s dtype, at most about `max_bytes` at a time (but never less than a row).
@@ -32,7 +33,7 @@ def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None, max_bytes: int
     return out if bias is None else out + bias.to(out.dtype)
 
 
-def row_chunks(packed: Packed, dtype: torch.dtype, max_bytes: int) -> Iterator[tuple[int, int]]:
+def row_chunks(packed: Packed | Arranged, dtype: torch.dtype, max_bytes: int) -> Iterator[tuple[int, int]]:
     """Row ranges whose dequantization stays below `max_bytes`, the float32 values and the codes on the way included."""
     per_row = packed.shape[1] * (5 + (0 if dtype == torch.float32 else dtype.itemsize))
     step = max(1, min(max_bytes // max(1, per_row), rows_at_once(packed.device, packed.shape[1])))
@@ -40,7 +41,7 @@ def row_chunks(packed: Packed, dtype: torch.dtype, max_bytes: int) -> Iterator[t
         yield start, min(start + step, packed.shape[0])
 
 
-def _forward(x: Tensor, packed: Packed, max_bytes: int) -> Tensor:
+def _forward(x: Tensor, packed: Packed | Arranged, max_bytes: int) -> Tensor:
     chunks = list(row_chunks(packed, x.dtype, max_bytes))
     if len(chunks) == 1:
         return linear(x, packed.dequantize(x.dtype))
@@ -52,7 +53,7 @@ def _forward(x: Tensor, packed: Packed, max_bytes: int) -> Tensor:
 
 class _Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed, max_bytes: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Packed | Arranged, max_bytes: int) -> Tensor:
         ctx.packed, ctx.max_bytes = packed, max_bytes
         return _forward(x, packed, max_bytes)
 

@@ -1,7 +1,8 @@
 """The modules that run packed weights, and the names their tensors are stored under.
 
 `PackedLinear` stands where a Linear or Conv1D stood and keeps the packed tensors as buffers; its forward is one call
-into `kernels.dispatch`. Expert stacks keep their module and its code: `pack_experts` gives the module a subclass whose
+into `kernels.dispatch`. On a GPU the buffers are in kernel order, elsewhere in the checkpoint's; its state dict always
+holds the checkpoint's. Expert stacks keep their module and its code: `pack_experts` gives the module a subclass whose
 forward sees, in place of each 3-D parameter, a view that dequantizes the one expert asked for, so any architecture's
 routing runs unchanged and only the experts that are hit are ever expanded.
 
@@ -20,9 +21,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from quant.kernels.available import runs_triton
 from quant.kernels.dispatch import matmul
-from quant.kernels.layouts import LAYOUTS, Packed
-from quant.kernels.spec import DTYPES, Spec
+from quant.kernels.layouts import LAYOUTS, Packed, PackedUniform
+from quant.kernels.order import Arranged, arrange, plain
+from quant.kernels.spec import DTYPES, Spec, Uniform
 from quant.models.walk import Site
 
 
@@ -49,13 +52,39 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     @property
+    def operand(self) -> Packed | Arranged:
+        """The weight as it is held."""
+        shape = (self.out_features, self.in_features)
+        tensors = {name: self.get_buffer(name) for name in self.spec.tensors(shape)}
+        if tensors["weight"].dtype == torch.int32 and isinstance(self.spec, Uniform):
+            return Arranged(self.spec, shape, tensors["weight"], tensors["scales"], tensors.get("zeros"))
+        return LAYOUTS[self.spec.layout].from_tensors(self.spec, shape, tensors)
+
+    @property
     def packed(self) -> Packed:
-        names = self.spec.tensors((self.out_features, self.in_features))
-        tensors = {name: self.get_buffer(name) for name in names}
-        return LAYOUTS[self.spec.layout].from_tensors(self.spec, (self.out_features, self.in_features), tensors)
+        """The weight in the checkpoint's order."""
+        held = self.operand
+        return plain(held) if isinstance(held, Arranged) else held
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return matmul(x, self.packed, self.bias)
+        return matmul(x, self.operand, self.bias)
+
+    def settle(self) -> None:
+        """Puts the weight into the order that its device wants."""
+        held = self.operand if self.get_buffer("weight").device.type != "meta" else None
+        if isinstance(held, PackedUniform) and runs_triton(held.weight):
+            self._hold(arrange(held))
+        elif isinstance(held, Arranged) and not runs_triton(held.weight):
+            self._hold(plain(held))
+
+    def _hold(self, weight: PackedUniform | Arranged) -> None:
+        for name in self.spec.tensors(weight.shape):
+            self._buffers[name] = getattr(weight, name)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if isinstance(self.operand, Arranged):
+            destination |= {prefix + name: tensor for name, tensor in self.packed.tensors().items()}
 
     def unpack(self, dtype: torch.dtype) -> nn.Module:
         """The float module it stands for: a Linear, or a Conv1D where the original was one."""
@@ -75,6 +104,7 @@ class PackedLinear(nn.Module):
         kept = keep_dtypes(self, list(self._buffers), fn)
         super()._apply(fn, recurse)
         self._buffers.update(kept)
+        self.settle()
         return self
 
     def extra_repr(self) -> str:

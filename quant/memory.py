@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LARGE = 5 * 1024 * 1024 // 4  # above the solvers' buffers of 1 MB, which are asked for often
+LARGE = 512 * 1024  # with 4 MB the peak of 64 blocks was 17 % above that of 4, with 1.25 MB 11 %, with this 3 %
 _M_MMAP_THRESHOLD = -3
 
 

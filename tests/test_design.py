@@ -17,7 +17,8 @@ import quant
 
 ROOT = Path(__file__).parent.parent
 MAPPED = ("kernels", "eval", "recipes")
-LIMIT = 6500  # lines of code of the whole package; docstrings, comments and blank lines come on top
+LIMIT = {"quant": 4900, "kernels": 1800, "eval": 1350, "recipes": 50}
+"""Lines of code; docstrings, comments and blank lines come on top."""
 
 
 def sources(folder: str) -> list[Path]:
@@ -101,13 +102,14 @@ def test_sizes(capsys: pytest.CaptureFixture[str]) -> None:
         total += code
         longest = max(lines, key=lines.__getitem__)
         table.append(
-            f"{folder:8} {sum(lines.values()):6} lines, {code:5} of code, longest {longest.name} ({lines[longest]})"
+            f"{folder:8} {sum(lines.values()):6} lines, {code:5} of code (at most {LIMIT[folder]}), "
+            f"longest {longest.name} ({lines[longest]})"
         )
+        long += [f"{folder}: {code} lines of code"] if code > LIMIT[folder] else []
         long += [f"{path.name}: {count} lines" for path, count in lines.items() if count > 300]
     with capsys.disabled():
-        print("\n" + "\n".join([*table, f"total    {total:6} lines of code, at most {LIMIT}"]))
+        print("\n" + "\n".join([*table, f"total    {total:6} lines of code"]))
     assert long == []
-    assert total < LIMIT
 
 
 def code_lines(path: Path) -> int:

@@ -162,8 +162,12 @@ def test_a_product_that_does_not_fit_is_refused() -> None:
 def test_dispatch_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, x = some_packed(Uniform(), (3, 20)), torch.randn(4, 20)
     never = dispatch.Kernel("never", lambda _x, _packed: "it is a test", lambda *_: torch.empty(0))
-    monkeypatch.setattr(dispatch, "KERNELS", (never, *dispatch.KERNELS, replace(dispatch.KERNELS[0], name="spare")))
-    assert explain(x, packed) == "never: refuses, it is a test\ntorch: runs\nspare: also accepts"
+    triton, last = dispatch.KERNELS
+    monkeypatch.setattr(dispatch, "KERNELS", (never, triton, last, replace(last, name="spare")))
+    lines = explain(x, packed).splitlines()
+    assert lines[::2] == ["never: refuses, it is a test", "torch: runs"]
+    assert lines[1].startswith("triton: refuses, the weight is not in kernel order")
+    assert lines[3] == "spare: also accepts"
     assert torch.equal(dispatch.matmul(x, packed), reference.matmul(x, packed))
     assert "x is on cpu, the weight on meta" in explain(x, packed.to("meta"))
 
@@ -173,6 +177,6 @@ def test_dispatch_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITWRIGHT_KERNEL", "never")
     with pytest.raises(KernelError, match="never: refuses, it is a test"):
         dispatch.matmul(x, packed)
-    monkeypatch.setenv("BITWRIGHT_KERNEL", "triton")
-    with pytest.raises(KernelError, match="BITWRIGHT_KERNEL='triton' names no kernel; there are: never, torch, spare"):
+    monkeypatch.setenv("BITWRIGHT_KERNEL", "cuda")
+    with pytest.raises(KernelError, match="BITWRIGHT_KERNEL='cuda' names no kernel; there are: never, triton, torch, "):
         dispatch.matmul(x, packed)

@@ -174,7 +174,7 @@ def test_activations_on_disk_give_the_same_bytes(
     real = activations.save_file
     monkeypatch.setattr(activations, "save_file", lambda tensors, path: (spilled.append(1), real(tensors, path)))
     quant.quantize(str(llama), tmp_path / "out", tiny.recipe(words), settings=Settings(spill_bytes=0))
-    # the first block's outputs on two batches and the probe, of the last the probe's alone; and both blocks' attention's
+    # the first block's outputs on two batches and the probe, of the last the probe's; and both blocks' attention's
     assert len(spilled) == (3 + 1) + (3 + 3)
     assert tiny.contents(tmp_path / "out") == tiny.contents(packed_llama)
 

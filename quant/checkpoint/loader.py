@@ -62,6 +62,9 @@ class BitwrightQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         check_values(model)
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.settle()
         # save_pretrained undoes the renaming and merging of loading; packed stacks cannot be split into files of old
         model._weight_conversions = []
         return model

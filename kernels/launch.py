@@ -1,0 +1,212 @@
+"""Running the uniform kernels: which blocks, what scratch memory, and the operators that torch.compile sees.
+
+`matmul` multiplies by a weight in kernel order. Up to `UNPACK_FROM` tokens one kernel reads every weight byte once per
+BM tokens; from there on the weight is unpacked, in slices of bounded size, and multiplied by torch (cuBLAS). Both are
+one torch operator each, with a shape rule for `torch.compile` and no Python in between, so CUDA graphs may record them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.kernels.available import runs_triton
+from quant.kernels.layouts import symmetric_zero
+from quant.kernels.order import CHUNK, TILE, Arranged, tiles
+
+UNPACK_FROM = 256
+"""Tokens from which unpacking pays. A guess from the arithmetic (`README.md`) until a GPU has measured it."""
+
+KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes of one launch; `splits`: programs that share K."""
+
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+    splits: int
+
+
+def choose(tokens: int, rows: int, columns: int, processors: int, bits: int = 4, kind: str = "fp16") -> Config:
+    """The configuration without a tuned one: as many rows per warp as its registers hold while tokens are few, and K
+    split until every multiprocessor has about 8 warps."""
+    bm = max(16 if kind == "int8" else 8, next((size for size in (8, 16, 32) if tokens <= size), 64))
+    wide = 64 if kind != "int8" and bits <= 2 else 32
+    bn, warps = {8: (wide, 1), 16: (16 if kind == "int8" else 32, 1), 32: (32, 2), 64: (64, 4 if bits <= 4 else 8)}[bm]
+    programs = -(-rows // bn) * -(-tokens // bm)
+    count = tiles(columns)
+    splits = max(1, min(count, 16, processors * 8 // (programs * warps)))
+    each = -(-count // splits)
+    return Config(bm, bn, warps, 1, -(-count // each))
+
+
+def refuses(x: Tensor, arranged: Arranged) -> str | None:
+    """Why the kernels do not take these arguments; None where they do."""
+    if not runs_triton(x):
+        return f"x is on {x.device}: Triton kernels run on CUDA devices, and Triton has to be installed"
+    if x.device != arranged.device:
+        return f"x is on {x.device}, the weight on {arranged.device}"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"x is {x.dtype}; the kernels multiply float16 and bfloat16"
+    if x.requires_grad:
+        return "x requires a gradient, which the kernels do not compute"
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(x.device)} is older than compute capability 8.0"
+    width = arranged.spec.group_width(arranged.shape[1])
+    if width % 8 and width != arranged.shape[1]:
+        return f"groups of {width}: the kernels take multiples of 8"
+    return None
+
+
+def matmul(x: Tensor, arranged: Arranged, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """`x` `[..., K]` float16 or bfloat16 times the weight `[N, K]` transposed, plus `bias` `[N]` and `residual`
+    `[..., N]`: `[..., N]` in `x`'s dtype, accumulated in float32."""
+    flat = x.reshape(-1, x.shape[-1])
+    spec, (rows, columns) = arranged.spec, arranged.shape
+    if len(flat) >= UNPACK_FROM and x.device.type == "cuda":
+        out = flat.new_empty((len(flat), rows))
+        step = max(64, (1 << 26) // columns)
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            torch.mm(flat, arranged.dequantize(x.dtype, start, stop).T, out=out[:, start:stop])
+        out = out if bias is None else out.add_(bias.to(out.dtype))
+        out = out if residual is None else out.add_(residual.reshape(out.shape))
+    else:
+        out = torch.ops.bitwright.uniform_matmul(
+            flat, None, arranged.weight, arranged.scales, arranged.zeros, bias,
+            None if residual is None else residual.reshape(len(flat), rows),
+            rows, columns, spec.bits, spec.group_width(columns), x.dtype,
+        )  # fmt: skip
+    return out.view(*x.shape[:-1], rows)
+
+
+def matmul_int8(x: Tensor, arranged: Arranged, bias: Tensor | None = None) -> Tensor:
+    """As `matmul` with activations rounded to 8 bits: each token's by its own scale `max |x| / 127`, products summed in
+    int32 within a group. The weight's groups hold multiples of 32 columns, or all of them."""
+    flat = x.reshape(-1, x.shape[-1])
+    spec, (rows, columns) = arranged.spec, arranged.shape
+    width = spec.group_width(columns)
+    if width % CHUNK and width != columns:
+        raise ValueError(f"groups of {width}: the int8 kernel takes multiples of {CHUNK}")
+    scale = (flat.float().abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    codes = (flat.float() / scale[:, None]).round_().to(torch.int8)
+    out = torch.ops.bitwright.uniform_matmul(
+        codes, scale, arranged.weight, arranged.scales, arranged.zeros, bias, None, rows, columns, spec.bits, width,
+        x.dtype,
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], rows)
+
+
+@torch.library.custom_op("bitwright::uniform_matmul", mutates_args=())
+def uniform_matmul(
+    x: Tensor, x_scale: Tensor | None, weight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None, rows: int, columns: int, bits: int, width: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`x` `[M, columns]` times a weight in kernel order: `[M, rows]` of `dtype`. `width`: columns of a group."""
+    out = torch.empty((len(x), rows), dtype=dtype, device=x.device)
+    if len(x):
+        launch(x, x_scale, weight, scales, zeros, bias, residual, out, columns, bits, width, None)
+    return out
+
+
+@uniform_matmul.register_fake
+def _(x: Tensor, *rest: Any) -> Tensor:
+    rows, dtype = rest[6], rest[10]
+    return x.new_empty((x.shape[0], rows), dtype=dtype)
+
+
+def launch(
+    x: Tensor, x_scale: Tensor | None, weight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None, out: Tensor, columns: int, bits: int, width: int, config: Config | None,
+) -> None:  # fmt: skip
+    """Fills `out` `[M, N]`. `config`: None for the default one."""
+    from quant.kernels.uniform import matmul_kernel
+
+    tokens, rows = out.shape
+    x = x if x.stride(1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
+    cuda = x.device.type == "cuda"
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if cuda else 4
+    config = config or choose(tokens, rows, columns, processors, bits, KINDS[x.dtype])
+    count = tiles(columns)
+    grid = (-(-rows // config.bn), config.splits, -(-tokens // config.bm))
+    partial, counters = out, out
+    if config.splits > 1:
+        partial = torch.empty((config.splits, tokens, rows), dtype=torch.float32, device=x.device)
+        counters = _zeros(grid[0] * grid[2], x.device)
+    matmul_kernel[grid](
+        x, x if x_scale is None else x_scale, weight, scales, scales if zeros is None else zeros,
+        out if bias is None else bias, out if residual is None else residual.contiguous(), out, partial, counters,
+        tokens, rows, columns, x.stride(0), count, -(-count // config.splits),
+        **constants(bits, width, columns, zeros is not None, KINDS[x.dtype]),
+        BM=config.bm, BN=config.bn, SPLITS=config.splits, EVEN=columns % TILE == 0, BIAS=bias is not None,
+        RESIDUAL=residual is not None, WIDEN=not cuda and x.dtype == torch.bfloat16,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def constants(bits: int, width: int, columns: int, asymmetric: bool, kind: str) -> dict[str, Any]:
+    """What the kernel is compiled for beside its blocks."""
+    whole = width >= columns
+    flush = TILE if whole else next((size for size in (256, 128, 64, 32) if width % size == 0), 0)
+    return {
+        "BITS": bits,
+        "GROUP": 0 if whole else width,
+        "FLUSH": flush,
+        "ZERO": -1.0 if asymmetric else symmetric_zero(bits),
+        "KIND": kind,
+    }
+
+
+def dequantize(arranged: Arranged, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop` as a plain matrix, the values of `PackedUniform.dequantize` bit for bit."""
+    spec = arranged.spec
+    return torch.ops.bitwright.uniform_dequantize(
+        arranged.weight, arranged.scales, arranged.zeros, *arranged.shape, spec.bits,
+        spec.group_width(arranged.shape[1]), dtype, start, stop,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("bitwright::uniform_dequantize", mutates_args=())
+def uniform_dequantize(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, rows: int, columns: int, bits: int, width: int,
+    dtype: torch.dtype, start: int, stop: int,
+) -> Tensor:  # fmt: skip
+    """See `dequantize`."""
+    from quant.kernels.codes import dequantize_kernel
+
+    out = torch.empty((stop - start, columns), dtype=dtype, device=weight.device)
+    chosen = constants(bits, width, columns, zeros is not None, "fp16")
+    dequantize_kernel[(-(-(stop - start) // 32), tiles(columns))](
+        weight, scales, scales if zeros is None else zeros, out, start, stop, rows, columns,
+        BITS=bits, GROUP=chosen["GROUP"], ZERO=chosen["ZERO"], BN=32, num_warps=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+@uniform_dequantize.register_fake
+def _(weight: Tensor, *rest: Any) -> Tensor:
+    columns, dtype, start, stop = rest[3], rest[6], rest[7], rest[8]
+    return weight.new_empty((stop - start, columns), dtype=dtype)
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _zeros(count: int, device: torch.device) -> Tensor:
+    """Counters at zero; every launch leaves them so. Each stream has its own, since launches on one never overlap;
+    while a CUDA graph is recorded each launch gets new ones, zeroed in the graph: graphs may run side by side."""
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _counters or len(_counters[key]) < count:
+        _counters[key] = torch.zeros(max(count, 1 << 14), dtype=torch.int32, device=device)
+    return _counters[key]
