@@ -23,6 +23,7 @@ from quant.calibration.replay import Replay
 from quant.checkpoint.shards import sizes
 from quant.checkpoint.writer import arrangement, promised_pieces, quantized_sites
 from quant.memory import peak_bytes
+from quant.models.skeleton import Skeleton
 from quant.models.stream import outside_blocks
 from quant.prepare import Prepared
 from quant.threads import threads
@@ -70,8 +71,10 @@ def estimate(prepared: Prepared) -> Estimate:
     packed = sum(spec.nbytes(site.shape) for site, spec in sites.values())
     files = sizes(arrangement(prepared, promised_pieces(prepared)))
     cuda = prepared.settings.device.startswith("cuda")
+    dtype = getattr(torch, prepared.settings.dtype)
     with threads(prepared.threads):
         seen = _rehearse(prepared)
+        opening = _timed(lambda: Skeleton(prepared.source, dtype=dtype, device=prepared.settings.device))
     batches = len(prepared.samples.batches) if prepared.recipe.calibration is not None else 0
     paths = 2 if prepared.recipe.match == "float" and batches else 1
     activations = seen.stored * (batches + 1) * paths
@@ -80,7 +83,7 @@ def estimate(prepared: Prepared) -> Estimate:
     per_block = seen.load + seen.solve + (seen.collect + seen.advance * paths) * batches
     peak_gpu = torch.cuda.max_memory_allocated() + held if cuda else 0
     peak_rss = peak_bytes() + (0 if cuda else held)
-    verification = (seen.load + seen.advance) * share
+    verification = opening + (seen.load + seen.advance) * share
     return Estimate(
         sites=len(sites),
         weights=weights,
