@@ -1,0 +1,211 @@
+"""Everything that wants a GPU, in one command that leaves its results as it goes and fits in nine minutes:
+
+    python benchmarks/gpu.py [--quick] [--commit NAME]
+
+1. `quant.kernels.benchmark --quick`: the products of real models against bfloat16 and the roofline.
+2. Decoding: a model shaped like Llama-3-8B with random weights, batch 1, a cache of 1024 tokens, one CUDA graph per
+   token; bfloat16, 4 bits and 2 bits in groups of 128. Embedding and head stay in bfloat16. With plain torch between
+   the products, and with `torch.compile(fullgraph=True)` of a block.
+3. GPTQ: `quant.quantize` of models of one and of three blocks (4096 wide, 14336 inside, 226 million weights per block
+   where Llama-3-8B has 218) at 4 bits, group 128; the difference is two blocks, free of all that is done once.
+
+`--quick` leaves out the second half of 2. Without a GPU it ends with a sentence and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import record
+import synthetic
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+
+import quant
+from quant.kernels import benchmark, measure
+from quant.kernels.order import Arranged
+
+GROUP = 128
+Weight = Tensor | tuple[Tensor, Tensor, Tensor, int, int]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of Llama-3-8B."""
+
+    hidden: int = 4096
+    inner: int = 14336
+    heads: int = 32
+    key_heads: int = 8
+    width: int = 128
+    blocks: int = 32
+    vocabulary: int = 128256
+    context: int = 1024
+
+
+def times(x: Tensor, weight: Weight) -> Tensor:
+    if isinstance(weight, Tensor):
+        return linear(x, weight)
+    words, scales, zeros, columns, bits = weight
+    return torch.ops.bitwright.uniform_matmul(
+        x, None, words, scales, zeros, None, None, scales.shape[1], columns, bits, min(GROUP, columns), x.dtype
+    )
+
+
+def block(
+    x: Tensor, weights: list[Weight], keys: Tensor, values: Tensor, position: Tensor, angles: Tensor, mask: Tensor
+) -> Tensor:
+    """One decoder block for one token: `x` `[1, hidden]`; caches `[1, key heads, context, width]`, written in place."""
+    q, k, v, o, gate, up, down = weights
+    heads, _, width = keys.shape[1:]
+    normed = rms_norm(x, x.shape[1:])
+    turned = torch.cat((times(normed, q), times(normed, k)), 1).view(-1, 2, width // 2)
+    a, b = turned.unbind(1)
+    turned = torch.cat((a * angles[0] - b * angles[1], b * angles[0] + a * angles[1]), 1)
+    keys.index_copy_(2, position, turned[-heads:].view(1, heads, 1, width))
+    values.index_copy_(2, position, times(normed, v).view(1, heads, 1, width))
+    query = turned[:-heads].view(1, heads, -1, width)  # the heads that share a key are its queries
+    mixed = scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    x = x + times(mixed.reshape(1, -1), o)
+    normed = rms_norm(x, x.shape[1:])
+    return x + times(silu(times(normed, gate)) * times(normed, up), down)
+
+
+class Decoder:
+    """Random weights; each `step` feeds the likeliest token back."""
+
+    def __init__(self, sizes: Sizes, bits: int | None, make: Callable[[int, int, int | None], Weight], device: str):
+        self.sizes, h, i, w = sizes, sizes.hidden, sizes.inner, sizes.width
+        key = sizes.key_heads * w
+        shapes = [(sizes.heads * w, h), (key, h), (key, h), (h, sizes.heads * w), (i, h), (i, h), (h, i)]
+        half = {"device": device, "dtype": torch.bfloat16}
+        self.blocks = [[make(*shape, bits) for shape in shapes] for _ in range(sizes.blocks)]
+        cache = (1, sizes.key_heads, sizes.context, w)
+        self.caches = [(torch.zeros(cache, **half), torch.zeros(cache, **half)) for _ in range(sizes.blocks)]
+        self.embedding = torch.randn((sizes.vocabulary, h), **half)
+        self.head = torch.randn((sizes.vocabulary, h), **half) * h**-0.5
+        self.token, self.position = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
+        self.places = torch.arange(sizes.context, device=device)
+        self.speeds = 500000.0 ** (-torch.arange(0, w, 2, device=device) / w)
+        self.block: Callable[..., Tensor] = block
+
+    def step(self) -> None:
+        x = self.embedding[self.token]
+        turn = self.position * self.speeds
+        angles = torch.stack((turn.cos(), turn.sin())).to(x.dtype)
+        group = self.sizes.heads // self.sizes.key_heads
+        mask = (self.places <= self.position).expand(1, 1, group, -1)
+        for weights, (keys, values) in zip(self.blocks, self.caches, strict=True):
+            x = self.block(x, weights, keys, values, self.position, angles, mask)
+        self.token.copy_(linear(rms_norm(x, x.shape[1:]), self.head).argmax(1))
+        self.position.add_(1)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the linear layers and the head: what one token reads."""
+        parts = [part for row in self.blocks for w in row for part in ((w,) if isinstance(w, Tensor) else w[:3])]
+        return sum(part.numel() * part.itemsize for part in (*parts, self.head))
+
+
+def made(rows: int, columns: int, bits: int | None) -> Weight:
+    """Random, of about unit gain, on the GPU."""
+    if bits is None:
+        return torch.randn((rows, columns), device="cuda", dtype=torch.bfloat16) * columns**-0.5
+    found: Arranged = measure.weights(rows, columns, quant.Uniform(bits=bits, group_size=GROUP), 1)[0]
+    assert found.zeros is not None
+    return found.weight, found.scales * (columns**-0.5 / 2**bits), found.zeros, columns, bits
+
+
+@torch.no_grad()
+def decoding(bits: int | None, compiled: bool, tokens: int = 256) -> dict[str, Any]:
+    """Tokens per second of one variant."""
+    decoder = Decoder(Sizes(), bits, made, "cuda")
+    if compiled:
+        decoder.block = torch.compile(block, fullgraph=True, dynamic=False)
+    for _ in range(2):
+        decoder.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decoder.step()
+    for _ in range(16):
+        graph.replay()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(tokens):
+        graph.replay()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / tokens
+    return {
+        "weights": f"{bits} bits" if bits else "bfloat16",
+        "between": "torch.compile" if compiled else "torch",
+        "GB read": decoder.nbytes / 1e9,
+        "tokens/s": 1 / seconds,
+        "GB/s": decoder.nbytes / 1e9 / seconds,
+    }
+
+
+def quantizing(blocks: int) -> dict[str, Any]:
+    """Seconds of `quant.quantize` of a random model, checkpoint and verification included."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = synthetic.write(Path(folder) / "model", record.DEMO, blocks, 4096, 14336)
+        settings = quant.Settings(device="cuda", dtype="bfloat16")
+        began = time.perf_counter()
+        quant.quantize(str(model), Path(folder) / "out", quant.load_recipe("gptq"), settings=settings)
+        torch.cuda.synchronize()
+        return {"blocks": blocks, "seconds": time.perf_counter() - began}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = record.parser(__doc__)
+    options.add_argument("--quick", action="store_true")
+    options.add_argument("--commit", help="name of the commit, where there is no git")
+    options.add_argument("--seconds", type=float, default=210, help="for the kernels")
+    args = options.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("No CUDA device was found, so there is nothing to measure.")
+        return 2
+    named = ["--commit", args.commit] if args.commit else []
+    code = benchmark.main(["--quick", "--seconds", str(args.seconds), "--results", str(args.results), *named])
+    decoded, solved = list[dict[str, Any]](), list[dict[str, Any]]()
+    notes = [f"{torch.cuda.get_device_name()}; commit {measure.facts(args.commit)['commit']}"]
+
+    def save() -> None:
+        base = {row["between"]: row["tokens/s"] for row in decoded if row["weights"] == "bfloat16"}
+        for row in decoded:
+            row["times bfloat16"] = row["tokens/s"] / base[row["between"]] if row["between"] in base else None
+        parts = [
+            ("Decoding", decoded, ["weights", "between", "GB read", "tokens/s", "times bfloat16", "GB/s"]),
+            ("GPTQ", solved, ["blocks", "seconds"]),
+        ]
+        record.save(args.results, "gpu", "On a GPU", parts, notes, gpu=torch.cuda.get_device_name())
+
+    def keep(rows: list[dict[str, Any]], work: Callable[[], dict[str, Any]]) -> None:
+        try:
+            rows.append(work())
+        except Exception as error:  # what else was measured, and is still to come, counts
+            notes.append(f"failed: {type(error).__name__}: {str(error)[:300]}")
+        torch.cuda.empty_cache()
+        save()
+
+    for bits in (None, 4, 2):
+        keep(decoded, lambda bits=bits: decoding(bits, False))
+    for blocks in (1, 1, 3):  # the first also compiles
+        keep(solved, lambda blocks=blocks: quantizing(blocks))
+    if len(solved) == 3:
+        each = (solved[2]["seconds"] - solved[1]["seconds"]) / 2
+        notes.append(f"GPTQ: a block takes {each:.2f} s; 32 such blocks would take {32 * each:.0f} s (not measured).")
+        save()
+    for bits in () if args.quick else (None, 4, 2):
+        keep(decoded, lambda bits=bits: decoding(bits, True))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""What `benchmark` and `tune` share: shapes of real models, random weights, the correctness gate and the clock.
+
+The gate compares with float64 on the very case that will be timed; what it does not pass is not timed. The clock runs a
+CUDA graph (no Python between launches, as in decoding) whose calls go through copies of the weight that together exceed
+the L2 cache 2.5 times, so that every call reads its weight from memory; activations may stay in L2, where the
+layer before leaves them in a model. Triton compiles a second or two per kernel, so the gate runs in several processes,
+which leave what they compiled in Triton's cache on disk.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from multiprocessing import get_context
+from os import cpu_count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.kernels import launch
+from quant.kernels.launch import Config
+from quant.kernels.layouts import PackedUniform
+from quant.kernels.order import Arranged, arrange, tiles
+from quant.kernels.spec import DTYPES, Uniform
+
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+PART = 1024  # rows; a check looks at the first and the last so many, to spare memory
+
+SHAPES: dict[str, list[tuple[str, int, int]]] = {
+    "Llama-3-70B": [("q, o", 8192, 8192), ("k, v", 1024, 8192), ("gate, up", 28672, 8192), ("down", 8192, 28672)],
+    "Llama-3-8B": [("q, o", 4096, 4096), ("k, v", 1024, 4096), ("gate, up", 14336, 4096), ("down", 4096, 14336)],
+    "Qwen3-30B-A3B expert": [("gate_up", 1536, 2048), ("down", 2048, 768)],
+    "FLUX.1": [("q, k, v, o", 3072, 3072), ("mlp up", 12288, 3072), ("mlp down", 3072, 12288), ("out", 3072, 15360)],
+    "DiT-XL/2": [("qkv", 3456, 1152), ("o", 1152, 1152), ("mlp up", 4608, 1152), ("mlp down", 1152, 4608)],
+}
+"""Model -> `(name, N, K)` of its linear layers, as transformers and diffusers store them; the most important first."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A product to check or to time. `kind`: "fp16" or "bf16"; `config`: None for what `launch` chooses."""
+
+    tokens: int
+    rows: int
+    columns: int
+    spec: Uniform
+    kind: str = "bf16"
+    config: Config | None = None
+
+
+def wrong(case: Case, device: str = "cuda") -> str | None:
+    """None where the kernel's result on random numbers is that of float64 within rounding, else what is wrong."""
+    torch.manual_seed(0)
+    rows, columns, spec, dtype = case.rows, case.columns, case.spec, HALVES[case.kind]
+    groups = (rows, spec.groups(columns))
+    codes = torch.randint(0, 2**spec.bits, (rows, columns), dtype=torch.uint8, device=device)
+    zeros = torch.randint(0, 2**spec.bits, groups, dtype=torch.uint8, device=device)
+    scales = (torch.randn(groups, device=device) / 2**spec.bits).to(DTYPES[spec.scale_dtype])
+    packed = PackedUniform.from_codes(spec, (rows, columns), codes, scales, None if spec.symmetric else zeros)
+    x = torch.randn((case.tokens, columns), device=device).to(dtype)
+    try:
+        found = multiply(x, arrange(packed), case.config).double()
+    except Exception as error:  # any, so that one configuration that does not compile does not end a run
+        return f"{case}: {type(error).__name__}: {str(error)[:300]}"
+    worst = 0.0
+    for start, stop in {(0, min(rows, PART)), (max(0, rows - PART), rows)}:
+        weight = packed.dequantize(torch.float64, start, stop)
+        exact = x.double() @ weight.T
+        allowed = rounding(case, x, weight, exact, scales[start:stop])
+        worst = max(worst, float(((found[:, start:stop] - exact).abs() / allowed).nan_to_num(torch.inf).max()))
+    return None if worst <= 1 else f"{case}: off by {worst:.3g} times what rounding explains"
+
+
+def rounding(case: Case, x: Tensor, weight: Tensor, exact: Tensor, scales: Tensor) -> Tensor:
+    """How far a right result may lie from `exact` `[M, n]`, for rows `weight` `[n, K]` with `scales` `[n, G]`.
+
+    Of K terms (a code, what bfloat16 carries beside it, the zero point) with float32 roundoffs that are independent,
+    and those of the weight where it is rounded itself, eight standard deviations; the worst case, all roundoffs of one
+    sign, grows with K instead of its root (Higham and Mary, SIAM J. Sci. Comput. 41, 2019) and would let anything pass.
+    """
+    bits, columns, eps = case.spec.bits, case.columns, torch.finfo(x.dtype).eps
+    largest = 2.0**bits * 2 + (2176 if bits == 8 else 128) * (case.kind == "bf16")
+    squares = x.double().square()
+    allowed = 2.0**-21 * columns**0.5 * largest * squares.sum(1, keepdim=True).sqrt() * scales.double().abs().amax(1)
+    allowed += eps * exact.abs()  # twice the rounding of the result: Triton's interpreter cuts bfloat16 off
+    if case.tokens >= launch.UNPACK_FROM or case.spec.group_width(columns) % 32:
+        allowed += 8 * eps * (squares @ weight.square().T).sqrt()
+    return allowed
+
+
+def multiply(x: Tensor, arranged: Arranged, config: Config | None) -> Tensor:
+    """`launch.matmul`, or its kernel with one configuration."""
+    if config is None:
+        return launch.matmul(x, arranged)
+    out = torch.full((len(x), arranged.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
+    run(x, arranged, config, out)
+    return out
+
+
+def run(x: Tensor, arranged: Arranged, config: Config, out: Tensor) -> None:
+    spec, columns = arranged.spec, arranged.shape[1]
+    launch.launch(
+        x, None, arranged.weight, arranged.scales, arranged.zeros, None, None, out, columns, spec.bits,
+        spec.group_width(columns), config,
+    )  # fmt: skip
+
+
+def weights(rows: int, columns: int, spec: Uniform, count: int) -> list[Arranged]:
+    """Random weights in kernel order on the GPU: any bits are codes."""
+    size = (count, tiles(columns) * 8 * spec.bits * rows)
+    words = torch.randint(-(2**31), 2**31 - 1, size, dtype=torch.int32, device="cuda")
+    groups = (count, spec.groups(columns), rows)
+    scales = torch.randn(groups, device="cuda").to(DTYPES[spec.scale_dtype])
+    zeros = torch.randint(0, 2**spec.bits, groups, dtype=torch.uint8, device="cuda")
+    parts = zip(words, scales, zeros, strict=True)
+    return [Arranged(spec, (rows, columns), w, s, None if spec.symmetric else z) for w, s, z in parts]
+
+
+def copies(nbytes: int) -> int:
+    """How many buffers of `nbytes` exceed the L2 cache 2.5 times."""
+    return max(2, -(-5 * torch.cuda.get_device_properties(0).L2_cache_size // (2 * nbytes)))
+
+
+def clock(call: Callable[[int], Any], count: int, least: float, rounds: int = 9) -> float:
+    """Seconds of one call: the median over `rounds` replays of a graph of calls `call(0)` to `call(count - 1)`, gone
+    through again until it should last a millisecond. `least`: seconds that one call takes at the least."""
+    for number in range(3):  # compiles, and lets cuBLAS choose
+        call(number % count)
+    torch.cuda.synchronize()
+    calls = count * max(1, round(1e-3 / (least * count)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for number in range(calls):
+            call(number % count)
+    graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+    for event in events[:-1]:
+        event.record()
+        graph.replay()
+    events[-1].record()
+    events[-1].synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(events)) / 1000 / calls
+
+
+def bandwidth() -> float:
+    """Bytes per second of a copy of 1 GiB, read and written ones both counted."""
+    source, target = torch.randint(0, 2**62, (2, 2**27), device="cuda")
+    return 2 * source.nbytes / clock(lambda _: target.copy_(source), 1, 1e-4)
+
+
+def rate() -> float:
+    """Flop per second of torch's bfloat16 product of random matrices of 8192 x 8192."""
+    a, b = torch.randn((2, 8192, 8192), device="cuda", dtype=torch.bfloat16)
+    return 2 * 8192**3 / clock(lambda _: a @ b, 1, 1e-3)
+
+
+@contextmanager
+def processes() -> Generator[ProcessPoolExecutor]:
+    """Processes of their own CUDA contexts, idle unless given work."""
+    with ProcessPoolExecutor(max(1, min(12, (cpu_count() or 1) - 2)), get_context("spawn")) as pool:
+        yield pool
+
+
+def facts(commit: str | None = None) -> dict[str, Any]:
+    """The GPU, versions, commit and date that a figure depends on."""
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    asked = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "L2 bytes": properties.L2_cache_size,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "commit": commit or asked.stdout.strip() or "not a git checkout",
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }

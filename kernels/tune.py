@@ -1,0 +1,189 @@
+"""The fastest block sizes for this GPU: `python -m quant.kernels.tune [--minutes 20] [--bits 4 2]`.
+
+For each shape, number of tokens and bits the candidates that should fit into registers and shared memory are compiled
+(in several processes), checked, and timed as in `measure.py`; then the best blocks once more with K split differently.
+The fastest is written to a JSON file named after GPU, torch and Triton in the user's cache folder, after each shape;
+files of the same form in `kernels/tuned/` ship with the package. Nothing is tuned unless this is run: a product without
+an entry gets `launch.choose`'s configuration at once.
+
+Entries are found by nearby sizes: rows and columns by the nearest power of two, tokens by the next of `BUCKETS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant.kernels.launch import Config
+from quant.kernels.order import tiles
+
+BUCKETS = (1, 8, 16, 32, 64, 128, 256)
+SHIPPED = Path(__file__).parent / "tuned"
+BLOCKS = tuple((bn, warps) for bn in (16, 32, 64, 128) for warps in (1, 2, 4, 8) if 16 <= bn // warps <= 64)
+REGISTERS = 240  # per thread: what `fits` counts, where it came out at a spill (sm_90, Triton 3.9, 13 configurations)
+
+
+@cache
+def tuned(device: torch.device, tokens: int, rows: int, columns: int, bits: int, kind: str) -> Config | None:
+    """The measured configuration for `x` `[tokens, columns]` of `kind` ("fp16", "bf16", "int8") times a weight `[rows,
+    columns]` of so many bits; None where this GPU has none. Compiles and measures nothing."""
+    if device.type != "cuda":
+        return None
+    found = known(file_name(torch.cuda.get_device_name(device))).get(key(tokens, rows, columns, bits, kind))
+    return found and split(found, found.splits, columns)
+
+
+def key(tokens: int, rows: int, columns: int, bits: int, kind: str) -> str:
+    """Under which an entry stands."""
+    M = next((size for size in BUCKETS if tokens <= size), BUCKETS[-1])
+    N, K = (2 ** round(math.log2(size)) for size in (rows, columns))
+    return f"{kind} W{bits} M{M} N{N} K{K}"
+
+
+def split(config: Config, splits: int, columns: int) -> Config:
+    """With K shared by about so many programs, none of them without work."""
+    count = tiles(columns)
+    return replace(config, splits=-(-count // -(-count // max(1, min(splits, count)))))
+
+
+@cache
+def known(name: str) -> dict[str, Config]:
+    """All entries of one GPU and versions; the user's own come first."""
+    entries = dict[str, Config]()
+    for folder in (SHIPPED, cache_folder()):
+        file = folder / name
+        try:
+            if file.is_file():
+                found = json.loads(file.read_text(encoding="utf-8"))["configs"]
+                entries |= {place: Config(**config) for place, config in found.items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            warnings.warn(f"{name} is not what quant.kernels.tune writes and is ignored: {error!r}", stacklevel=2)
+    return entries
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitwright" / "tuned"
+
+
+def file_name(device: str) -> str:
+    import triton
+
+    parts = (device, f"torch-{torch.__version__.split('+')[0]}", f"triton-{triton.__version__.split('+')[0]}")
+    return "_".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()) for part in parts) + ".json"
+
+
+def fits(config: Config, bits: int, shared: int) -> bool:
+    """Whether it should run without spilling: estimates of registers (a tile's words, three tensors of the output's
+    size, a chunk of operands) and of `shared` bytes (one buffer of a tile's `x` and words per stage beyond the first).
+    """
+    bm, bn, threads = config.bm, config.bn, 32 * config.warps
+    registers = (8 * bits * bn + 3 * bm * bn + 32 * bm + 16 * bn) / threads
+    buffers = (config.stages - 1) * (512 * bm + 32 * bits * bn) + 4 * bm * bn
+    return registers <= REGISTERS and buffers <= shared
+
+
+def candidates(tokens: int, rows: int, columns: int, bits: int, processors: int, shared: int) -> list[Config]:
+    """Blocks worth compiling, each with K split so that a multiprocessor has about 8 warps."""
+    bm = next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
+    made = (
+        Config(m, bn, warps, stages, 1)
+        for m in ((bm,) if bm <= 16 else (bm // 2, bm))
+        for bn, warps in BLOCKS
+        for stages in (1, 3)
+    )
+    return [spread(config, 8, tokens, rows, columns, processors) for config in made if fits(config, bits, shared)]
+
+
+def spread(config: Config, warps: int, tokens: int, rows: int, columns: int, processors: int) -> Config:
+    """With K split so that a multiprocessor has about so many warps."""
+    programs = -(-rows // config.bn) * -(-tokens // config.bm)
+    return split(config, min(32, processors * warps // (programs * config.warps)), columns)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 2 without a GPU."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--minutes", type=float, default=20, help="nothing begins later than this")
+    options.add_argument("--bits", type=int, nargs="+", default=[4, 2, 3, 8])
+    options.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 8, 32, 64, 128], help=f"of {BUCKETS}")
+    options.add_argument("--kind", choices=("bf16", "fp16"), default="bf16")
+    options.add_argument("--out", type=Path, default=cache_folder(), help="folder of the JSON file")
+    args = options.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("No CUDA device was found, so there is nothing to tune for.")
+        return 2
+    from rich.progress import Progress
+
+    from quant.kernels import measure
+
+    todo = {
+        key(tokens, rows, columns, bits, args.kind): (tokens, rows, columns, bits)
+        for layers in measure.SHAPES.values()
+        for tokens in args.tokens
+        for bits in args.bits
+        for _, rows, columns in layers
+    }
+    file = args.out / file_name(torch.cuda.get_device_name())
+    configs = json.loads(file.read_text(encoding="utf-8"))["configs"] if file.is_file() else {}
+    end = time.monotonic() + 60 * args.minutes
+    with measure.processes() as pool, Progress() as progress:
+        for name, sizes in progress.track(todo.items(), description="tuning"):
+            if time.monotonic() > end:
+                break
+            best, seconds, default = fastest(*sizes, args.kind, pool.map)
+            progress.console.print(f"{name}: {1e6 * seconds:.1f} us, {best}; by default {1e6 * default:.1f} us")
+            configs[name] = asdict(best)
+            args.out.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({**measure.facts(), "configs": configs}, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(configs)} entries in {file}")
+    return 0
+
+
+@torch.no_grad()
+def fastest(
+    tokens: int, rows: int, columns: int, bits: int, kind: str, apply: Callable[..., Iterator[Any]]
+) -> tuple[Config, float, float]:
+    """The best configuration, its seconds, and those of the default one. `apply`: a `map`, for the checks."""
+    from quant.kernels import launch, measure
+    from quant.kernels.spec import Uniform
+
+    properties = torch.cuda.get_device_properties(0)
+    spec, count = Uniform(bits=bits), properties.multi_processor_count
+    sizes = (tokens, rows, columns)
+    nbytes = rows * columns * bits // 8
+    packed = measure.weights(rows, columns, spec, measure.copies(nbytes))
+    x = torch.randn((tokens, columns), device="cuda", dtype=measure.HALVES[kind])
+    out = x.new_empty((tokens, rows))
+    times = dict[Config, float]()
+
+    def measured(some: Iterable[Config]) -> None:
+        fresh = [config for config in dict.fromkeys(some) if config not in times]
+        cases = [measure.Case(*sizes, spec, kind, config) for config in fresh]
+        for config, complaint in zip(fresh, apply(measure.wrong, cases), strict=True):
+            times[config] = math.inf
+            if not complaint:
+                call = lambda i, config=config: measure.run(x, packed[i], config, out)  # noqa: E731
+                times[config] = measure.clock(call, len(packed), nbytes / 4e12)  # how many calls, no more
+
+    default = launch.choose(*sizes, count, bits, kind)
+    measured([default, *candidates(*sizes, bits, count, properties.shared_memory_per_block_optin)])
+    best = sorted(times, key=times.__getitem__)[:2]
+    measured(spread(config, warps, *sizes, count) for config in best for warps in (2, 4, 16, 32))
+    chosen = min(times, key=times.__getitem__)
+    return chosen, times[chosen], times[default]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

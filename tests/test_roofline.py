@@ -1,0 +1,127 @@
+"""The roofline against numbers worked out by hand and bytes really held; the gate, the tuner's choice and cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from quant.kernels import benchmark, measure, tune
+from quant.kernels.launch import Config
+from quant.kernels.layouts import PackedUniform
+from quant.kernels.order import arrange
+from quant.kernels.roofline import work
+from quant.kernels.spec import Uniform
+from tests.rerun import rerun
+
+NAME = "nvidia-h200_torch-2.11.0_triton-3.6.0.json"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_bytes_are_those_in_memory(symmetric: bool) -> None:
+    for bits, group, columns in [(3, 128, 300), (4, -1, 256), (7, 32, 1000)]:
+        spec = Uniform(bits=bits, group_size=group, symmetric=symmetric)
+        grid = torch.zeros((5, spec.groups(columns)))
+        codes = torch.zeros((5, columns), dtype=torch.uint8)
+        packed = PackedUniform.from_codes(spec, (5, columns), codes, grid.half(), None if symmetric else grid.byte())
+        need = work(2, 5, columns, spec)
+        assert need.weight == arrange(packed).nbytes
+        assert (need.inputs, need.outputs, need.flops) == (4 * columns, 20, 20 * columns)
+
+
+def test_limit_and_ratios() -> None:
+    plain = work(1, 8192, 8192, None)
+    assert plain.nbytes == 2 * 8192**2 + 4 * 8192
+    assert plain.limit(4e12, 8e14) == pytest.approx(33.56e-6, rel=1e-3)  # bytes decide
+    for bits, most in [(4, 3.82), (3, 5.02), (2, 7.31)]:  # 16 / (bits + 24 / 128)
+        assert plain.weight / work(1, 8192, 8192, Uniform(bits=bits)).weight == pytest.approx(most, rel=1e-3)
+    prefill = work(4096, 8192, 8192, Uniform())
+    assert prefill.limit(4e12, 8e14) == 2 * 4096 * 8192**2 / 8e14  # operations decide
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert benchmark.main([]) == 2
+    assert tune.main([]) == 2
+    assert capsys.readouterr().out.count("No CUDA device was found") == 2
+
+
+def test_the_most_important_rows_come_first() -> None:
+    every, quick = benchmark.rows(False), benchmark.rows(True)
+    assert every[: len(quick)] == quick
+    assert len(set(every)) == len(every) == 11 * 4 * sum(map(len, measure.SHAPES.values()))
+    assert {(row[0], row[2].tokens) for row in every[:32]} == {("Llama-3-70B", 1), ("Llama-3-70B", 16)}
+
+
+def test_a_table_is_written_of_what_was_measured(tmp_path: Path) -> None:
+    row = {"model": "Llama-3-8B", "layer": "down", "N": 8, "K": 16, "M": 1, "bits": 4, "us": 12.34567, "bf16 us": None}
+    benchmark.write({"device": "none", "rows": [row], "not measured": 3}, tmp_path, None)
+    assert json.loads((tmp_path / "kernels.json").read_text())["rows"] == [row]
+    table = (tmp_path / "kernels.md").read_text()
+    assert "- not measured: 3" in table
+    assert "| Llama-3-8B | down | 8 | 16 | 1 | 4 | 12.35 |" in table
+
+
+def test_candidates_fit_and_leave_no_split_without_work() -> None:
+    for tokens in tune.BUCKETS[:-1]:
+        for columns in (300, 8192, 28672):
+            found = tune.candidates(tokens, 8192, columns, 4, 132, 227 * 1024)
+            assert 8 <= len(found) == len(set(found)) <= 64
+            assert all(tune.fits(config, 4, 227 * 1024) for config in found)
+            count = -(-columns // 256)
+            assert all((config.splits - 1) * -(-count // config.splits) < count for config in found)
+    # as the assembler said for sm_90: 255 registers and spills, 90,112 bytes of shared memory
+    assert not tune.fits(Config(8, 128, 1, 1, 8), 4, 227 * 1024)
+    assert not tune.fits(Config(128, 64, 4, 1, 1), 4, 227 * 1024)
+    assert tune.fits(Config(64, 64, 4, 3, 1), 4, 99 * 1024)
+    assert not tune.fits(Config(64, 64, 4, 3, 1), 4, 80 * 1024)
+
+
+def test_tuned_finds_nearby_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("known", "tuned"):
+        getattr(tune, name).cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tune, "file_name", lambda device: NAME)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    entry = Config(8, 64, 1, 1, 16)
+    file = tune.cache_folder() / NAME
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"configs": {tune.key(1, 8192, 8192, 4, "bf16"): asdict(entry)}}))
+    gpu = torch.device("cuda")
+    assert tune.tuned(gpu, 1, 8192, 8192, 4, "bf16") == entry
+    assert tune.tuned(gpu, 1, 10240, 6144, 4, "bf16") == Config(8, 64, 1, 1, 12)  # 24 tiles
+    assert tune.tuned(gpu, 2, 8192, 8192, 4, "bf16") is None
+    assert tune.tuned(torch.device("cpu"), 1, 8192, 8192, 4, "bf16") is None
+    file.write_text("[]")
+    for name in ("known", "tuned"):
+        getattr(tune, name).cache_clear()
+    with pytest.warns(UserWarning, match="is ignored"):
+        assert tune.tuned(gpu, 1, 8192, 8192, 4, "bf16") is None
+    for name in ("known", "tuned"):
+        getattr(tune, name).cache_clear()
+
+
+@pytest.mark.slow
+def test_under_the_interpreter() -> None:
+    rerun(__file__, "interpreted")
+
+
+def interpreted_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = measure.Case(3, 20, 300, Uniform(bits=4))
+    assert measure.wrong(case, "cpu") is None
+    right = measure.multiply
+
+    def damaged(x: torch.Tensor, arranged: object, config: Config | None) -> torch.Tensor:
+        out = right(x, arranged, config)  # pyright: ignore[reportArgumentType]
+        out[1, 7] += 0.05 * out[1, 7].abs() + 0.02 * out.abs().max()
+        return out
+
+    monkeypatch.setattr(measure, "multiply", damaged)
+    assert "times what rounding explains" in str(measure.wrong(case, "cpu"))
+    monkeypatch.setattr(measure, "multiply", lambda x, arranged, config: right(x, arranged, config) * torch.nan)
+    assert "inf times" in str(measure.wrong(case, "cpu"))
+    bad = measure.Case(3, 20, 300, Uniform(bits=4), "bf16", Config(8, 24, 1, 1, 1))
+    assert "Error" in str(measure.wrong(bad, "cpu"))  # 24 is no power of two
