@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not spin: the matrices are small
 
 import transformers
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -99,7 +100,7 @@ def cells(values: dict[str, Any]) -> list[str]:
 
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table(*COLUMNS, title="demo model, held-out text")
+    table = Table(*COLUMNS, title="demo model, held-out text", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for values in rows:
         table.add_row(*cells(values))
     console.print(table)

@@ -107,7 +107,8 @@ def quantize(
     chosen = _with_calibration(override(chosen, settings or []), values)
     chosen = replace(chosen, only=tuple(only or chosen.only), skip=tuple(skip or chosen.skip))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    place = Settings(device, _dtype(dtype, device), plan, threads=threads or 0)
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    place = Settings(device, dtype, plan, threads=threads or 0)
     console = Console(stderr=True, quiet=quiet)
     with Display(console) if not quiet else _Silent() as shown:
         prepared = prepare(model, chosen, place, shown)
@@ -146,13 +147,6 @@ def _with_calibration(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     if given and recipe.calibration is None:
         raise SettingsError(f"{given[0].split('=')[0]} has no effect: this recipe reads no text; leave it out")
     return override(recipe, given)
-
-
-def _dtype(dtype: str | None, device: str) -> str:
-    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise SettingsError(f"--dtype {dtype}: choose float32, float16 or bfloat16")
-    return dtype
 
 
 def _show_estimate(prepared: Prepared, predicted: Estimate, as_json: bool, quiet: bool) -> None:

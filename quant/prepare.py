@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from quant.calibration.samples import Batch, Samples, draw, noise
+from quant.errors import SettingsError
 from quant.machine import versions
 from quant.models.skeleton import Skeleton
-from quant.models.source import Source, find
+from quant.models.source import Source, find, first_line
 from quant.models.walk import Walk, walk
 from quant.progress import Progress
 from quant.recipe import Plan, Recipe, make_plan
@@ -35,6 +36,14 @@ class Settings:
     plan: Path | None = None
     spill_bytes: int = SPILL_BYTES
     threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "float16", "bfloat16"):
+            raise SettingsError(f"dtype {self.dtype!r}: choose float32, float16 or bfloat16")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            raise SettingsError(f"device {self.device!r}: {first_line(error)}; choose cpu or cuda:0") from None
 
 
 @dataclass(frozen=True)

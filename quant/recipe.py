@@ -26,6 +26,9 @@ from quant.solvers.nearest import Nearest
 SOLVERS: tuple[type[Any], ...] = (Feedback, Nearest)
 
 
+MOST_SAMPLES = 1_000_000
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Which text the inputs come from. `text`: a name or a file; `samples` windows of `sequence_length` tokens, cut at
@@ -42,6 +45,8 @@ class Calibration:
         for name in ("samples", "sequence_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"calibration.{name} is {getattr(self, name)}; give at least 1")
+        if self.samples > MOST_SAMPLES:
+            raise SettingsError(f"calibration.samples is {self.samples:,}; at most {MOST_SAMPLES:,} windows are cut")
 
 
 @dataclass(frozen=True)

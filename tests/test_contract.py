@@ -47,7 +47,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quant
-from quant import Settings, quantize
+from quant import Calibration, Settings, quantize
 from quant.checkpoint import shards
 from quant.checkpoint.journal import FOLDER
 from quant.errors import (
@@ -513,3 +513,12 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(ModelError, match=r"(not a folder; give the folder|no folder of this name here)"):
             quantize(odd, tmp_path / "out", quant.load_recipe("rtn"))
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_from_python_are_checked_as_those_of_the_command_line() -> None:
+    with pytest.raises(SettingsError, match="dtype 'int8': choose float32, float16 or bfloat16"):
+        Settings(dtype="int8")
+    with pytest.raises(SettingsError, match=r"device 'gpu': .*choose cpu or cuda:0"):
+        Settings(device="gpu")
+    with pytest.raises(SettingsError, match="at most 1,000,000 windows"):
+        Calibration(samples=10**9)

@@ -60,10 +60,10 @@ class Feedback:
     search: Search = SEARCH
 
     def __post_init__(self) -> None:
-        if not 0 < self.damp < math.inf or self.block < 1 or self.sweeps < 0:
+        if not 0 <= self.damp < math.inf or self.block < 1 or self.sweeps < 0:
             raise SettingsError(
                 f"damp is {self.damp}, block {self.block}, sweeps {self.sweeps}; "
-                "damp is a positive number, block at least 1, sweeps at least 0"
+                "damp is finite and at least 0, block at least 1, sweeps at least 0"
             )
 
     def solve(self, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution:
