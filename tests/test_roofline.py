@@ -76,6 +76,8 @@ def test_candidates_fit_and_leave_no_split_without_work() -> None:
     # as the assembler said for sm_90: 255 registers and spills, 90,112 bytes of shared memory
     assert not tune.fits(Config(8, 128, 1, 1, 8), 4, 227 * 1024)
     assert not tune.fits(Config(128, 64, 4, 1, 1), 4, 227 * 1024)
+    assert not tune.fits(Config(128, 128, 8, 1, 1), 4, 227 * 1024)
+    assert tune.fits(Config(8, 64, 1, 1, 8), 8, 227 * 1024)
     assert tune.fits(Config(64, 64, 4, 3, 1), 4, 99 * 1024)
     assert not tune.fits(Config(64, 64, 4, 3, 1), 4, 80 * 1024)
 
