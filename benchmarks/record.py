@@ -133,7 +133,7 @@ def command_line() -> str:
     hidden = ("--data", "--results")
     for before, argument in zip(sys.argv, sys.argv[1:], strict=False):
         name = argument.split("=")[0]
-        place = f"{name}=COMMAND" if before == "--peer" else before.removeprefix("--").upper()
+        place = f"{name}=PEER" if before == "--peer" else before.removeprefix("--").upper()
         shown.append(place if before in (*hidden, "--peer") else shlex.quote(argument))
     return "python " + " ".join(shown)
 

@@ -155,7 +155,7 @@ def dot(weight, some, total, WIDEN: tl.constexpr):
     if WIDEN:
         return tl.dot(weight.to(tl.float32), some.to(tl.float32), total)
     else:
-        return tl.dot(weight, some, total)
+        return tl.dot(weight, some, total, out_dtype=total.dtype)
 
 
 @triton.jit

@@ -127,13 +127,16 @@ def launch(
     residual: Tensor | None, out: Tensor, columns: int, bits: int, width: int, config: Config | None,
 ) -> None:  # fmt: skip
     """Fills `out` `[M, N]`. `config`: None for the default one."""
+    from quant.kernels.tune import tuned  # it needs this module
     from quant.kernels.uniform import matmul_kernel
 
     tokens, rows = out.shape
     x = x if x.stride(1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
     cuda = x.device.type == "cuda"
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if cuda else 4
-    config = config or choose(tokens, rows, columns, processors, bits, KINDS[x.dtype])
+    kind = KINDS[x.dtype]
+    config = config or tuned(x.device, tokens, rows, columns, bits, kind)
+    config = config or choose(tokens, rows, columns, processors, bits, kind)
     count = tiles(columns)
     grid = (-(-rows // config.bn), config.splits, -(-tokens // config.bm))
     partial, counters = out, out
@@ -144,7 +147,7 @@ def launch(
         x, x if x_scale is None else x_scale, weight, scales, scales if zeros is None else zeros,
         out if bias is None else bias, out if residual is None else residual.contiguous(), out, partial, counters,
         tokens, rows, columns, x.stride(0), count, -(-count // config.splits),
-        **constants(bits, width, columns, zeros is not None, KINDS[x.dtype]),
+        **constants(bits, width, columns, zeros is not None, kind),
         BM=config.bm, BN=config.bn, SPLITS=config.splits, EVEN=columns % TILE == 0, BIAS=bias is not None,
         RESIDUAL=residual is not None, WIDEN=not cuda and x.dtype == torch.bfloat16,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
