@@ -8,7 +8,6 @@ the rise is reported apart from the peak.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
 from collections.abc import Generator, Iterator
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from quant.memory import give_back, peak_bytes
 
 
 @dataclass(frozen=True)
@@ -54,22 +55,9 @@ def _cuda(device: torch.device) -> Iterator[int]:
 
 def _process() -> Iterator[int]:
     gc.collect()
+    give_back()  # freed pages would hide growth
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: give freed pages back, or they hide growth
-        if trim is not None:
-            trim(0)
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present resident set
-    yield _high_water()
-    yield _high_water()
-
-
-def _high_water() -> int:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
-    except (OSError, StopIteration):
-        import resource  # not on every platform
-
-        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return usage if sys.platform == "darwin" else usage * 1024
+    yield peak_bytes()
+    yield peak_bytes()

@@ -22,6 +22,7 @@ from transformers.utils.hub import cached_file
 
 import quant
 from quant.errors import BitwrightError, ModelError, SettingsError
+from quant.machine import check_device
 
 Kind = Literal["causal-lm", "encoder"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -100,16 +101,6 @@ def open_subject(
     folder = _folder(str(source))
     model, kind = _load(str(source), folder, device, dtype)
     return Subject(_short(str(source)), model.eval(), kind, folder)
-
-
-def check_device(device: str) -> None:
-    """Raises `SettingsError` unless torch can compute on `device`."""
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(
-            f"device {device}: torch cannot use it ({_first_line(error)}). Try --device cpu."
-        ) from error
 
 
 def packed_by_us(folder: Path) -> bool:

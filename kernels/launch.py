@@ -41,10 +41,13 @@ def choose(tokens: int, rows: int, columns: int, processors: int, bits: int = 4,
     wide = 64 if kind != "int8" and bits <= 2 else 32
     bn, warps = {8: (wide, 1), 16: (16 if kind == "int8" else 32, 1), 32: (32, 2), 64: (64, 4 if bits <= 4 else 8)}[bm]
     programs = -(-rows // bn) * -(-tokens // bm)
+    return Config(bm, bn, warps, 1, even_splits(columns, min(16, processors * 8 // (programs * warps))))
+
+
+def even_splits(columns: int, wanted: int) -> int:
+    """About so many programs that share K, none of them without a tile."""
     count = tiles(columns)
-    splits = max(1, min(count, 16, processors * 8 // (programs * warps)))
-    each = -(-count // splits)
-    return Config(bm, bn, warps, 1, -(-count // each))
+    return -(-count // -(-count // max(1, min(wanted, count))))
 
 
 def refuses(x: Tensor, arranged: Arranged) -> str | None:

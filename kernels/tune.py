@@ -26,8 +26,7 @@ from typing import Any
 
 import torch
 
-from quant.kernels.launch import Config
-from quant.kernels.order import tiles
+from quant.kernels.launch import Config, even_splits
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256)
 SHIPPED = Path(__file__).parent / "tuned"
@@ -42,7 +41,7 @@ def tuned(device: torch.device, tokens: int, rows: int, columns: int, bits: int,
     if device.type != "cuda":
         return None
     found = known(file_name(torch.cuda.get_device_name(device))).get(key(tokens, rows, columns, bits, kind))
-    return found and split(found, found.splits, columns)
+    return found and replace(found, splits=even_splits(columns, found.splits))
 
 
 def key(tokens: int, rows: int, columns: int, bits: int, kind: str) -> str:
@@ -50,12 +49,6 @@ def key(tokens: int, rows: int, columns: int, bits: int, kind: str) -> str:
     M = next((size for size in BUCKETS if tokens <= size), BUCKETS[-1])
     N, K = (2 ** round(math.log2(size)) for size in (rows, columns))
     return f"{kind} W{bits} M{M} N{N} K{K}"
-
-
-def split(config: Config, splits: int, columns: int) -> Config:
-    """With K shared by about so many programs, none of them without work."""
-    count = tiles(columns)
-    return replace(config, splits=-(-count // -(-count // max(1, min(splits, count)))))
 
 
 @cache
@@ -109,7 +102,7 @@ def candidates(tokens: int, rows: int, columns: int, bits: int, processors: int,
 def spread(config: Config, warps: int, tokens: int, rows: int, columns: int, processors: int) -> Config:
     """With K split so that a multiprocessor has about so many warps."""
     programs = -(-rows // config.bn) * -(-tokens // config.bm)
-    return split(config, min(32, processors * warps // (programs * config.warps)), columns)
+    return replace(config, splits=even_splits(columns, min(32, processors * warps // (programs * config.warps))))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What a figure depends on beside its settings: the machine, and the versions of what computed it."""
+"""What a figure depends on beside its settings: the machine and its devices, and the versions of what computed it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from quant.errors import SettingsError
+from quant.models.source import first_line
 from quant.version import VERSION
 
 
@@ -34,6 +36,16 @@ def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     libraries = {name: version(name) for name in ("transformers", "tokenizers")}
     return {"bitwright": VERSION, "torch": torch.__version__, **libraries, "python": platform.python_version()}
+
+
+def check_device(device: str) -> None:
+    """Raises `SettingsError` unless torch can compute on `device`."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise SettingsError(
+            f"device {device!r}: torch cannot use it ({first_line(error)}); choose cpu or cuda:0"
+        ) from None
 
 
 def _cpu() -> str:

@@ -14,9 +14,9 @@ import torch
 
 from quant.calibration.samples import Batch, Samples, draw, noise
 from quant.errors import SettingsError
-from quant.machine import versions
+from quant.machine import check_device, versions
 from quant.models.skeleton import Skeleton
-from quant.models.source import Source, find, first_line
+from quant.models.source import Source, find
 from quant.models.walk import Walk, walk
 from quant.progress import Progress
 from quant.recipe import Plan, Recipe, make_plan
@@ -40,10 +40,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "float16", "bfloat16"):
             raise SettingsError(f"dtype {self.dtype!r}: choose float32, float16 or bfloat16")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-            raise SettingsError(f"device {self.device!r}: {first_line(error)}; choose cpu or cuda:0") from None
+        check_device(self.device)
 
 
 @dataclass(frozen=True)
