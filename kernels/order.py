@@ -90,19 +90,21 @@ def pieces(bits: int) -> list[tuple[int, int, int, int]]:
     return found
 
 
-def arrange(packed: PackedUniform) -> Arranged:
-    """Kernel order of a packed weight, on its device."""
-    rows, columns = packed.shape
+def arrange(packed: PackedUniform, begin: int = 0, end: int | None = None) -> Arranged:
+    """Kernel order of a packed weight, or of its rows `begin` to `end`, on its device."""
+    part, columns = slice(begin, end), packed.shape[1]
+    rows = len(range(packed.shape[0])[part])
     bits, count = packed.spec.bits, tiles(columns)
     weight = torch.empty((count, 8 * bits * rows), dtype=torch.int32, device=packed.device)
     places = _places(weight, bits, rows)
     step = rows_at_once(packed.device, columns)
     for start in range(0, rows, step):
-        codes = torch.nn.functional.pad(packed.codes(start, start + step), (0, count * TILE - columns))
+        stop = min(start + step, rows)
+        codes = torch.nn.functional.pad(packed.codes(begin + start, begin + stop), (0, count * TILE - columns))
         for (plane, shift, first, words), place in zip(pieces(bits), places, strict=True):
-            place[:, start : start + step] = _words((codes >> shift) & (2**plane - 1), plane, first, words)
-    zeros = None if packed.zeros is None else packed.zero_points().T.to(torch.uint8).contiguous()
-    return Arranged(packed.spec, packed.shape, weight.flatten(), packed.scales.T.contiguous(), zeros)
+            place[:, start:stop] = _words((codes >> shift) & (2**plane - 1), plane, first, words)
+    zeros = None if packed.zeros is None else packed.zero_points(begin, end).T.to(torch.uint8).contiguous()
+    return Arranged(packed.spec, (rows, columns), weight.flatten(), packed.scales[part].T.contiguous(), zeros)
 
 
 def plain(arranged: Arranged) -> PackedUniform:

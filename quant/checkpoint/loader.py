@@ -23,8 +23,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quant.checkpoint.manifest import METHOD, PackedSite, read_config, read_sites
 from quant.checkpoint.manifest import verify as verify_folder
 from quant.errors import BitwrightError, CheckpointError, ResourceError, SettingsError, out_of_memory
+from quant.experts import PackedExperts
+from quant.held import Holder
 from quant.kernels.layouts import LayoutError
-from quant.linear import PackedExperts, PackedLinear, packed_stack, put_packed
+from quant.linear import PackedLinear, put_packed
 from quant.models.candidates import is_linear
 from quant.models.source import first_line
 
@@ -63,7 +65,7 @@ class BitwrightQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         check_values(model)
         for module in model.modules():
-            if isinstance(module, PackedLinear):
+            if isinstance(module, Holder):
                 module.settle()
         # save_pretrained undoes the renaming and merging of loading; packed stacks cannot be split into files of old
         model._weight_conversions = []
@@ -127,12 +129,9 @@ def check_values(model: nn.Module) -> None:
         if not bool(low.isfinite() and high.isfinite()):
             raise CheckpointError(f"{name}: holds NaN or infinite numbers; copy the checkpoint again")
     for name, module in model.named_modules():
-        stacks = module.bitwright_stacks if isinstance(module, PackedExperts) else {}
         try:
-            if isinstance(module, PackedLinear):
-                module.packed.validate()
-            for leaf in stacks:
-                packed_stack(module, leaf).validate()
+            for slot in module.slots() if isinstance(module, Holder) else ():
+                slot.packed.validate()
         except LayoutError as error:
             raise CheckpointError(f"{name}: {error}") from None
 
@@ -145,19 +144,8 @@ def unpack_model(model: Any, dtype: torch.dtype) -> Any:
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, module.unpack(dtype).train(module.training))
         elif isinstance(module, PackedExperts):
-            unpack_experts(module, dtype)
+            module.unpack(dtype)
     return model
-
-
-def unpack_experts(module: Any, dtype: torch.dtype) -> None:
-    for leaf, (spec, site) in module.bitwright_stacks.items():
-        weight = packed_stack(module, leaf).dequantize(dtype).unflatten(0, (site.experts, -1))
-        for key in spec.tensors(site.shape):
-            del module._buffers[leaf if key == "weight" else f"{leaf}_{key}"]
-        weight = weight.transpose(1, 2).contiguous() if site.transposed else weight
-        module._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
-    module.__class__ = type(module).__mro__[2]
-    del module.bitwright_stacks
 
 
 def load(

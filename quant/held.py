@@ -1,0 +1,124 @@
+"""How a module holds packed weights: as buffers that are never cast, in the order that their device wants.
+
+On a GPU a uniform weight is in kernel order (`kernels/order.py`), elsewhere in the checkpoint's; a state dict always
+holds the checkpoint's. A stack of experts in kernel order is arranged expert by expert, its buffers `[experts, ...]`,
+so that each expert is a weight of its own that the kernels can read where it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from quant.kernels.available import runs_triton
+from quant.kernels.layouts import LAYOUTS, Packed, PackedUniform, concatenate
+from quant.kernels.order import Arranged, arrange, plain
+from quant.kernels.spec import DTYPES, Spec, Uniform
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One packed weight of `shape` `[out, in]` in a module: the spec's `tensors`, and `names`, those of their buffers.
+    `experts`: matrices that lie in it one after another, 0 for a matrix alone."""
+
+    spec: Spec
+    shape: tuple[int, int]
+    experts: int
+    names: dict[str, str]
+    tensors: dict[str, Tensor]
+
+    @property
+    def arranged(self) -> bool:
+        """Whether it is in kernel order."""
+        return self.tensors["weight"].dtype == torch.int32 and isinstance(self.spec, Uniform)
+
+    def matrix(self, expert: int = 0) -> Packed | Arranged:
+        """The weight as it is held; one expert's if it is a stack in kernel order."""
+        if not self.arranged:
+            return LAYOUTS[self.spec.layout].from_tensors(self.spec, self.shape, self.tensors)
+        assert isinstance(self.spec, Uniform)
+        parts = {name: tensor[expert] if self.experts else tensor for name, tensor in self.tensors.items()}
+        shape = (self.shape[0] // max(1, self.experts), self.shape[1])
+        return Arranged(self.spec, shape, parts["weight"], parts["scales"], parts.get("zeros"))
+
+    @property
+    def packed(self) -> Packed:
+        """The weight in the checkpoint's order."""
+        parts = [self.matrix(expert) for expert in range(max(1, self.experts) if self.arranged else 1)]
+        found = [plain(part) if isinstance(part, Arranged) else part for part in parts]
+        return found[0] if len(found) == 1 else concatenate([part for part in found if isinstance(part, PackedUniform)])
+
+    def settled(self) -> Slot:
+        """In the order that its device wants."""
+        weight = self.tensors["weight"]
+        if weight.device.type == "meta" or self.arranged == runs_triton(weight):
+            return self
+        packed = self.packed
+        if self.arranged or not isinstance(packed, PackedUniform):
+            return replace(self, tensors=packed.tensors())
+        rows = self.shape[0] // max(1, self.experts)
+        parts = [arrange(packed, start, start + rows) for start in range(0, self.shape[0], rows)]
+        stacked = {name: [getattr(part, name) for part in parts] for name in self.names}
+        return replace(self, tensors={n: torch.stack(all) if self.experts else all[0] for n, all in stacked.items()})
+
+
+class Holder(nn.Module):
+    """A module of packed weights; see the file."""
+
+    def slots(self) -> list[Slot]:
+        raise NotImplementedError
+
+    def slot(self, spec: Spec, shape: tuple[int, int], experts: int, prefix: str) -> Slot:
+        names = names_of(spec, shape, prefix)
+        return Slot(spec, shape, experts, names, {key: self.get_buffer(name) for key, name in names.items()})
+
+    def settle(self) -> None:
+        """Puts each weight into the order that its device wants."""
+        for slot in self.slots():
+            self._put(slot, slot.settled().tensors)
+
+    def _put(self, slot: Slot, tensors: dict[str, Tensor]) -> None:
+        self._buffers.update({slot.names[key]: tensor for key, tensor in tensors.items()})
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for slot in self.slots():
+            if slot.arranged:
+                destination |= {prefix + slot.names[key]: part for key, part in slot.packed.tensors().items()}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        for slot in self.slots():
+            if slot.arranged:
+                self._put(slot, slot.packed.tensors())
+        super()._load_from_state_dict(*args, **kwargs)
+        self.settle()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = {n: _moved(self.get_buffer(n), fn) for slot in self.slots() for n in slot.names.values()}
+        super()._apply(fn, recurse)
+        self._buffers.update(kept)
+        self.settle()
+        return self
+
+
+def _moved(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """A buffer moved to where `fn` moves tensors, but never cast: packed tensors are not numbers to round."""
+    device = fn(buffer.new_empty(0)).device
+    return torch.empty_like(buffer, device=device) if buffer.device.type == "meta" else buffer.to(device)
+
+
+def names_of(spec: Spec, shape: tuple[int, int], prefix: str) -> dict[str, str]:
+    """The buffer of each tensor of a weight: by its own name, or that of the parameter `prefix` whose place it took."""
+    tensors = spec.tensors(shape)
+    return {key: key if not prefix else prefix if key == "weight" else f"{prefix}_{key}" for key in tensors}
+
+
+def register(module: nn.Module, spec: Spec, shape: tuple[int, int], prefix: str, device: Any = None) -> None:
+    """Adds the buffers of a weight, still to be filled."""
+    for key, name in names_of(spec, shape, prefix).items():
+        tensor = spec.tensors(shape)[key]
+        module.register_buffer(name, torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=device))
