@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 import quant
-from quant import Recipe, Settings, load_recipe
+from quant import Recipe, Settings, blocks, load_recipe
 from quant.calibration.statistics import Statistics
 from quant.checkpoint.manifest import read_config, read_sites
 from quant.errors import ModelError, SettingsError
@@ -21,6 +21,7 @@ from quant.eval.subject import open_subject
 from quant.kernels.spec import Uniform
 from quant.prepare import prepare
 from quant.recipe import override, with_spec
+from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
 from tests import tiny
 from tests.architectures import ARCHITECTURES, VOCABULARY, save
@@ -177,6 +178,25 @@ def test_activations_on_disk_give_the_same_bytes(
     # the first block's outputs on two batches and the probe, of the last the probe's; and both blocks' attention's
     assert len(spilled) == (3 + 1) + (3 + 3)
     assert tiny.contents(tmp_path / "out") == tiny.contents(packed_llama)
+
+
+def test_sites_solved_together_get_the_same_bytes(
+    llama: Path, words: Path, packed_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """q, k and v, and gate and up, are one matrix of more rows."""
+    rows, real = list[int](), Feedback.solve
+
+    def counted(self: Feedback, weight: torch.Tensor, *rest: Any) -> Any:
+        rows.append(len(weight))
+        return real(self, weight, *rest)
+
+    monkeypatch.setattr(Feedback, "solve", counted)
+    quant.quantize(str(llama), tmp_path / "together", tiny.recipe(words))
+    assert rows == 2 * [64 + 32 + 32, 64, 96 + 96, 64]
+    monkeypatch.setattr(blocks, "TOGETHER", 0)
+    quant.quantize(str(llama), tmp_path / "apart", tiny.recipe(words))
+    assert len(rows) == 2 * 4 + 2 * 7
+    assert tiny.contents(tmp_path / "apart") == tiny.contents(tmp_path / "together") == tiny.contents(packed_llama)
 
 
 def test_its_own_recipe_and_plan_rerun_it(llama: Path, packed_llama: Path, tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ class Solution:
 
 class Solver(Protocol):
     def solve(self, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution:
-        """Quantizes `weight` `[out, in]`. Raises `SolverError` where the numbers do not allow it, naming what is
-        wrong.
+        """Quantizes `weight` `[out, in]`. With a uniform spec no row's result depends on another row: sites that share
+        statistics are solved as one. Raises `SolverError` where the numbers do not allow it, naming what is wrong.
         """
         ...
 
