@@ -24,7 +24,7 @@ from quant.calibration.replay import Replay
 from quant.calibration.samples import Batch
 from quant.calibration.statistics import Statistics
 from quant.errors import SolverError
-from quant.kernels.packed import Packed, concatenate
+from quant.kernels.layouts import Packed, PackedUniform, concatenate
 from quant.kernels.spec import Spec, Uniform
 from quant.memory import give_back
 from quant.models.walk import Block, Site
@@ -174,7 +174,7 @@ class BlockSolver:
         solved, stop = list[Solved](), 0
         for site in sites:
             start, stop = stop, stop + site.out
-            packed = row_range(_uniform(whole.packed), start, stop)
+            packed = row_range(whole.packed, start, stop)
             error = relative_error(self._weight(site), packed.dequantize(), stats[0].hessian)
             share = site.out / whole.packed.shape[0]
             solved.append(replace(whole, site=site, packed=packed, error=error, seconds=whole.seconds * share))
@@ -204,7 +204,7 @@ class BlockSolver:
                 notes = ("matches its own outputs: the float path may send a token to other experts", *notes)
             parts = [self._solve(f"{site.name}[{e}]", weight[e], stats[e], spec) for e in range(site.experts)]
             notes += tuple(f"expert {e}: {note}" for e, part in enumerate(parts) for note in part.notes)
-        packed = parts[0].packed if len(parts) == 1 else concatenate([part.packed for part in parts])
+        packed = parts[0].packed if len(parts) == 1 else concatenate([_uniform(part.packed) for part in parts])
         weights = [max(1, count) for count in tokens]
         error = sum(part.error * w for part, w in zip(parts, weights, strict=True)) / sum(weights)
         return Solved(site, spec, packed, error, tokens, notes, time.perf_counter() - began)
@@ -270,8 +270,13 @@ def float_weights(model: nn.Module, originals: dict[str, torch.Tensor]) -> Gener
             model.get_parameter(name).data = weight
 
 
-def row_range(packed: PackedUniform, start: int, stop: int) -> PackedUniform:
-    """Some rows, with tensors of their own."""
+def row_range(packed: Packed, start: int, stop: int) -> Packed:
+    """Some rows of a uniform weight, with tensors of their own."""
     parts = {name: tensor.unflatten(0, (packed.shape[0], -1)) for name, tensor in packed.tensors().items()}
     cut = {name: part[start:stop].flatten(0, 1).clone() for name, part in parts.items()}
-    return PackedUniform.from_tensors(packed.spec, (stop - start, packed.shape[1]), cut)
+    return type(packed).from_tensors(packed.spec, (stop - start, packed.shape[1]), cut)
+
+
+def _uniform(packed: Packed) -> PackedUniform:
+    assert isinstance(packed, PackedUniform)
+    return packed
