@@ -19,55 +19,18 @@ fused qkv and the experts of a stack need nothing more.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from quant.kernels.packed import LayoutError, Packed, check_tensors, rows_at_once
 from quant.kernels.packing import pack, padding_is_zero, row_bytes, unpack
-from quant.kernels.spec import DTYPES, Spec, Uniform
-
-
-class LayoutError(ValueError):
-    """Tensors that are not what their spec promises; names the tensor, what came and what was expected."""
-
-
-@dataclass(frozen=True, eq=False)
-class Packed(ABC):
-    """A packed weight of `shape` `[out, in]`, stored as `spec` promises."""
-
-    layout: ClassVar[str]
-
-    spec: Spec
-    shape: tuple[int, int]
-
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors, named, typed and shaped exactly as `spec.tensors(shape)`."""
-
-    @abstractmethod
-    def dequantize(self, dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None) -> Tensor:
-        """The rows `start` to `stop` as a plain matrix `[stop - start, in]`."""
-
-    @abstractmethod
-    def validate(self) -> None:
-        """Raises `LayoutError` unless every value is one that the layout allows."""
-
-    @classmethod
-    @abstractmethod
-    def from_tensors(cls, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Self:
-        """The inverse of `tensors`. Raises `LayoutError` on a missing, extra or misshapen tensor."""
-
-    def to(self, device: torch.device | str) -> Self:
-        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return type(self).from_tensors(self.spec, self.shape, moved)
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.tensors().values())).device
+from quant.kernels.rotated import PackedRotated
+from quant.kernels.spec import Spec, Uniform
+from quant.kernels.trellis import PackedTrellis
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,46 +122,5 @@ def symmetric_zero(bits: int) -> float:
     return 2.0 ** (bits - 1) if bits > 1 else 0.5
 
 
-def rows_at_once(device: torch.device, columns: int) -> int:
-    """Rows to dequantize together. A million weights stay in a CPU's cache (whole matrices take nine times as long per
-    weight, most of it page faults); an accelerator wants fewer, larger steps."""
-    return max(1, (1 << 20 if device.type == "cpu" else 1 << 26) // max(1, columns))
-
-
-def check_tensors(spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
-    """Raises `LayoutError` unless names, dtypes and shapes are exactly what `spec` promises for a weight of `shape`."""
-    expected = spec.tensors(shape)
-    for name in tensors:
-        if name not in expected:
-            raise LayoutError(
-                f"{name}: a tensor that layout {spec.layout!r} does not have; it has {', '.join(expected)}"
-            )
-    for name, promise in expected.items():
-        if name not in tensors:
-            raise LayoutError(f"{name}: missing; {promise.dtype} {list(promise.shape)} is expected")
-        came = tensors[name]
-        if came.dtype != DTYPES[promise.dtype] or tuple(came.shape) != promise.shape:
-            found = f"{str(came.dtype).removeprefix('torch.')} {list(came.shape)}"
-            raise LayoutError(f"{name}: {found} came; {promise.dtype} {list(promise.shape)} is expected")
-
-
-def concatenate(parts: Sequence[PackedUniform]) -> PackedUniform:
-    """The parts stacked along the rows. They share spec and columns, or `LayoutError` says which does not."""
-    first = parts[0]
-    for part in parts[1:]:
-        if part.spec != first.spec or part.shape[1] != first.shape[1]:
-            raise LayoutError(
-                f"cannot stack {part.spec} of {part.shape[1]} columns on {first.spec} of {first.shape[1]}; "
-                "parts must share spec and columns"
-            )
-    return replace(
-        first,
-        shape=(sum(part.shape[0] for part in parts), first.shape[1]),
-        weight=torch.cat([part.weight for part in parts]),
-        scales=torch.cat([part.scales for part in parts]),
-        zeros=None if first.zeros is None else torch.cat([part.zeros for part in parts if part.zeros is not None]),
-    )
-
-
-LAYOUTS: dict[str, type[Packed]] = {kind.layout: kind for kind in (PackedUniform,)}
+LAYOUTS: dict[str, type[Packed]] = {kind.layout: kind for kind in (PackedUniform, PackedTrellis, PackedRotated)}
 """The only table from a name to a class: files on disk need names."""

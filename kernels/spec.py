@@ -10,7 +10,7 @@ input, so rows never mix and a row range is an expert.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -39,6 +39,11 @@ class Spec:
     """Base of all specs. `layout` names the `Packed` class that stores it (see `kernels/layouts.py`)."""
 
     layout: ClassVar[str]
+
+    @property
+    def core(self) -> Spec:
+        """The spec of the codes themselves, inside any wrappers."""
+        return self
 
     def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """Every tensor stored for a weight of this `[out, in]` shape; `weight` is always the first."""
@@ -102,13 +107,104 @@ class Uniform(Spec):
         return stored
 
 
+@dataclass(frozen=True)
+class Trellis(Spec):
+    """Bitshift trellis code (QTIP, arXiv 2406.11235, section 3): every weight is a function of the `window` bits of its
+    column's stream that begin at its place, and the stream advances by `bits` bits per weight.
+
+    Sequences run along the outputs, `length` rows each, and end where they began (tail-biting), so a column of
+    `length` weights takes `length * bits` bits and every weight can be decoded alone. `bits`: 1-4. `window`: 8-16 bits,
+    more is better and slower to find: the Viterbi search visits `2^window` states per weight. `code`: how a window
+    becomes a value, see `kernels/trellis.py`. `length`: a multiple of 32. Each row has a scale of 8 bits.
+    """
+
+    layout: ClassVar[str] = "trellis"
+
+    bits: int = 2
+    window: int = 12
+    code: Literal["inst", "mac", "sum"] = "inst"
+    length: int = 256
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("bits", 1, 4), ("window", 8, 16), ("length", 32, 4096)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise SpecError(f"{name} is {value!r}; a trellis takes a whole number from {least} to {most}")
+        if self.length % 32:
+            raise SpecError(f"length is {self.length}; a trellis takes a multiple of 32 rows")
+        if self.code not in ("inst", "mac", "sum"):
+            raise SpecError(f"code is {self.code!r}; give 'inst', 'mac' or 'sum'")
+
+    def sequences(self, rows: int) -> list[tuple[int, int]]:
+        """Length in rows, and in rows with padding, of each sequence: whole bytes, and a window does not overlap
+        itself."""
+        unit = 8 // math.gcd(8, self.bits)
+        found = [min(self.length, rows - start) for start in range(0, rows, self.length)]
+        return [(n, max(-n // unit * -unit, math.ceil(self.window / self.bits / unit) * unit)) for n in found]
+
+    def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        rows, columns = shape
+        sequences = self.sequences(rows)
+        return {
+            "weight": TensorSpec("uint8", (columns * sum(padded * self.bits // 8 for _, padded in sequences),)),
+            "scales": TensorSpec("uint8", (rows,)),
+            "peaks": TensorSpec("float16", (len(sequences),)),
+        }
+
+
+@dataclass(frozen=True)
+class Rotated(Spec):
+    """`base` in another basis: `W = B^T Q A`, with `A` and `B` block Hadamard matrices with random signs over the
+    inputs and outputs, or the identity (QuIP#, arXiv 2402.04396, section 3).
+
+    `block`: the largest Hadamard block; each side takes the largest that divides it. `outputs`: whether the output side
+    may be rotated. `measured`: solve in each basis, keep the one of least error and store which it was; otherwise the
+    input side is rotated, and the output side too where it may be better.
+    """
+
+    layout: ClassVar[str] = "rotated"
+
+    base: Spec = field(default_factory=Trellis)
+    block: int = 128
+    outputs: bool = False
+    measured: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.base, Rotated):
+            raise SpecError("a rotated spec inside a rotated spec; one rotation is enough")
+        if isinstance(self.block, bool) or not isinstance(self.block, int) or not 2 <= self.block <= 2048:
+            raise SpecError(f"block is {self.block!r}; a rotation takes blocks of 2 to 2048")
+
+    @property
+    def core(self) -> Spec:
+        return self.base
+
+    def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        rows, columns = shape
+        stored = {
+            **self.base.tensors(shape),
+            "rotation": TensorSpec("uint8", (2,)),
+            "input_signs": TensorSpec("uint8", (math.ceil(columns / 8),)),
+        }
+        if self.outputs:
+            stored["output_signs"] = TensorSpec("uint8", (math.ceil(rows / 8),))
+        return stored
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "base": self.base.to_dict()}
+
+
+KINDS: dict[str, type[Spec]] = {kind.layout: kind for kind in (Uniform, Trellis, Rotated)}
+
+
 def spec_from_dict(data: dict[str, Any]) -> Spec:
     """The inverse of `Spec.to_dict`. Raises `SpecError` on an unknown layout or key."""
-    kinds: dict[str, type[Spec]] = {kind.layout: kind for kind in (Uniform,)}
-    if not isinstance(data, dict) or data.get("layout") not in list(kinds):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise SpecError(f"layout of {data!r} is unknown; this version knows {', '.join(sorted(kinds))}")
+    if not isinstance(data, dict) or data.get("layout") not in list(KINDS):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SpecError(f"layout of {data!r} is unknown; this version knows {', '.join(sorted(KINDS))}")
     fields = {key: value for key, value in data.items() if key != "layout"}
+    if "base" in fields:
+        fields["base"] = spec_from_dict(fields["base"])
     try:
-        return kinds[data["layout"]](**fields)
+        return KINDS[data["layout"]](**fields)
     except TypeError as error:
         raise SpecError(f"spec {data!r}: {error}") from None

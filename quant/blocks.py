@@ -24,7 +24,7 @@ from quant.calibration.replay import Replay
 from quant.calibration.samples import Batch
 from quant.calibration.statistics import Statistics
 from quant.errors import SolverError
-from quant.kernels.layouts import Packed, PackedUniform, concatenate
+from quant.kernels.packed import Packed, concatenate
 from quant.kernels.spec import Spec, Uniform
 from quant.memory import give_back
 from quant.models.walk import Block, Site
@@ -204,7 +204,7 @@ class BlockSolver:
                 notes = ("matches its own outputs: the float path may send a token to other experts", *notes)
             parts = [self._solve(f"{site.name}[{e}]", weight[e], stats[e], spec) for e in range(site.experts)]
             notes += tuple(f"expert {e}: {note}" for e, part in enumerate(parts) for note in part.notes)
-        packed = parts[0].packed if len(parts) == 1 else concatenate([_uniform(part.packed) for part in parts])
+        packed = parts[0].packed if len(parts) == 1 else concatenate([part.packed for part in parts])
         weights = [max(1, count) for count in tokens]
         error = sum(part.error * w for part, w in zip(parts, weights, strict=True)) / sum(weights)
         return Solved(site, spec, packed, error, tokens, notes, time.perf_counter() - began)
@@ -275,8 +275,3 @@ def row_range(packed: Packed, start: int, stop: int) -> Packed:
     parts = {name: tensor.unflatten(0, (packed.shape[0], -1)) for name, tensor in packed.tensors().items()}
     cut = {name: part[start:stop].flatten(0, 1).clone() for name, part in parts.items()}
     return type(packed).from_tensors(packed.spec, (stop - start, packed.shape[1]), cut)
-
-
-def _uniform(packed: Packed) -> PackedUniform:
-    assert isinstance(packed, PackedUniform)
-    return packed

@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from quant.checkpoint.journal import Mode
+from quant.checkpoint.words import code_bits
 from quant.display import Display, human
 from quant.errors import BitwrightError, SettingsError
 from quant.estimate import Estimate, estimate
@@ -117,7 +118,7 @@ def quantize(
             shown.step("rehearsing the largest block")
             predicted = estimate(prepared)
         else:
-            folder = out or Path(f"{Path(prepared.source.name).name}-{chosen.spec.to_dict().get('bits', 'mixed')}bit")
+            folder = out or Path(f"{Path(prepared.source.name).name}-{code_bits(chosen.spec.to_dict()) or 'mixed'}bit")
             mode: Mode = "resume" if resume else "restart" if restart else "new"
             result = run(prepared, folder, mode, shown)
     if predicted is not None:
@@ -166,7 +167,7 @@ def _show_estimate(prepared: Prepared, predicted: Estimate, as_json: bool, quiet
             if spec
             else ("", "float")
         )
-        shown = (str(data.get(key, "")) for key in ("bits", "group_size"))
+        shown = (str(data.get("base", data).get(key, "")) for key in ("bits", "group_size"))
         table.add_row(escape(name), str(count), f"{rows} x {columns}", *shown, *cost)
     console.print(table)
     for name, reason in prepared.walk.left.items():

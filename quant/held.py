@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from quant.kernels.available import runs_triton
-from quant.kernels.layouts import LAYOUTS, Packed, PackedUniform, concatenate
+from quant.kernels.layouts import LAYOUTS, Packed, PackedUniform
 from quant.kernels.order import Arranged, arrange, plain
+from quant.kernels.packed import concatenate
 from quant.kernels.spec import DTYPES, Spec, Uniform
 
 
@@ -50,7 +51,7 @@ class Slot:
         """The weight in the checkpoint's order."""
         parts = [self.matrix(expert) for expert in range(max(1, self.experts) if self.arranged else 1)]
         found = [plain(part) if isinstance(part, Arranged) else part for part in parts]
-        return found[0] if len(found) == 1 else concatenate([part for part in found if isinstance(part, PackedUniform)])
+        return found[0] if len(found) == 1 else concatenate(found)
 
     def settled(self) -> Slot:
         """In the order that its device wants."""

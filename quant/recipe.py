@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from quant.errors import SettingsError
-from quant.kernels.spec import Spec, SpecError, Uniform, spec_from_dict
-from quant.models.walk import Walk
+from quant.kernels.spec import Rotated, Spec, SpecError, Trellis, Uniform, spec_from_dict
+from quant.models.walk import Site, Walk
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
 
@@ -234,7 +235,7 @@ def make_plan(recipe: Recipe, found: Walk, file: Path | None = None) -> Plan:
     Raises:
         SettingsError: the file cannot be read, names a site that is not there, or holds an impossible spec.
     """
-    specs: dict[str, Spec | None] = {site.name: recipe.spec for site in found.sites}
+    specs: dict[str, Spec | None] = {site.name: fitted(recipe.spec, site) for site in found.sites}
     if file is None:
         return Plan(specs)
     try:
@@ -251,12 +252,34 @@ def make_plan(recipe: Recipe, found: Walk, file: Path | None = None) -> Plan:
     return Plan(specs)
 
 
+def fitted(spec: Spec, site: Site) -> Spec:
+    """The spec as a site needs it: in a stack of experts, sequences of a trellis end where an expert ends, and all
+    experts share one rotation.
+
+    Raises:
+        SettingsError: an expert's rows cannot be cut into sequences.
+    """
+    core = spec.core
+    if not site.experts or not isinstance(core, Trellis):
+        return spec
+    length = math.gcd(site.out, core.length)
+    if length % 32:
+        raise SettingsError(
+            f"{site.name}: experts of {site.out} rows cannot be cut into equal sequences of whole 32 rows; give this "
+            "site a uniform spec with --plan, or leave it float with --skip"
+        )
+    core = replace(core, length=length)
+    return replace(spec, base=core, measured=False, outputs=False) if isinstance(spec, Rotated) else core
+
+
 def with_spec(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with fields of its spec replaced; None leaves a field alone."""
     given = {name: value for name, value in changes.items() if value is not None}
     try:
-        return replace(recipe, spec=replace(recipe.spec, **given))
+        core = replace(recipe.spec.core, **given)
+        spec = replace(recipe.spec, base=core) if isinstance(recipe.spec, Rotated) else core
+        return replace(recipe, spec=spec)
     except SpecError as error:
         raise SettingsError(str(error)) from None
     except TypeError as error:
-        raise SettingsError(f"the recipe's spec {type(recipe.spec).__name__}: {error}") from None
+        raise SettingsError(f"the recipe's spec {type(recipe.spec.core).__name__}: {error}") from None

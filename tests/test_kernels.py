@@ -12,7 +12,8 @@ from torch import Tensor
 
 from quant.kernels import dispatch, reference
 from quant.kernels.dispatch import KernelError, explain
-from quant.kernels.layouts import LAYOUTS, LayoutError, PackedUniform, concatenate
+from quant.kernels.layouts import LAYOUTS, LayoutError, PackedUniform
+from quant.kernels.packed import concatenate
 from quant.kernels.spec import DTYPES, Uniform
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.shards import write_text
-from quant.checkpoint.words import Report, by_reason, capped, notes, plain, provenance_rows, specs_words
+from quant.checkpoint.words import Report, by_reason, capped, code_bits, notes, plain, provenance_rows, specs_words
 from quant.errors import CheckpointError
 
 BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
@@ -108,7 +108,7 @@ def add_evaluation(folder: str | Path, results: Mapping[str, Any]) -> None:
 
 def _front_matter(report: Report) -> str:
     """YAML, of which JSON is a part: so are names that are not ours."""
-    source, asked = report["source"], report["recipe"]["spec"].get("bits")
+    source, asked = report["source"], code_bits(report["recipe"]["spec"])
     lines = [f"{key}: {json.dumps(source[key])}" for key in ("license", "base_model") if source[key]]
     lines += ["base_model_relation: quantized"] if source["base_model"] else []
     tags = ["bitwright", "quantized", *([f"{asked}-bit"] if asked else [])]
@@ -122,7 +122,7 @@ def _sizes(report: Report) -> list[tuple[str, str]]:
     after = sum(report["files"].values())
     smaller = source["bytes"] / max(1, after)
     return [
-        ("bits of each code", str(report["recipe"]["spec"].get("bits", "see plan.json"))),
+        ("bits of each code", str(code_bits(report["recipe"]["spec"]) or "see plan.json")),
         ("bits promised", f"{bits['promised']:.5g} per quantized weight, scales and zeros and all else included"),
         ("bits measured on disk", f"{bits['measured']:.5g} per quantized weight"),
         ("quantized", f"{bits['weights']:,} of {source['parameters']:,} weights, {bits['packed_bytes']:,} bytes"),

@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub import metadata_load
 
 from quant.checkpoint.manifest import FORMAT_VERSION
+from quant.checkpoint.words import code_bits
 from quant.machine import machine
 from quant.models.source import Source
 from quant.prepare import Prepared
@@ -58,7 +59,8 @@ def command(run: Mapping[str, Any]) -> str:
     recipe, compute = run["recipe"], run["compute"]
     name, changes = _nearest(_flat(recipe))
     words = ["quantize", "--model", run["model"]["name"], "--recipe", name]
-    if bits := changes.pop("spec.bits", recipe["spec"].get("bits")):  # said even where it is the recipe's own
+    own = changes.pop("spec.bits", None) or changes.pop("spec.base.bits", None)
+    if bits := own or code_bits(recipe["spec"]):  # said even where it is the recipe's own
         words += ["--bits", str(bits)]
     for path, value in changes.items():
         words += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]

@@ -85,8 +85,17 @@ def _settings(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} ({_settings(v)})" if isinstance(v, dict) else f"{k} {v}" for k, v in values.items())
 
 
+def code_bits(spec: Mapping[str, Any]) -> int | None:
+    """Bits of each code, where the layout has such a thing."""
+    return spec.get("base", spec).get("bits")
+
+
 def spec_words(spec: Mapping[str, Any]) -> str:
     """`3-bit, groups of 64, asymmetric`; for other layouts, their fields."""
+    if spec["layout"] == "rotated":
+        return f"{spec_words(spec['base'])}, rotated"
+    if spec["layout"] == "trellis":
+        return f"{spec['bits']}-bit trellis, window {spec['window']}, code {spec['code']}, {spec['length']} rows"
     if spec["layout"] != "uniform":
         return f"{spec['layout']} ({_settings({key: value for key, value in spec.items() if key != 'layout'})})"
     groups = "whole rows" if spec["group_size"] == -1 else f"groups of {spec['group_size']}"

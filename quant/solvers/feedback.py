@@ -31,7 +31,8 @@ from torch import Tensor
 
 from quant.calibration.statistics import Statistics
 from quant.errors import SettingsError
-from quant.kernels.spec import Spec
+from quant.kernels.spec import Rotated, Spec
+from quant.solvers.basis import solve_rotated
 from quant.solvers.descent import descend
 from quant.solvers.factor import Factor, factorise
 from quant.solvers.grid import SEARCH, Search
@@ -68,6 +69,8 @@ class Feedback:
 
     def solve(self, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution:
         check(weight, statistics)
+        if isinstance(spec, Rotated):
+            return solve_rotated(self, weight, statistics, spec)
         rounder = rounder_for(spec, (weight.shape[0], weight.shape[1]), weight.device, self.search)
         factor = factorise(statistics, self.order, self.damp, rounder.span, rounder.granularity)
         if isinstance(factor, str):

@@ -13,7 +13,8 @@ from torch import Tensor
 from quant.calibration.statistics import Statistics
 from quant.errors import SolverError
 from quant.kernels.layouts import PackedUniform
-from quant.kernels.spec import DTYPES, Spec, Uniform
+from quant.kernels.spec import DTYPES, Rotated, Spec, Uniform
+from quant.solvers.basis import solve_rotated
 from quant.solvers.grid import SEARCH, Search, encode, fit
 from quant.solvers.solution import Solution, check, solution
 
@@ -26,6 +27,8 @@ class Nearest:
 
     def solve(self, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution:
         check(weight, statistics)
+        if isinstance(spec, Rotated):
+            return solve_rotated(self, weight, statistics, spec)
         if not isinstance(spec, Uniform):
             raise SolverError(f"round to nearest knows uniform grids; {type(spec).__name__} came")
         scales, zeros = fit(weight, statistics.diagonal, spec, self.search)

@@ -1,0 +1,121 @@
+"""A packed weight in a rotated basis, and how to multiply by it.
+
+`rotated` holds the tensors of its base and
+
+    rotation      uint8   [2]            1 where the input side, and the output side, is rotated
+    input_signs   uint8   [ceil(in/8)]   bit i % 8 of byte i // 8 is 1 where the sign of input i is negative
+    output_signs  uint8   [ceil(out/8)]  the same for the outputs, in specs that may rotate them
+
+    W = B^T Q A,   A = H diag(input signs), B = H diag(output signs),  H of blocks of `block_for(n, spec.block)`
+
+with `Q` the base and `H` as in `kernels/hadamard.py`; a side that is not rotated has the identity. So
+`W x = B^T (Q (A x))`: the activations are rotated instead of the weight, in float32 inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from quant.kernels.hadamard import block_for, hadamard
+from quant.kernels.packed import LayoutError, Packed, check_tensors
+from quant.kernels.packing import pack, padding_is_zero, unpack
+from quant.kernels.spec import Rotated, Spec
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """One side's change of basis: `apply(x)` is `A x` along the last dimension, `undo` its inverse. `signs` int8 `[n]`
+    of +-1, or None: the identity."""
+
+    block: int
+    signs: Tensor | None
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x if self.signs is None else hadamard(x, self.block, self.signs)
+
+    def undo(self, x: Tensor) -> Tensor:
+        return x if self.signs is None else hadamard(x, self.block, self.signs, inverse=True)
+
+
+IDENTITY = Rotation(1, None)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRotated(Packed):
+    """See the module. `side` `[2]` and the packed signs are as stored; `output_signs` is None where the spec has
+    none."""
+
+    layout: ClassVar[str] = "rotated"
+    shared: ClassVar[tuple[str, ...]] = ("rotation", "input_signs")
+
+    spec: Rotated  # pyright: ignore[reportIncompatibleVariableOverride]  frozen: a narrower type is sound
+    base: Packed
+    rotation: Tensor
+    input_signs: Tensor
+    output_signs: Tensor | None = None
+
+    @classmethod
+    def from_tensors(cls, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Self:
+        from quant.kernels.layouts import LAYOUTS
+
+        if not isinstance(spec, Rotated):
+            raise LayoutError(f"layout 'rotated' stores a Rotated spec; {type(spec).__name__} came")
+        check_tensors(spec, shape, tensors)
+        inner = {name: tensors[name] for name in spec.base.tensors(shape)}
+        base = LAYOUTS[spec.base.layout].from_tensors(spec.base, shape, inner)
+        own = (tensors["rotation"], tensors["input_signs"], tensors.get("output_signs"))
+        return cls(spec, (shape[0], shape[1]), base, *own)
+
+    @classmethod
+    def around(cls, spec: Rotated, base: Packed, inputs: Rotation, outputs: Rotation) -> Self:
+        """`base` with the rotations that it was solved under."""
+        sides = (inputs, outputs)
+        rotation = torch.tensor([side.signs is not None for side in sides], dtype=torch.uint8, device=base.device)
+        signs = [_pack_signs(side.signs, n, base.device) for side, n in zip(sides, base.shape[::-1], strict=True)]
+        return cls(spec, base.shape, base, rotation, signs[0], signs[1] if spec.outputs else None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        stored = {**self.base.tensors(), "rotation": self.rotation, "input_signs": self.input_signs}
+        return stored if self.output_signs is None else {**stored, "output_signs": self.output_signs}
+
+    def inputs(self) -> Rotation:
+        return self._side(0, self.input_signs, self.shape[1])
+
+    def outputs(self) -> Rotation:
+        return self._side(1, self.output_signs, self.shape[0])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None) -> Tensor:
+        rows, outputs = range(self.shape[0])[start:stop], self.outputs()
+        if outputs.signs is None:
+            return self.inputs().undo(self.base.dequantize(torch.float32, rows.start, rows.stop)).to(dtype)
+        block = outputs.block
+        first, last = rows.start // block * block, -(-rows.stop // block) * block
+        found = self.inputs().undo(self.base.dequantize(torch.float32, first, last))
+        turned = Rotation(block, outputs.signs[first:last]).undo(found.T).T
+        return turned[rows.start - first : rows.stop - first].to(dtype).contiguous()
+
+    def validate(self) -> None:
+        self.base.validate()
+        if int(self.rotation.max()) > 1 or (self.output_signs is None and int(self.rotation[1])):
+            raise LayoutError(f"rotation is {self.rotation.tolist()}; 0 or 1 for each side that the spec rotates")
+        for name, signs, n in (
+            ("input", self.input_signs, self.shape[1]),
+            ("output", self.output_signs, self.shape[0]),
+        ):
+            if signs is not None and not padding_is_zero(signs[None], 1, n):
+                raise LayoutError(f"{name}_signs: the padding bits at the end are set; they must be zero")
+
+    def _side(self, side: int, signs: Tensor | None, n: int) -> Rotation:
+        if signs is None or not int(self.rotation[side]):
+            return IDENTITY
+        return Rotation(block_for(n, self.spec.block), 1 - 2 * unpack(signs[None], 1, n)[0].to(torch.int8))
+
+
+def _pack_signs(signs: Tensor | None, n: int, device: torch.device) -> Tensor:
+    negative = torch.zeros(n, dtype=torch.uint8, device=device) if signs is None else (signs < 0).to(torch.uint8)
+    return pack(negative[None], 1)[0]
