@@ -80,6 +80,11 @@ def concatenate(parts: Sequence[Packed]) -> Packed:
     """The parts stacked along the rows. They share spec, columns and `shared` tensors, or `LayoutError` says what
     differs."""
     first, stored = parts[0], [part.tensors() for part in parts]
+    for part in parts[:-1]:
+        if part.shape[0] % part.spec.unit:
+            raise LayoutError(
+                f"cannot stack on {part.shape[0]} rows of {part.spec}; a multiple of {part.spec.unit} could"
+            )
     for part, tensors in zip(parts, stored, strict=True):
         if part.spec != first.spec or part.shape[1] != first.shape[1]:
             raise LayoutError(

@@ -45,6 +45,11 @@ class Spec:
         """The spec of the codes themselves, inside any wrappers."""
         return self
 
+    @property
+    def unit(self) -> int:
+        """Rows that lie together: only multiples of it can be cut out or stacked."""
+        return 1
+
     def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """Every tensor stored for a weight of this `[out, in]` shape; `weight` is always the first."""
         raise NotImplementedError
@@ -135,6 +140,10 @@ class Trellis(Spec):
         if self.code not in ("inst", "mac", "sum"):
             raise SpecError(f"code is {self.code!r}; give 'inst', 'mac' or 'sum'")
 
+    @property
+    def unit(self) -> int:
+        return self.length
+
     def sequences(self, rows: int) -> list[tuple[int, int]]:
         """Length in rows, and in rows with padding, of each sequence: whole bytes, and a window does not overlap
         itself."""
@@ -178,6 +187,10 @@ class Rotated(Spec):
     @property
     def core(self) -> Spec:
         return self.base
+
+    @property
+    def unit(self) -> int:
+        return self.base.unit
 
     def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ class Judged:
         if (name, bits) not in self.found:
             gptq = override(load_recipe("gptq"), CALIBRATION)
             recipes = {"gptq": gptq, "rtn": load_recipe("rtn"), "rtn-weighted": replace(gptq, solver=Nearest())}
-            recipe = with_spec(recipes[name], bits=bits, group_size=64)
+            recipes["balanced"] = override(load_recipe("balanced"), CALIBRATION)
+            recipe = with_spec(recipes[name], bits=bits, group_size=None if name == "balanced" else 64)
             result = quant.quantize(str(self.demo), self.folder / f"{name}-{bits}", recipe)
             subject = open_subject(str(result.out), "cpu", "float32")
             encoded = encode(subject.tokenizer(), resolve("python-docs"))
@@ -133,6 +135,14 @@ def test_gptq_loses_less_at_every_site(judged: Judged) -> None:
     gptq, nearest = ({site["site"]: site["error"] for site in report["sites"]} for report in reports)
     assert len(gptq) == 28
     assert [name for name in gptq if not gptq[name] < nearest[name]] == []
+
+
+def test_a_trellis_loses_half_of_what_a_grid_loses_in_fewer_bits(judged: Judged, demo: Path) -> None:
+    (trellis, found), (grid, other) = judged("balanced", 2), judged("gptq", 2)
+    subject = open_subject(str(demo), "cpu", "float32")
+    base = measure(subject, encode(subject.tokenizer(), resolve("python-docs")), rule_for(subject, 256, None, 32)).token
+    assert trellis.written.measured_bits < 2.1 < grid.written.measured_bits
+    assert math.log(found / base) < 0.5 * math.log(other / base)
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])

@@ -1,0 +1,303 @@
+"""Trellis codes: values and layout against their definitions, the search against torch and brute force, its quality on
+Gaussian input, rotations against plain matrices, and the solver against uniform grids on trained weights."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import quant
+from quant.calibration.statistics import Statistics
+from quant.kernels import dispatch, viterbi
+from quant.kernels.hadamard import block_for, hadamard
+from quant.kernels.layouts import LAYOUTS, LayoutError, PackedTrellis, PackedUniform
+from quant.kernels.packed import concatenate
+from quant.kernels.rotated import IDENTITY, PackedRotated
+from quant.kernels.spec import DTYPES, Rotated, Spec, SpecError, Trellis, Uniform, spec_from_dict
+from quant.kernels.trellis import NO_SCALE, deviation, scale_codes, scale_values, values
+from quant.recipe import load_recipe, override
+from quant.solvers.basis import rotation
+from quant.solvers.feedback import Feedback
+from quant.solvers.solution import relative_error
+from tests import tiny
+
+SMALL = ("spec.base.window=8", "calibration.samples=4", "calibration.sequence_length=32")
+CODES = ("inst", "mac", "sum")
+specs = st.builds(
+    Trellis,
+    bits=st.integers(1, 4),
+    window=st.integers(8, 16),
+    code=st.sampled_from(CODES),
+    length=st.sampled_from([32, 64, 256]),
+)
+shapes = st.tuples(st.integers(1, 80), st.integers(1, 5))
+
+
+def random_packed(spec: Trellis, shape: tuple[int, int], seed: int = 0) -> PackedTrellis:
+    generator = torch.Generator().manual_seed(seed)
+    promised = spec.tensors(shape)
+    return PackedTrellis.from_tensors(
+        spec,
+        shape,
+        {
+            "weight": torch.randint(0, 256, promised["weight"].shape, dtype=torch.uint8, generator=generator),
+            "scales": torch.randint(0, 256, promised["scales"].shape, dtype=torch.uint8, generator=generator),
+            "peaks": torch.rand(promised["peaks"].shape, generator=generator).half(),
+        },
+    )
+
+
+def naive_value(code: str, state: int) -> float:
+    """In Python's integers and numpy's float16."""
+    if code == "mac":
+        word = (34038481 * state + 76625530) % 2**32
+        return sum(word.to_bytes(4, "little")) - 510
+    word = (89226354 * state + 64248484) % 2**32
+    if code == "sum":
+        return sum(byte & 63 for byte in word.to_bytes(4, "little")) - 126
+    word = (word & 0x8FFF8FFF) ^ 0x3B603B60
+    high, low = np.frombuffer(word.to_bytes(4, "little"), np.float16)
+    return float(high + low)
+
+
+def naive_dequantize(packed: PackedTrellis) -> Tensor:
+    """The definition, bit by bit."""
+    spec, (rows, columns) = packed.spec, packed.shape
+    weight, begin = torch.full(packed.shape, torch.nan), 0
+    for number, (length, padded) in enumerate(spec.sequences(rows)):
+        size = padded * spec.bits // 8
+        for i in range(columns):
+            stream = packed.weight[begin + i * size : begin + (i + 1) * size].tolist()
+            bits = [byte >> b & 1 for byte in stream for b in range(8)]
+            for t in range(length):
+                state = sum(bits[(t * spec.bits + b) % len(bits)] << b for b in range(spec.window))
+                row = number * spec.length + t
+                code = int(packed.scales[row])
+                scale = 0.0 if code == NO_SCALE else float(packed.peaks[number]) * 2 ** (-code / 16)
+                weight[row, i] = naive_value(spec.code, state) * scale
+        begin += columns * size
+    return weight
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_values_are_what_the_docstring_says_and_look_gaussian(code: str) -> None:
+    table = values(code, 12)
+    assert table.tolist() == [naive_value(code, state) for state in range(4096)]
+    assert torch.equal(table.half().float(), table)
+    assert abs(float(table.mean())) < 0.03 * deviation(code, 12)
+    assert 2.5 < float((table / deviation(code, 12)).pow(4).mean()) < 3.2  # 3 for a Gaussian
+
+
+@settings(max_examples=25, deadline=None)
+@given(specs, shapes, st.integers(0, 9))
+def test_the_layout_is_the_definition_at_its_price(spec: Trellis, shape: tuple[int, int], seed: int) -> None:
+    packed = random_packed(spec, shape, seed)
+    whole = packed.dequantize()
+    torch.testing.assert_close(whole, naive_dequantize(packed), rtol=1e-6, atol=0)
+    start = seed % shape[0]
+    assert torch.equal(packed.dequantize(start=start), whole[start:])
+    assert sum(t.nbytes for t in packed.tensors().values()) == spec.nbytes(shape)
+    assert spec_from_dict(spec.to_dict()) == spec
+    states = [packed.states(number) for number in range(len(spec.sequences(shape[0])))]
+    again = PackedTrellis.from_states(spec, shape, states, packed.scales, packed.peaks)
+    assert torch.equal(again.weight, packed.weight)
+
+
+def test_states_that_do_not_fit_together_are_refused() -> None:
+    packed = random_packed(Trellis(length=32), (32, 2))
+    broken = packed.states(0).clone()
+    broken[1, 7] ^= 1 << 11
+    with pytest.raises(LayoutError, match="neighbouring states"):
+        PackedTrellis.from_states(packed.spec, packed.shape, [broken], packed.scales, packed.peaks)
+
+
+def test_parts_of_whole_sequences_can_be_stacked() -> None:
+    spec = Trellis(length=32)
+    parts = [random_packed(spec, (rows, 3), rows) for rows in (64, 32, 40)]
+    assert torch.equal(concatenate(parts).dequantize(), torch.cat([part.dequantize() for part in parts]))
+    with pytest.raises(LayoutError, match="multiple of 32"):
+        concatenate(parts[::-1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"bits": 5}, "bits"), ({"window": 17}, "window"), ({"length": 40}, "32"), ({"code": "hyb"}, "code")],
+)
+def test_impossible_trellises_are_refused(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        spec_from_dict({"layout": "trellis", **settings})
+
+
+def test_scales_of_eight_bits() -> None:
+    peaks = torch.full((6,), 3.0).half()
+    scales = torch.tensor([3.0, 1.0, 0.5, 1e-3, 1e-9, 0.0])
+    found = scale_values(scale_codes(scales, peaks), peaks)
+    torch.testing.assert_close(found[:4], scales[:4], rtol=2 ** (1 / 32) - 1, atol=0)
+    assert found[4:].tolist() == [0, 0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(4, 9), st.integers(8, 40), st.integers(0, 99), st.booleans())
+def test_the_compiled_search_is_the_torch_one(bits: int, window: int, length: int, seed: int, held: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn((3, length), generator=generator), torch.rand((3, length), generator=generator)
+    table = torch.randn(1 << window, generator=generator)
+    seam = torch.randint(0, 1 << (window - bits) if window > bits else 1, (3,), generator=generator, dtype=torch.int32)
+    seam = seam if held else torch.full_like(seam, viterbi.FREE)
+    compiled = viterbi._best(x, weight, table, bits, seam)  # pyright: ignore[reportPrivateUsage]
+    assert torch.equal(compiled, viterbi.reference(x, weight, table, bits, seam))
+
+
+def test_no_path_with_the_same_seam_is_better() -> None:
+    bits, window, length = 1, 3, 7
+    generator = torch.Generator().manual_seed(3)
+    x, weight = torch.randn((5, length), generator=generator), torch.rand((5, length), generator=generator)
+    table = torch.randn(1 << window, generator=generator)
+    found = viterbi.search(x, weight, table, bits)
+    streams = torch.tensor(list(itertools.product((0, 1), repeat=length)))
+    states = sum(streams.roll(-b, 1) << b for b in range(window))  # of every circular stream
+    for row, path in enumerate(found):
+        lost = (weight[row] * (x[row] - table[states]).square()).sum(1)
+        same = (states[:, 0] & 3) == (path[0] & 3)
+        mine = (weight[row] * (x[row] - table[path.long()]).square()).sum()
+        torch.testing.assert_close(mine, lost[same].min())
+    better = viterbi.improve(x, weight, table, bits, found, 3)
+    loss = lambda path: (weight * (x - table[path.long()]).square()).sum(1)  # noqa: E731
+    assert bool((loss(better) <= loss(found) + 1e-6).all())
+
+
+@pytest.mark.parametrize(("bits", "window", "limit"), [(2, 12, 0.076), (2, 16, 0.071), (3, 16, 0.020), (4, 16, 0.0052)])
+def test_error_on_gaussian_input(bits: int, window: int, limit: float) -> None:
+    """Independent unit Gaussians in sequences of 256. No code gets below `4^-bits`; scalar 2 bits have 0.1175."""
+    x = torch.randn((48 if window == 12 else 24, 256), generator=torch.Generator().manual_seed(0))
+    table = values("inst", window) / deviation("inst", window) * 1.03
+    found = table[viterbi.search(x, torch.ones_like(x), table, bits).long()]
+    assert 4.0**-bits < float((x - found).square().mean()) < limit
+
+
+def test_threads_do_not_change_the_path() -> None:
+    x = torch.randn((5, 64), generator=torch.Generator().manual_seed(0))
+    table = values("mac", 8) / deviation("mac", 8)
+    one = viterbi.search(x, torch.ones_like(x), table, 2)
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(viterbi.search(x, torch.ones_like(x), table, 2), one)
+    finally:
+        torch.set_num_threads(1)
+
+
+def plain_hadamard(n: int, block: int, signs: Tensor) -> Tensor:
+    return hadamard(torch.eye(n, dtype=torch.float64), block, signs).T
+
+
+@pytest.mark.parametrize("base", [Trellis(length=32, window=8), Uniform(bits=4, group_size=16, symmetric=True)])
+@pytest.mark.parametrize("turned", [(False, False), (True, False), (True, True)])
+def test_a_rotated_weight_is_its_base_between_two_matrices(base: Spec, turned: tuple[bool, bool]) -> None:
+    shape = (96, 40)
+    spec = Rotated(base, block=32, outputs=True)
+    inputs, outputs = (
+        rotation(n, spec.block, torch.zeros(())) if yes else IDENTITY
+        for n, yes in zip(shape[::-1], turned, strict=True)
+    )
+    generator = torch.Generator().manual_seed(1)
+    if isinstance(base, Trellis):
+        inner = random_packed(base, shape)
+        inner.scales.clamp_(max=40)
+    else:
+        parts = base.tensors(shape)
+        made = {n: torch.randint(0, 256, t.shape, dtype=torch.uint8, generator=generator) for n, t in parts.items()}
+        made["scales"] = torch.rand(parts["scales"].shape, generator=generator).to(DTYPES[parts["scales"].dtype])
+        inner = PackedUniform.from_tensors(base, shape, made)
+    packed = PackedRotated.around(spec, inner, inputs, outputs)
+    packed.validate()
+    assert sum(t.nbytes for t in packed.tensors().values()) == spec.nbytes(shape)
+    packed = LAYOUTS["rotated"].from_tensors(spec, shape, packed.tensors())
+    A, B = (
+        torch.eye(n, dtype=torch.float64) if side.signs is None else plain_hadamard(n, block_for(n, 32), side.signs)
+        for n, side in ((shape[1], inputs), (shape[0], outputs))
+    )
+    expected = (B.T @ inner.dequantize().double() @ A).float()
+    weight = packed.dequantize()
+    size = float(expected.abs().max())
+    torch.testing.assert_close(weight, expected, rtol=0, atol=2e-6 * size)
+    torch.testing.assert_close(packed.dequantize(start=5, stop=50), expected[5:50], rtol=0, atol=2e-6 * size)
+    x = torch.randn((2, 3, 40), generator=generator)
+    out = dispatch.matmul(x, packed, torch.ones(96))
+    torch.testing.assert_close(out, x @ expected.T + 1, rtol=0, atol=1e-5 * size * 40)
+
+
+def test_damaged_rotations_are_refused() -> None:
+    base = random_packed(Trellis(length=32), (32, 12))
+    packed = PackedRotated.around(Rotated(base.spec), base, rotation(12, 128, torch.zeros(())), IDENTITY)
+    for name, index, value in (("rotation", 0, 2), ("rotation", 1, 1), ("input_signs", 1, 255)):
+        tensors = {key: tensor.clone() for key, tensor in packed.tensors().items()}
+        tensors[name][index] = value
+        with pytest.raises(LayoutError, match=name):
+            PackedRotated.from_tensors(packed.spec, packed.shape, tensors).validate()
+    with pytest.raises(SpecError, match="one rotation"):
+        Rotated(Rotated())
+
+
+@pytest.fixture(scope="module")
+def trained(demo: Path) -> tuple[Tensor, Statistics]:
+    """A trained weight of the demo model, and the Hessian of outputs of another one: inputs with real correlations."""
+    import safetensors.torch
+
+    stored = safetensors.torch.load_file(demo / "model.safetensors")
+    names = sorted(name for name in stored if "gate_proj" in name)
+    weight, other = stored[names[0]].float(), stored[names[1]].float()
+    hessian = other.T @ other
+    return weight[:160], Statistics(hessian / hessian.diagonal().mean(), 1000)
+
+
+def test_fewer_bits_less_error_than_a_uniform_grid(trained: tuple[Tensor, Statistics]) -> None:
+    weight, statistics = trained
+    uniform = Feedback().solve(weight, statistics, Uniform(bits=2, group_size=64))
+    spec = Rotated(Trellis(bits=2, window=10))
+    trellis = Feedback().solve(weight, statistics, spec)
+    assert spec.nbytes(tuple(weight.shape)) < Uniform(bits=2, group_size=64).nbytes(tuple(weight.shape))
+    assert trellis.error < 0.75 * uniform.error
+    assert trellis.error == pytest.approx(relative_error(weight, trellis.packed.dequantize(), statistics.hessian))
+    plain = Feedback(sweeps=0).solve(weight, statistics, Trellis(bits=2, window=10)).error
+    swept = Feedback(sweeps=2).solve(weight, statistics, Trellis(bits=2, window=10)).error
+    assert trellis.error <= swept < plain  # the rotation is kept where it helps; descent never hurts
+    wide = Feedback(sweeps=0).solve(weight, statistics, Trellis(bits=2, window=12)).error
+    assert wide < plain
+
+
+def test_dead_rows_and_columns_stay_zero(trained: tuple[Tensor, Statistics]) -> None:
+    weight = trained[0][:40].clone()
+    weight[3] = 0
+    found = Feedback().solve(weight, trained[1], Trellis(window=8))
+    assert bool((found.weight[3] == 0).all())
+    assert bool(torch.isfinite(found.weight).all())
+    assert Feedback().solve(torch.zeros_like(weight), trained[1], Trellis(window=8)).weight.abs().max() == 0
+
+
+def test_a_checkpoint_keeps_its_promise_and_runs(llama: Path, words: Path, tmp_path: Path) -> None:
+    recipe = override(load_recipe("balanced"), [f"calibration.text={words}", *SMALL])
+    first = quant.quantize(str(llama), tmp_path / "a", recipe)
+    assert first.report["bits"]["promised"] == pytest.approx(first.written.measured_bits)
+    quant.quantize(str(llama), tmp_path / "b", recipe)
+    assert tiny.contents(tmp_path / "a") == tiny.contents(tmp_path / "b")
+    model = quant.load(tmp_path / "a")
+    with torch.no_grad():
+        assert bool(torch.isfinite(model(torch.arange(10, 40)[None]).logits).all())
+
+
+def test_stacks_of_experts(words: Path, tmp_path: Path) -> None:
+    model = tiny.model("mixtral", tmp_path / "model")
+    recipe = override(load_recipe("balanced"), [f"calibration.text={words}", *SMALL])
+    result = quant.quantize(str(model), tmp_path / "out", recipe)
+    stacks = [site for site in result.report["sites"] if site["experts"]]
+    assert stacks
+    assert all(not site["spec"]["measured"] for site in stacks)
+    with torch.no_grad():
+        assert bool(torch.isfinite(quant.load(tmp_path / "out")(torch.arange(10, 40)[None]).logits).all())
