@@ -1,4 +1,4 @@
-"""Whether Triton's kernels can run: the one place that asks.
+"""Whether Triton's kernels can run, and if not, why: the one place that asks.
 
 Modules that hold kernels import Triton when they are imported, so they are imported only after `runs_triton` has said
 yes; elsewhere plain torch does the same, so that nothing needs Triton to be installed.
@@ -7,20 +7,38 @@ yes; elsewhere plain torch does the same, so that nothing needs Triton to be ins
 from __future__ import annotations
 
 import os
-from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 INTERPRET = "BITWRIGHT_INTERPRET"
 """Set to 1, together with `TRITON_INTERPRET=1`: kernels run on a CPU, very slowly, under Triton's interpreter."""
 
+INSTALLED = find_spec("triton") is not None
+OLDEST = (8, 0)  # compute capability
+
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether a kernel can take `x`: it is on a GPU, or the environment asks for the interpreter."""
-    return (x.is_cuda or os.environ.get(INTERPRET) == "1") and _installed()
+    """Whether a kernel can take `x`: it is on a GPU that Triton supports, or the environment asks for the
+    interpreter."""
+    return missing(x) is None
 
 
-@cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
+def missing(x: Tensor) -> str | None:
+    """Why no kernel can take `x`; None where one can."""
+    if not INSTALLED:
+        return "Triton is not installed; pip install triton"
+    if os.environ.get(INTERPRET) == "1":
+        return None
+    return unsupported(x.device) if x.is_cuda else f"x is on {x.device}: Triton kernels run on CUDA devices"
+
+
+@torch.compiler.assume_constant_result
+def unsupported(device: torch.device) -> str | None:
+    """Why the kernels do not run on a GPU; None where they do."""
+    if torch.version.hip:
+        return f"{torch.cuda.get_device_name(device)}: the kernels are for NVIDIA GPUs"
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability {OLDEST[0]}.{OLDEST[1]}"
+    return None

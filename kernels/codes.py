@@ -167,7 +167,7 @@ def unit_words(weight, N, ONE: tl.constexpr):
     return tl.join(tl.join(word, word), tl.join(word, word))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("first", "stop"))
 def dequantize_kernel(
     weight, scales, zeros, out, first, stop, N, K,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BN: tl.constexpr,

@@ -1,7 +1,10 @@
 """Which kernel multiplies: an ordered table, the first row that accepts the real arguments wins.
 
 A row refuses with a reason in words, so `explain(x, packed)` can say why the fast ones were passed over. The
-environment variable `BITWRIGHT_KERNEL` names the one row to use; if that row refuses, its reason is the error.
+environment variable `BITWRIGHT_KERNEL` names the one row to use; if that row refuses, its reason is the error. A row
+that changes the result (`triton-int8` rounds activations to 8 bits) runs only if it is named.
+
+Under autocast `x` is cast as `torch.nn.functional.linear` would cast it.
 """
 
 from __future__ import annotations
@@ -10,11 +13,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from quant.kernels import launch, reference
+from quant.kernels.available import missing
 from quant.kernels.layouts import Packed
 from quant.kernels.order import Arranged
+from quant.kernels.rotated import PackedRotated
 
 VARIABLE = "BITWRIGHT_KERNEL"
 
@@ -42,31 +48,56 @@ def _torch_refuses(x: Tensor, packed: Weight) -> str | None:
 
 
 def _triton_refuses(x: Tensor, packed: Weight) -> str | None:
-    if not isinstance(packed, Arranged):
-        return 'the weight is not in kernel order; quant.load(device="cuda") and model.to("cuda") put it there'
-    return launch.refuses(x, packed)
+    return _disorder(x, packed) or launch.refuses(x, _arranged(packed))
 
 
-def _triton(x: Tensor, packed: Weight, bias: Tensor | None) -> Tensor:
+def _int8_refuses(x: Tensor, packed: Weight) -> str | None:
+    if os.environ.get(VARIABLE) != "triton-int8":
+        return f"it rounds x to 8 bits, and runs only where {VARIABLE}=triton-int8 asks for it"
+    return _disorder(x, packed) or launch.refuses_int8(x, _arranged(packed))
+
+
+def _disorder(x: Tensor, packed: Weight) -> str | None:
+    if isinstance(packed, Arranged):
+        return None
+    reason = missing(x) if x.is_cuda else None
+    return reason or 'the weight is not in kernel order; quant.load(device="cuda") and model.to("cuda") put it there'
+
+
+def _arranged(packed: Weight) -> Arranged:
     assert isinstance(packed, Arranged)
-    return launch.matmul(x, packed, bias)
+    return packed
 
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("triton", _triton_refuses, _triton),
+    Kernel("triton", _triton_refuses, lambda x, packed, bias: launch.matmul(x, _arranged(packed), bias)),
     Kernel("torch", _torch_refuses, reference.matmul),
+    Kernel("triton-int8", _int8_refuses, lambda x, packed, bias: launch.matmul_int8(x, _arranged(packed), bias)),
 )
 
 
 def matmul(x: Tensor, packed: Weight, bias: Tensor | None = None) -> Tensor:
     """`x` `[..., in]` times the packed weight `[out, in]` transposed, plus `bias`. Raises `KernelError` if no row
-    accepts.
+    accepts. A rotated weight's activations are rotated first, and its base looks for a row.
     """
+    if isinstance(packed, PackedRotated):
+        out = packed.outputs().undo(matmul(packed.inputs().apply(x), packed.base))
+        return out if bias is None else out + bias.to(out.dtype)
+    x = _autocast(x)
     return select(x, packed).run(x, packed, bias)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """What autocast makes of the input of a product: any float but float64 is cast to its dtype."""
+    kind = x.device.type
+    if not (x.is_floating_point() and x.dtype != torch.float64 and torch.amp.is_autocast_available(kind)):
+        return x
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def select(x: Tensor, packed: Weight) -> Kernel:
     """The row that will run."""
+    x = _autocast(x)
     for kernel in _candidates():
         if kernel.refuses(x, packed) is None:
             return kernel
@@ -75,6 +106,7 @@ def select(x: Tensor, packed: Weight) -> Kernel:
 
 def explain(x: Tensor, packed: Weight) -> str:
     """One line per row of the table: which one runs, which also accept, and why the others refuse."""
+    x = _autocast(x)
     forced, lines, chosen = os.environ.get(VARIABLE), list[str](), False
     for kernel in KERNELS:
         if forced and kernel.name != forced:

@@ -39,7 +39,7 @@ def hadamard(x: Tensor, block: int, signs: Tensor | None = None, inverse: bool =
         raise ValueError(f"x is {x.dtype} {list(x.shape)}; floats with a last dimension of blocks of {block} expected")
     if signs is not None and (signs.shape != x.shape[-1:] or signs.device != x.device):
         raise ValueError(f"signs {list(signs.shape)} on {signs.device}; {x.shape[-1]} on {x.device} are expected")
-    return _Hadamard.apply(x, block, signs, inverse) if x.requires_grad else _forward(x, block, signs, inverse)
+    return torch.ops.bitwright.hadamard(x, block, signs, inverse)
 
 
 def reference(x: Tensor, block: int, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
@@ -114,9 +114,11 @@ def _table(factor: int, inverse: bool, device: torch.device) -> Tensor:
     return (table.T if inverse else table).contiguous().to(device)
 
 
-def _forward(x: Tensor, block: int, signs: Tensor | None, inverse: bool) -> Tensor:
+@torch.library.custom_op("bitwright::hadamard", mutates_args=())
+def _operator(x: Tensor, block: int, signs: Tensor | None, inverse: bool) -> Tensor:
+    """See `hadamard`. One operator, so that torch.compile sees a shape and a gradient and nothing else."""
     if x.dtype == torch.float64 or not x.numel() or not runs_triton(x):
-        return reference(x, block, signs, inverse)
+        return reference(x, block, signs, inverse).contiguous()
     from quant.kernels.butterflies import launch
 
     factor, size = split_order(block)
@@ -126,14 +128,19 @@ def _forward(x: Tensor, block: int, signs: Tensor | None, inverse: bool) -> Tens
     return out
 
 
-class _Hadamard(torch.autograd.Function):
+@_operator.register_fake
+def _(x: Tensor, block: int, signs: Tensor | None, inverse: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.block, signs, ctx.inverse = inputs[1:]
+    ctx.save_for_backward(signs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of an orthonormal map is its inverse."""
+    return torch.ops.bitwright.hadamard(grad, ctx.block, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, block: int, signs: Tensor | None, inverse: bool) -> Tensor:
-        ctx.arguments = (block, signs, not inverse)
-        return _forward(x, block, signs, inverse)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _forward(grads[0], *ctx.arguments), None, None, None
+_operator.register_autograd(_backward, setup_context=_keep)

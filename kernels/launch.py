@@ -1,8 +1,12 @@
 """Running the uniform kernels: which blocks, what scratch memory, and the operators that torch.compile sees.
 
 `matmul` multiplies by a weight in kernel order. Up to `UNPACK_FROM` tokens one kernel reads every weight byte once per
-BM tokens; from there on the weight is unpacked, in slices of bounded size, and multiplied by torch (cuBLAS). Both are
-one torch operator each, with a shape rule for `torch.compile` and no Python in between, so CUDA graphs may record them.
+BM tokens; from there on the weight is unpacked, in slices of bounded size, and multiplied by torch (cuBLAS). Which of
+the two is settled inside one torch operator, with a shape rule for `torch.compile` and a gradient: a traced model has
+no guard on the number of tokens, and CUDA graphs record whatever ran.
+
+Scratch memory under CUDA graphs: outputs and the partial sums of a split K come from torch's allocator, which keeps
+what a graph allocated for that graph alone; counters are told of at `_zeros`.
 """
 
 from __future__ import annotations
@@ -13,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels.available import runs_triton
+from quant.kernels.available import missing
 from quant.kernels.layouts import symmetric_zero
 from quant.kernels.order import CHUNK, TILE, Arranged, tiles
+from quant.kernels.reference import check_shape
 
 UNPACK_FROM = 256
 """Tokens from which unpacking pays. A guess from the arithmetic (`README.md`) until a GPU has measured it."""
@@ -34,12 +39,16 @@ class Config:
     splits: int
 
 
-def choose(tokens: int, rows: int, columns: int, processors: int, bits: int = 4, kind: str = "fp16") -> Config:
+def choose(
+    tokens: int, rows: int, columns: int, processors: int, bits: int = 4, kind: str = "fp16", narrow: bool = False
+) -> Config:
     """The configuration without a tuned one: as many rows per warp as its registers hold while tokens are few, and K
-    split until every multiprocessor has about 8 warps."""
+    split until every multiprocessor has about 8 warps. `narrow`: at most 32 rows from 32 tokens on. Triton 3.6 compiles
+    no more for compute capability 10.0 ("Illegal shared layout"); Triton 3.9 does."""
     bm = max(16 if kind == "int8" else 8, next((size for size in (8, 16, 32) if tokens <= size), 64))
     wide = 64 if kind != "int8" and bits <= 2 else 32
-    bn, warps = {8: (wide, 1), 16: (16 if kind == "int8" else 32, 1), 32: (32, 2), 64: (64, 4 if bits <= 4 else 8)}[bm]
+    many = {32: (32, 2), 64: (32, 4)} if narrow else {32: (64, 4), 64: (64, 4 if bits <= 4 else 8)}
+    bn, warps = ({8: (wide, 1), 16: (16 if kind == "int8" else 32, 1)} | many)[bm]
     programs = -(-rows // bn) * -(-tokens // bm)
     return Config(bm, bn, warps, 1, even_splits(columns, min(16, processors * 8 // (programs * warps))))
 
@@ -52,59 +61,58 @@ def even_splits(columns: int, wanted: int) -> int:
 
 def refuses(x: Tensor, arranged: Arranged) -> str | None:
     """Why the kernels do not take these arguments; None where they do."""
-    if not runs_triton(x):
-        return f"x is on {x.device}: Triton kernels run on CUDA devices, and Triton has to be installed"
+    reason = missing(x)
+    if reason is not None:
+        return reason
     if x.device != arranged.device:
         return f"x is on {x.device}, the weight on {arranged.device}"
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"x is {x.dtype}; the kernels multiply float16 and bfloat16"
-    if x.requires_grad:
-        return "x requires a gradient, which the kernels do not compute"
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f"{torch.cuda.get_device_name(x.device)} is older than compute capability 8.0"
     width = arranged.spec.group_width(arranged.shape[1])
     if width % 8 and width != arranged.shape[1]:
         return f"groups of {width}: the kernels take multiples of 8"
     return None
 
 
+def refuses_int8(x: Tensor, arranged: Arranged) -> str | None:
+    """As `refuses`, of `matmul_int8`."""
+    if x.requires_grad:
+        return "x requires a gradient, and rounding to 8 bits has none"
+    width = arranged.spec.group_width(arranged.shape[1])
+    if width % CHUNK and width != arranged.shape[1]:
+        return f"groups of {width}: the int8 kernel takes multiples of {CHUNK}"
+    return refuses(x, arranged)
+
+
 def matmul(x: Tensor, arranged: Arranged, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """`x` `[..., K]` float16 or bfloat16 times the weight `[N, K]` transposed, plus `bias` `[N]` and `residual`
-    `[..., N]`: `[..., N]` in `x`'s dtype, accumulated in float32."""
-    flat = x.reshape(-1, x.shape[-1])
-    spec, (rows, columns) = arranged.spec, arranged.shape
-    if len(flat) >= UNPACK_FROM and x.device.type == "cuda":
-        out = flat.new_empty((len(flat), rows))
-        step = max(64, (1 << 26) // columns)
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
-            torch.mm(flat, arranged.dequantize(x.dtype, start, stop).T, out=out[:, start:stop])
-        out = out if bias is None else out.add_(bias.to(out.dtype))
-        out = out if residual is None else out.add_(residual.reshape(out.shape))
-    else:
-        out = torch.ops.bitwright.uniform_matmul(
-            flat, None, arranged.weight, arranged.scales, arranged.zeros, bias,
-            None if residual is None else residual.reshape(len(flat), rows),
-            rows, columns, spec.bits, spec.group_width(columns), x.dtype,
-        )  # fmt: skip
+    `[..., N]`: `[..., N]` in `x`'s dtype, accumulated in float32. Differentiable with respect to these three. Raises
+    `ValueError` where the shapes do not fit."""
+    check_shape(x, arranged)
+    flat, rows = x.reshape(-1, x.shape[-1]), arranged.shape[0]
+    out = torch.ops.bitwright.uniform_matmul(
+        flat, None, arranged.weight, arranged.scales, arranged.zeros, bias,
+        None if residual is None else residual.reshape(-1, rows), *_sizes(arranged), x.dtype,
+    )  # fmt: skip
     return out.view(*x.shape[:-1], rows)
 
 
 def matmul_int8(x: Tensor, arranged: Arranged, bias: Tensor | None = None) -> Tensor:
     """As `matmul` with activations rounded to 8 bits: each token's by its own scale `max |x| / 127`, products summed in
     int32 within a group. The weight's groups hold multiples of 32 columns, or all of them."""
+    check_shape(x, arranged)
     flat = x.reshape(-1, x.shape[-1])
-    spec, (rows, columns) = arranged.spec, arranged.shape
-    width = spec.group_width(columns)
-    if width % CHUNK and width != columns:
-        raise ValueError(f"groups of {width}: the int8 kernel takes multiples of {CHUNK}")
     scale = (flat.float().abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     codes = (flat.float() / scale[:, None]).round_().to(torch.int8)
     out = torch.ops.bitwright.uniform_matmul(
-        codes, scale, arranged.weight, arranged.scales, arranged.zeros, bias, None, rows, columns, spec.bits, width,
-        x.dtype,
-    )  # fmt: skip
-    return out.view(*x.shape[:-1], rows)
+        codes, scale, arranged.weight, arranged.scales, arranged.zeros, bias, None, *_sizes(arranged), x.dtype
+    )
+    return out.view(*x.shape[:-1], arranged.shape[0])
+
+
+def _sizes(arranged: Arranged) -> tuple[int, int, int, int]:
+    """Rows, columns, bits and the width of a group, as the operators take them."""
+    return *arranged.shape, arranged.spec.bits, arranged.spec.group_width(arranged.shape[1])
 
 
 @torch.library.custom_op("bitwright::uniform_matmul", mutates_args=())
@@ -114,15 +122,48 @@ def uniform_matmul(
 ) -> Tensor:  # fmt: skip
     """`x` `[M, columns]` times a weight in kernel order: `[M, rows]` of `dtype`. `width`: columns of a group."""
     out = torch.empty((len(x), rows), dtype=dtype, device=x.device)
-    if len(x):
+    if len(x) < UNPACK_FROM or x_scale is not None:
         launch(x, x_scale, weight, scales, zeros, bias, residual, out, columns, bits, width, None)
+        return out
+    for start, stop in _slices(rows, columns):
+        part = uniform_dequantize(weight, scales, zeros, rows, columns, bits, width, dtype, start, stop)
+        torch.mm(x, part.T, out=out[:, start:stop])
+    for added in (bias, residual):
+        if added is not None:
+            out += added
     return out
+
+
+def _slices(rows: int, columns: int) -> list[tuple[int, int]]:
+    """Row ranges to unpack at once."""
+    step = max(64, (1 << 26) // columns)
+    return [(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 
 @uniform_matmul.register_fake
 def _(x: Tensor, *rest: Any) -> Tensor:
     rows, dtype = rest[6], rest[10]
     return x.new_empty((x.shape[0], rows), dtype=dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[2:5])
+    ctx.sizes, ctx.bias = inputs[7:11], inputs[5] if inputs[5] is None else inputs[5].dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Unpacks the weight again, slice after slice."""
+    x_grad = None
+    if ctx.needs_input_grad[0]:
+        x_grad = grad.new_zeros((grad.shape[0], ctx.sizes[1]))
+        for start, stop in _slices(*ctx.sizes[:2]):
+            part = uniform_dequantize(*ctx.saved_tensors, *ctx.sizes, grad.dtype, start, stop)
+            x_grad = x_grad + grad[:, start:stop] @ part
+    bias_grad = grad.sum(0).to(ctx.bias) if ctx.needs_input_grad[5] else None
+    return (x_grad, *[None] * 4, bias_grad, grad if ctx.needs_input_grad[6] else None, *[None] * 5)
+
+
+uniform_matmul.register_autograd(_backward, setup_context=_keep)
 
 
 def launch(
@@ -134,27 +175,38 @@ def launch(
     from quant.kernels.uniform import matmul_kernel
 
     tokens, rows = out.shape
+    if not out.numel():
+        return
     x = x if x.stride(1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
     cuda = x.device.type == "cuda"
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if cuda else 4
+    processors, narrow = processor(x.device)
     kind = KINDS[x.dtype]
     config = config or tuned(x.device, tokens, rows, columns, bits, kind)
-    config = config or choose(tokens, rows, columns, processors, bits, kind)
+    config = config or choose(tokens, rows, columns, processors, bits, kind, narrow)
     count = tiles(columns)
     grid = (-(-rows // config.bn), config.splits, -(-tokens // config.bm))
     partial, counters = out, out
     if config.splits > 1:
         partial = torch.empty((config.splits, tokens, rows), dtype=torch.float32, device=x.device)
         counters = _zeros(grid[0] * grid[2], x.device)
-    matmul_kernel[grid](
-        x, x if x_scale is None else x_scale, weight, scales, scales if zeros is None else zeros,
-        out if bias is None else bias, out if residual is None else residual.contiguous(), out, partial, counters,
-        tokens, rows, columns, x.stride(0), count, -(-count // config.splits),
-        **constants(bits, width, columns, zeros is not None, kind),
-        BM=config.bm, BN=config.bn, SPLITS=config.splits, EVEN=columns % TILE == 0, BIAS=bias is not None,
-        RESIDUAL=residual is not None, WIDEN=not cuda and x.dtype == torch.bfloat16,
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        matmul_kernel[grid](
+            x, x if x_scale is None else x_scale, weight, scales, scales if zeros is None else zeros,
+            out if bias is None else bias, out if residual is None else residual.contiguous(), out, partial, counters,
+            tokens, rows, columns, x.stride(0), count, -(-count // config.splits),
+            **constants(bits, width, columns, zeros is not None, kind),
+            BM=config.bm, BN=config.bn, SPLITS=config.splits, EVEN=columns % TILE == 0, BIAS=bias is not None,
+            RESIDUAL=residual is not None, WIDEN=not cuda and x.dtype == torch.bfloat16,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def processor(device: torch.device) -> tuple[int, bool]:
+    """Multiprocessors of a GPU, and whether `choose` has to be narrow for it."""
+    if device.type != "cuda":
+        return 4, False
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major == 10
 
 
 def constants(bits: int, width: int, columns: int, asymmetric: bool, kind: str) -> dict[str, Any]:
@@ -172,11 +224,8 @@ def constants(bits: int, width: int, columns: int, asymmetric: bool, kind: str) 
 
 def dequantize(arranged: Arranged, dtype: torch.dtype, start: int, stop: int) -> Tensor:
     """Rows `start` to `stop` as a plain matrix, the values of `PackedUniform.dequantize` bit for bit."""
-    spec = arranged.spec
-    return torch.ops.bitwright.uniform_dequantize(
-        arranged.weight, arranged.scales, arranged.zeros, *arranged.shape, spec.bits,
-        spec.group_width(arranged.shape[1]), dtype, start, stop,
-    )  # fmt: skip
+    held = arranged.weight, arranged.scales, arranged.zeros
+    return uniform_dequantize(*held, *_sizes(arranged), dtype, start, stop)
 
 
 @torch.library.custom_op("bitwright::uniform_dequantize", mutates_args=())
@@ -189,10 +238,12 @@ def uniform_dequantize(
 
     out = torch.empty((stop - start, columns), dtype=dtype, device=weight.device)
     chosen = constants(bits, width, columns, zeros is not None, "fp16")
-    dequantize_kernel[(-(-(stop - start) // 32), tiles(columns))](
-        weight, scales, scales if zeros is None else zeros, out, start, stop, rows, columns,
-        BITS=bits, GROUP=chosen["GROUP"], ZERO=chosen["ZERO"], BN=32, num_warps=1, enable_fp_fusion=True,
-    )  # fmt: skip
+    if out.numel():
+        with torch.cuda.device_of(weight):
+            dequantize_kernel[(-(-(stop - start) // 32), tiles(columns))](
+                weight, scales, scales if zeros is None else zeros, out, start, stop, rows, columns,
+                BITS=bits, GROUP=chosen["GROUP"], ZERO=chosen["ZERO"], BN=32, num_warps=1, enable_fp_fusion=True,
+            )  # fmt: skip
     return out
 
 
@@ -206,8 +257,10 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _zeros(count: int, device: torch.device) -> Tensor:
-    """Counters at zero; every launch leaves them so. Each stream has its own, since launches on one never overlap;
-    while a CUDA graph is recorded each launch gets new ones, zeroed in the graph: graphs may run side by side."""
+    """Counters at zero; every launch leaves them so. Each stream has its own, since launches on one never overlap. A
+    larger buffer replaces one that a launch may still use: it goes back to torch's allocator, which gives it to later
+    work of that stream only. While a CUDA graph is recorded each launch gets new ones, zeroed in the graph: graphs may
+    run side by side, and a graph may run beside its stream's ordinary launches."""
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32)
     if torch.cuda.is_current_stream_capturing():

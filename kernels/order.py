@@ -33,6 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.kernels.available import runs_triton
 from quant.kernels.layouts import PackedUniform, rows_at_once
 from quant.kernels.packing import pack
 from quant.kernels.spec import Uniform
@@ -67,7 +68,7 @@ class Arranged:
         from quant.kernels import launch  # it needs this module
 
         rows = range(self.shape[0])[start:stop]
-        if launch.runs_triton(self.weight):
+        if runs_triton(self.weight):
             return launch.dequantize(self, dtype, rows.start, rows.stop)
         return plain(self).dequantize(dtype, rows.start, rows.stop)
 

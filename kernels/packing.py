@@ -67,7 +67,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         value = packed[..., byte] >> shift
         if shift + bits > 8:
             value |= packed[..., byte + 1] << (8 - shift)
-        torch.bitwise_and(value, 2**bits - 1, out=codes[..., index])
+        codes[..., index] = value.bitwise_and_(2**bits - 1)
     return codes.view(rows, whole * period)[:, :n]
 
 

@@ -25,12 +25,16 @@ def matmul(x: Tensor, packed: Packed | Arranged, bias: Tensor | None = None, max
     The weight is dequantized in `x`'s dtype, at most about `max_bytes` at a time (but never less than a row).
     Differentiable with respect to `x` and `bias`. Raises `ValueError` where the shapes or dtypes do not fit.
     """
-    if x.ndim == 0 or x.shape[-1] != packed.shape[1]:
-        raise ValueError(f"x has shape {list(x.shape)}; its last dimension must be {packed.shape[1]}")
+    check_shape(x, packed)
     if not x.is_floating_point():
         raise ValueError(f"x is {x.dtype}; a floating-point tensor is expected")
     out = _Matmul.apply(x, packed, max_bytes) if x.requires_grad else _forward(x, packed, max_bytes)
     return out if bias is None else out + bias.to(out.dtype)
+
+
+def check_shape(x: Tensor, packed: Packed | Arranged) -> None:
+    if x.ndim == 0 or x.shape[-1] != packed.shape[1]:
+        raise ValueError(f"x has shape {list(x.shape)}; its last dimension must be {packed.shape[1]}")
 
 
 def row_chunks(packed: Packed | Arranged, dtype: torch.dtype, max_bytes: int) -> Iterator[tuple[int, int]]:

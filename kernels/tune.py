@@ -170,7 +170,7 @@ def fastest(
                 call = lambda i, config=config: measure.run(x, packed[i], config, out)  # noqa: E731
                 times[config] = measure.clock(call, len(packed), nbytes / 4e12)  # how many calls, no more
 
-    default = launch.choose(*sizes, count, bits, kind)
+    default = launch.choose(*sizes, count, bits, kind, launch.processor(x.device)[1])
     measured([default, *candidates(*sizes, bits, count, properties.shared_memory_per_block_optin)])
     best = sorted(times, key=times.__getitem__)[:2]
     measured(spread(config, warps, *sizes, count) for config in best for warps in (2, 4, 16, 32))

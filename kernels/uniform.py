@@ -94,7 +94,7 @@ def _store(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "count", "each"))  # or 1 and multiples of 16 would be compiled once more
 def matmul_kernel(
     x, x_scale, weight, scales, zeros, bias, residual, out, partial, counters,
     M, N, K, stride, count, each,

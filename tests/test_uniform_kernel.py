@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant.kernels import launch
+from quant.kernels import launch, reference
 from quant.kernels.dispatch import explain
 from quant.kernels.launch import Config
 from quant.kernels.layouts import PackedUniform
@@ -89,6 +89,8 @@ def test_configurations() -> None:
     assert launch.choose(1, 8192, 8192, 132, bits=2) == Config(8, 64, 1, 1, 8)
     assert launch.choose(16, 64, 256, 132).splits == 1  # one tile cannot be split
     assert launch.choose(4096, 8192, 8192, 132).bm == 64
+    assert launch.choose(17, 8192, 8192, 132) == Config(32, 64, 4, 1, 2)
+    assert launch.choose(17, 8192, 8192, 132, narrow=True) == Config(32, 32, 2, 1, 2)
     for tokens in (1, 9, 17, 33, 100):
         for columns in (100, 256, 1000, 8192, 28672):
             config = launch.choose(tokens, 4096, columns, 132)
@@ -217,19 +219,18 @@ def interpreted_shapes_of_inputs() -> None:
     ragged = arrange(weight(4, 60, Uniform(bits=4, group_size=20)))
     assert "groups of 20" in str(launch.refuses(some(1, 60, torch.float16), ragged))
     assert "float32" in str(launch.refuses(x.float(), arranged))
-    assert "gradient" in str(launch.refuses(x.requires_grad_(), arranged))
 
 
 def interpreted_module() -> None:
     """A packed linear in kernel order multiplies through the dispatch table and saves what the checkpoint held."""
     packed = weight(24, 300, Uniform(bits=3, group_size=64))
     module = PackedLinear(packed.spec, 24, 300, bias=True)
-    module.load_state_dict({**packed.tensors(), "bias": some(1, 24, torch.float32)[0]})
+    bias = some(1, 24, torch.float32)[0]
+    module.load_state_dict({**packed.tensors(), "bias": bias})  # which settles the weight, as any move does
     x = some(5, 300, torch.float16)
-    assert "not in kernel order" in explain(x, module.operand)
-    before = module(x)
-    module.half()  # any move settles the weight
-    assert isinstance(module.operand, Arranged)
+    assert "not in kernel order" in explain(x, packed)
+    before = reference.matmul(x, packed, bias)
+    assert isinstance(module.half().operand, Arranged)
     assert explain(x, module.operand).startswith("triton: runs")
     error = (module(x).double() - before.double()).abs()
     exact = x.double() @ packed.dequantize(torch.float64).T
@@ -237,7 +238,6 @@ def interpreted_module() -> None:
     for name, tensor in packed.tensors().items():
         assert torch.equal(module.state_dict()[name], tensor)
     assert torch.equal(module.unpack(torch.float32).weight, packed.dequantize())
-    assert torch.isfinite(torch.autograd.grad(module(x.requires_grad_()).sum(), x)[0]).all()  # through the torch row
 
 
 CHECKED = [(2, "fp16", 1), (3, "bf16", 16), (8, "bf16", 200), (4, "int8", 16)]
@@ -264,7 +264,7 @@ def compiled(capability: int, bits: int, kind: str, tokens: int) -> Compiled:
     """The default configuration for a matrix of 8192 x 8192 in groups of 128."""
     from quant.kernels.uniform import matmul_kernel
 
-    config = launch.choose(tokens, 8192, 8192, 132, bits, kind)
+    config = launch.choose(tokens, 8192, 8192, 132, bits, kind, capability == 100)
     half = "*bf16" if kind == "bf16" else "*fp16"
     types = {"x": "*i8" if kind == "int8" else half, "x_scale": "*fp32", "weight": "*i32", "scales": "*fp16"}
     types |= {"zeros": "*u8", "bias": half, "residual": half, "out": half, "partial": "*fp32", "counters": "*i32"}
