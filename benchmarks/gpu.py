@@ -8,6 +8,7 @@
    the products, and with `torch.compile(fullgraph=True)` of a block.
 3. GPTQ: `quant.quantize` of models of one and of three blocks (4096 wide, 14336 inside, 226 million weights per block
    where Llama-3-8B has 218) at 4 bits, group 128; the difference is two blocks, free of all that is done once.
+4. GPTQ's kernel on a block of columns of 128 experts, in one launch and in one for each.
 
 `--quick` leaves out the second half of 2. Without a GPU it ends with a sentence and exit code 2.
 """
@@ -162,6 +163,33 @@ def quantizing(blocks: int) -> dict[str, Any]:
         return {"blocks": blocks, "seconds": time.perf_counter() - began}
 
 
+@torch.no_grad()
+def batched(experts: int = 128, rows: int = 1536, columns: int = 128, device: str = "cuda") -> dict[str, Any]:
+    """Microseconds of GPTQ's kernel on the experts of Qwen3-30B-A3B's gate_up, together and one after another; first
+    that they come out alike."""
+    from quant.kernels.feedback import round_columns
+
+    shape = (experts, columns, rows)
+    work = torch.randn(shape, device=device)
+    lines = torch.randn((experts, columns, columns), device=device).mul_(0.03).triu_(1) + torch.eye(columns).to(device)
+    scales, zeros = (torch.full((experts, 1, rows), value, device=device).expand(shape) for value in (0.2, 8.0))
+    inputs = (work, lines, scales, zeros)
+
+    def run(step: int) -> list[Tensor]:
+        outputs = [torch.empty_like(work), torch.empty_like(work), torch.empty_like(work, dtype=torch.uint8)]
+        for part in (slice(start, start + step) for start in range(0, experts, step)):
+            round_columns(*(t[part] for t in inputs), 4, *(t[part] for t in outputs))
+        return outputs
+
+    if not all(map(torch.equal, run(experts), run(1))):
+        raise RuntimeError("experts in one launch do not come out as in one launch each")
+    row: dict[str, Any] = {"experts": experts, "rows": rows, "columns": columns}
+    if device == "cuda":
+        row["together us"] = 1e6 * measure.clock(lambda _: run(experts), 1, 1e-4)
+        row["one by one us"] = 1e6 * measure.clock(lambda _: run(1), 1, 1e-3)
+    return row
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = record.parser(__doc__)
     options.add_argument("--quick", action="store_true")
@@ -173,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     named = ["--commit", args.commit] if args.commit else []
     code = benchmark.main(["--quick", "--seconds", str(args.seconds), "--results", str(args.results), *named])
-    decoded, solved = list[dict[str, Any]](), list[dict[str, Any]]()
+    decoded, solved, rounded = (list[dict[str, Any]]() for _ in range(3))
     notes = [f"{torch.cuda.get_device_name()}; commit {measure.facts(args.commit)['commit']}"]
 
     def save() -> None:
@@ -183,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parts = [
             ("Decoding", decoded, ["weights", "between", "GB read", "tokens/s", "times bfloat16", "GB/s"]),
             ("GPTQ", solved, ["blocks", "seconds"]),
+            ("GPTQ's kernel on experts", rounded, ["experts", "rows", "columns", "together us", "one by one us"]),
         ]
         record.save(args.results, "gpu", "On a GPU", parts, notes, gpu=torch.cuda.get_device_name())
 
@@ -196,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     for bits in (None, 4, 2):
         keep(decoded, lambda bits=bits: decoding(bits, False))
+    keep(rounded, batched)
     for blocks in (1, 1, 3):  # the first also compiles
         keep(solved, lambda blocks=blocks: quantizing(blocks))
     if len(solved) == 3:

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 
 import quant
 from quant.checkpoint.manifest import read_config, read_sites
 from quant.errors import CheckpointError, ModelError, SettingsError
+from quant.held import Holder
 from quant.linear import PackedLinear
 from quant.recipe import with_spec
 from tests import tiny
@@ -107,6 +109,12 @@ def test_where_it_goes_and_what_it_computes_in(kind: str, request: pytest.Fixtur
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert logits(half).dtype == torch.bfloat16
     spread = quant.load(folder, device="auto", dtype="float32")
+    assert torch.equal(logits(spread), expected)
+    mapped = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    apart = quant.load(folder, device=mapped | {"model.rotary_emb": "cpu"}, dtype="float32")
+    assert torch.equal(logits(apart), expected)
+    cpu_offload(spread, torch.device("cpu"), offload_buffers=True)  # packed tensors come and go with their module
+    assert {b.device.type for m in spread.modules() if isinstance(m, Holder) for b in m.buffers(False)} == {"meta"}
     assert torch.equal(logits(spread), expected)
     for model in (half, quant.load(folder, device="auto")):  # eight bits of mantissa, two blocks deep
         assert float((logits(model).float() - expected).abs().max()) < 0.1 * float(expected.abs().max())

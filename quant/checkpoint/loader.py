@@ -8,6 +8,7 @@ the same tensors back.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -151,17 +152,17 @@ def unpack_model(model: Any, dtype: torch.dtype) -> Any:
 def load(
     checkpoint: str | Path,
     *,
-    device: str = "cpu",
+    device: str | Mapping[str, Any] = "cpu",
     dtype: torch.dtype | str | None = None,
     dequantize: bool = False,
     verify: bool = True,
 ) -> Any:
     """A packed checkpoint as a transformers model, in eval mode.
 
-    `checkpoint`: a local folder or a hub name. `device`: where all of it goes, or "auto". `dtype` of what is not packed
-    and of the computation: by default float32 on a CPU and the checkpoint's own ("auto") elsewhere. `dequantize`: a
-    plain float model with the same values, for tools that know nothing of this package; the memory of a float model.
-    `verify`: check every file's sha256 first.
+    `checkpoint`: a local folder or a hub name. `device`: where all of it goes, "auto", or a map from modules to devices
+    (`device_map` in transformers). `dtype` of what is not packed and of the computation: by default float32 on a CPU
+    and the checkpoint's own ("auto") elsewhere. `dequantize`: a plain float model with the same values, for tools that
+    know nothing of this package; the memory of a float model. `verify`: check every file's sha256 first.
 
     Raises:
         CheckpointError: the folder is not a sound packed checkpoint; says which file or tensor.
@@ -179,7 +180,8 @@ def load(
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise SettingsError(f"dtype {dtype!r} is unknown; give float32, float16, bfloat16 or auto")
         dtype = getattr(torch, dtype)
-    options: dict[str, Any] = {} if device == "cpu" else {"device_map": "auto" if device == "auto" else {"": device}}
+    spread = {"": device} if isinstance(device, str) and device != "auto" else device
+    options: dict[str, Any] = {} if device == "cpu" else {"device_map": spread}
     token = _verified.set(True)
     try:
         model, info = getattr(transformers, names[0]).from_pretrained(
