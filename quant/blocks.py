@@ -89,7 +89,7 @@ class BlockSolver:
 
     def solve(self, index: int, block: Block, originals: dict[str, torch.Tensor]) -> list[Solved]:
         """Solves block `index` of the chain and leaves its dequantized weights in the model. `originals` is filled with
-        the float weights that were replaced when the recipe matches the float path."""
+        the float weights that were replaced, if the recipe matches the float path or recovers."""
         stages = [tuple(s for s in stage if self.plan.specs[s.name] is not None) for stage in block.stages]
         stages = [stage for stage in stages if stage]
         if self.recipe.calibration is None or not self.recipe.sequential:
@@ -235,7 +235,7 @@ class BlockSolver:
 
     def _replace(self, site: Site, packed: Packed, originals: dict[str, torch.Tensor]) -> None:
         parameter = self.model.get_parameter(site.parameter)
-        if self.float_store is not None:
+        if self.float_store is not None or self.recipe.recovery is not None:
             originals[site.parameter] = parameter.data.clone()
         fill(parameter, site, packed)
 

@@ -63,6 +63,9 @@ class Display(Progress):
         for note in solved.notes:
             self.console.print(f"[yellow]note[/yellow] {name}: {note}", highlight=False)
 
+    def recovering(self, done: int, steps: int, loss: float) -> None:
+        self.bars.update(self.task, site=f"tuning {done}/{steps}", error=f"loss {loss:.3f}")
+
     def advanced(self, index: int, weights: int) -> None:
         self.done_weights += weights
         if not self.errors:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from quant.blocks import BlockSolver, Solved
+from quant.blocks import BlockSolver, Solved, float_weights
 from quant.calibration.activations import Activations
 from quant.calibration.replay import Replay
 from quant.checkpoint.shards import sizes
@@ -26,6 +26,7 @@ from quant.memory import peak_bytes
 from quant.models.skeleton import Skeleton
 from quant.models.stream import outside_blocks
 from quant.prepare import Prepared
+from quant.recovery.block import task
 from quant.threads import threads
 
 
@@ -60,6 +61,7 @@ class _Rehearsal:
     collect: float  # seconds for one batch
     advance: float  # seconds for one batch
     solve: float  # seconds for the block
+    recover: float  # seconds for the block, all batches
     stored: int  # bytes of one batch's output
 
 
@@ -76,11 +78,12 @@ def estimate(prepared: Prepared) -> Estimate:
         seen = _rehearse(prepared)
         opening = _timed(lambda: Skeleton(prepared.source, dtype=dtype, device=prepared.settings.device))
     batches = len(prepared.samples.batches) if prepared.recipe.calibration is not None else 0
-    paths = 2 if prepared.recipe.match == "float" and batches else 1
+    followed = prepared.recipe.match == "float" or prepared.recipe.recovery is not None
+    paths = 2 if followed and batches else 1
     activations = seen.stored * (batches + 1) * paths
     held = min(activations, prepared.settings.spill_bytes * paths)
     share = weights / max(1, seen.block_weights)  # in blocks of the rehearsed size
-    per_block = seen.load + seen.solve + (seen.collect + seen.advance * paths) * batches
+    per_block = seen.load + seen.solve + seen.recover + (seen.collect + seen.advance * paths) * batches
     peak_gpu = torch.cuda.max_memory_allocated() + held if cuda else 0
     peak_rss = peak_bytes() + (0 if cuda else held)
     verification = opening + (seen.load + seen.advance) * share
@@ -126,16 +129,24 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
         solver = BlockSolver(
             replay, prepared.recipe, prepared.plan, [batch], store, store if matched else None, solved.append, room
         )
-        whole = _timed(lambda: solver.solve(index, blocks[largest.name], {}))
+        originals: dict[str, torch.Tensor] = {}
+        whole = _timed(lambda: solver.solve(index, blocks[largest.name], originals))
         output: list[Any] = []
         advance = _timed(lambda: output.append(replay.output(index, batch, store[0], 0)))
         stored = sum(t.nbytes for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor))
         stored += sum(one.store.held + one.store.spilled for one in solver.remembered)
         solver.forget()
+        recover = 0.0
+        if prepared.recipe.recovery is not None:
+            targets = room("targets")
+            with float_weights(skeleton.model, originals):
+                targets[0] = replay.output(index, batch, store[0])
+            work = task(replay, index, [batch], store, targets, solved, originals, lambda *_: None)
+            recover = prepared.recipe.recovery.rehearse(work, len(prepared.samples.batches))
         skeleton.unload([*names, *outside])
     solve = sum(s.seconds for s in solved)
     weights = sum(s.site.shape[0] * s.site.shape[1] for s in solved)
-    return _Rehearsal(weights, load, max(0.0, whole - solve), advance, solve, stored)
+    return _Rehearsal(weights, load, max(0.0, whole - solve), advance, solve, recover, stored)
 
 
 def _timed(work: Any) -> float:

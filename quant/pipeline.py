@@ -37,6 +37,9 @@ from quant.models.walk import Block
 from quant.prepare import Prepared, Settings, prepare
 from quant.progress import Progress
 from quant.recipe import Recipe
+from quant.recovery.block import put
+from quant.recovery.block import record as recovery_record
+from quant.recovery.block import task as block_task
 from quant.threads import threads
 
 
@@ -108,7 +111,8 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
     ]  # the last one is the probe: it is carried along for the verification and seen by no solver
     store = _activations(prepared, journal.folder, "quantized", len(batches))
     matched = recipe.match == "float" and recipe.calibration is not None
-    float_store = _activations(prepared, journal.folder, "float", len(batches)) if matched else None
+    followed = matched or recipe.recovery is not None  # the float path
+    float_store = _activations(prepared, journal.folder, "float", len(batches)) if followed else None
     blocks = {block.name: block for block in prepared.walk.blocks}
     outside, head = outside_blocks(skeleton, chain)
     skeleton.load(outside)
@@ -116,22 +120,34 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
     progress.begin(len(chain), sum(weights.values()), sum(journal.finished(i) for i in range(len(chain))))
     with Replay(model, chain) as replay:
         room = lambda name: _activations(prepared, journal.folder, name, len(batches))  # noqa: E731
-        solver = BlockSolver(replay, recipe, prepared.plan, calibration, store, float_store, progress.site, room)
+        aim = float_store if matched else None
+        solver = BlockSolver(replay, recipe, prepared.plan, calibration, store, aim, progress.site, room)
         for index, name in enumerate(chain):
             began = time.perf_counter()
             progress.block(index, name)
             names = skeleton.names_under(name)
             skeleton.load(names)
             originals: dict[str, torch.Tensor] = {}
+            wanted = range(len(batches)) if index + 1 < len(chain) else [len(batches) - 1]  # only the probe has a head
             if journal.finished(index):
-                _restore(prepared, journal, index, blocks.get(name), originals if matched else None)
+                _restore(prepared, journal, index, blocks.get(name), originals if followed else None)
+                _advance_float(replay, index, batches, wanted, float_store, originals)
             else:
                 solved = solver.solve(index, blocks[name], originals) if name in blocks else []
-                seconds = round(time.perf_counter() - began, 4)
-                record = {"block": name, "seconds": seconds, "sites": [s.record() for s in solved]}
+                all_of_them = range(len(batches)) if recipe.recovery is not None else wanted
+                _advance_float(replay, index, batches, all_of_them, float_store, originals)
+                recovered = None
+                if recipe.recovery is not None and float_store is not None and solved:
+                    solver.forget()  # its outputs are about to change
+                    task = block_task(
+                        replay, index, calibration, store, float_store, solved, originals, progress.recovering
+                    )
+                    recovered = recipe.recovery.recover(task)
+                    solved = put(replay, solved, recovered)
+                record = {"block": name, "seconds": round(time.perf_counter() - began, 4)}
+                record |= {"sites": [s.record() for s in solved], **recovery_record(recovered)}
                 journal.write(index, _stored(solved, prepared, names), record)
-            wanted = range(len(batches)) if index + 1 < len(chain) else [len(batches) - 1]  # only the probe has a head
-            _advance(replay, index, batches, wanted, store, float_store, originals)
+            _advance(replay, index, batches, wanted, store)
             solver.forget()
             skeleton.unload(names)
             give_back()
@@ -190,20 +206,23 @@ def _stored(solved: Sequence[Solved], prepared: Prepared, names: Sequence[str]) 
     return tensors
 
 
-def _advance(
+def _advance_float(
     replay: Replay,
     index: int,
     batches: Sequence[Batch],
     wanted: Sequence[int],
-    store: Activations,
     float_store: Activations | None,
     originals: dict[str, torch.Tensor],
 ) -> None:
-    """Block `index`'s outputs on the wanted batches replace its inputs in the stores."""
+    """The float block's outputs on the wanted batches replace its inputs in the float path's store."""
     if float_store is not None:
         with float_weights(replay.model, originals):
             for number in wanted:
                 float_store[number] = replay.output(index, batches[number], float_store[number])
+
+
+def _advance(replay: Replay, index: int, batches: Sequence[Batch], wanted: Sequence[int], store: Activations) -> None:
+    """Block `index`'s outputs on the wanted batches replace its inputs in the store."""
     for number in wanted:
         store[number] = _finite(replay.output(index, batches[number], store[number], number), replay.names[index])
 
@@ -241,6 +260,9 @@ def _report(prepared: Prepared, records: Sequence[dict[str, Any]]) -> dict[str, 
         "left_float": prepared.walk.left
         | {n: "the plan keeps it float" for n, s in prepared.plan.specs.items() if s is None},
         **provenance(prepared),
-        "blocks": [{"name": record["block"], "seconds": record["seconds"]} for record in records],
+        "blocks": [
+            {"name": record["block"], **{key: record[key] for key in ("seconds", "recovery") if key in record}}
+            for record in records
+        ],
         "sites": sites,
     }

@@ -15,6 +15,9 @@ class Progress:
     def site(self, solved: Solved) -> None:
         """One site is solved."""
 
+    def recovering(self, done: int, steps: int, loss: float) -> None:
+        """Step `done` of `steps` on a solved block; `loss`: relative to that of the block as solved."""
+
     def advanced(self, index: int, weights: int) -> None:
         """Block `index`, with `weights` quantized weights, is written and its output computed."""
 

@@ -21,10 +21,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from quant.errors import SettingsError
 from quant.kernels.spec import Rotated, Spec, SpecError, Trellis, Uniform, spec_from_dict
 from quant.models.walk import Site, Walk
+from quant.recovery.tuning import BlockTuning
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
 
 SOLVERS: tuple[type[Any], ...] = (Feedback, Nearest)
+RECOVERIES: tuple[type[Any], ...] = (BlockTuning,)
 
 
 MOST_SAMPLES = 1_000_000
@@ -64,8 +66,9 @@ class Recipe:
 
     `sequential`: inside a block, later sites see the inputs that the already quantized ones produce. `match`: what a
     solver aims at: `quantized`, the layer's own outputs on inputs from the already quantized blocks; or `float`, the
-    float path's outputs from those same inputs. `calibration` None: data-free, no text is read. `only`, `skip`: glob
-    patterns over site names.
+    float path's outputs from those same inputs. `recovery`: what is done to a block once its sites are solved, to bring
+    its outputs back to the float path's; None: nothing. `calibration` None: data-free, no text is read. `only`, `skip`:
+    glob patterns over site names.
     """
 
     spec: Spec = field(default_factory=Uniform)
@@ -74,13 +77,19 @@ class Recipe:
     experts: Experts = field(default_factory=Experts)
     sequential: bool = True
     match: Literal["quantized", "float"] = "quantized"
+    recovery: Any = None
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.recovery is not None and self.calibration is None:
+            raise SettingsError("recovery trains on the calibration text, and this recipe has no calibration; give one")
 
     def to_dict(self) -> dict[str, Any]:
         data = {item.name: getattr(self, item.name) for item in fields(self)}
         data["spec"] = self.spec.to_dict()
         data["solver"] = {"kind": type(self.solver).__name__, **asdict(self.solver)}
+        data["recovery"] = self.recovery and {"kind": type(self.recovery).__name__, **asdict(self.recovery)}
         data["calibration"] = None if self.calibration is None else asdict(self.calibration)
         data["experts"] = asdict(self.experts)
         return json.loads(json.dumps(data))
@@ -94,17 +103,22 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
             values["spec"] = spec_from_dict(values["spec"])
     except SpecError as error:
         raise SettingsError(f"recipe: {error}") from None
-    if "solver" in values:
-        solver = dict(_mapping(values["solver"], "solver"))
-        kinds = {kind.__name__: kind for kind in SOLVERS}
-        kind = solver.pop("kind", None)
-        if kind not in kinds:
-            raise SettingsError(f"recipe: solver kind {kind!r} is unknown; this version has {', '.join(sorted(kinds))}")
-        values["solver"] = _build(kinds[kind], solver, "solver")
+    for name, known in (("solver", SOLVERS), ("recovery", RECOVERIES)):
+        if name in values and (name == "solver" or values[name] is not None):
+            values[name] = _chosen(known, _mapping(values[name], name), name)
     for name, kind in (("calibration", Calibration), ("experts", Experts)):
         if values.get(name) is not None:
             values[name] = _build(kind, _mapping(values[name], name), name)
     return _build(Recipe, values, "recipe")
+
+
+def _chosen(known: Sequence[type[Any]], data: Mapping[str, Any], name: str) -> Any:
+    """An object of the kind that `data` names."""
+    kinds = {kind.__name__: kind for kind in known}
+    kind = data.get("kind")
+    if kind not in kinds:
+        raise SettingsError(f"recipe: {name} kind {kind!r} is unknown; this version has {', '.join(sorted(kinds))}")
+    return _build(kinds[kind], {key: value for key, value in data.items() if key != "kind"}, name)
 
 
 def load_recipe(name: str) -> Recipe:

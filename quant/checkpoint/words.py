@@ -14,6 +14,7 @@ from typing import Any
 Report = Mapping[str, Any]
 Site = Mapping[str, Any]
 METHODS = {"Feedback": "GPTQ (arXiv 2210.17323)", "Nearest": "round to nearest"}  # others: by their class
+RECOVERIES = {"BlockTuning": "block tuning (SignRound, arXiv 2309.05516, on codes; Adam on scales)"}
 
 
 def notes(report: Report) -> list[tuple[str, str]]:
@@ -74,6 +75,9 @@ def provenance_rows(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("method", f"{METHODS.get(recipe['solver']['kind'], recipe['solver']['kind'])}; {_settings(settings)}"),
         ("calibration text", f"{text['text']}, sha256 {text['sha256'] or 'none'}"),
     ]
+    if recovery := recipe.get("recovery"):
+        trained = {key: value for key, value in recovery.items() if key != "kind"}
+        rows.append(("recovery", f"{RECOVERIES.get(recovery['kind'], recovery['kind'])}; {_settings(trained)}"))
     if windows := recipe["calibration"]:
         cut = f"{windows['samples']:,} of at most {windows['sequence_length']:,} tokens"
         rows.append(("calibration windows", f"{cut}, seed {windows['seed']}, {windows['batch_size']} at once"))

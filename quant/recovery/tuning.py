@@ -1,0 +1,198 @@
+"""Block tuning: after a block's sites were solved, train together what they left free, against the float block.
+
+A solver sees one matrix and the covariance of its inputs; the block's output also knows what attention, activation and
+residual make of the errors, and how one site can undo another's. For `steps` steps of one calibration batch each, the
+squared distance between the block's output, on what the quantized path gives it, and the float path's output of the
+same tokens is lowered by
+
+    codes    p -= codes * decay / steps * sign(gradient)       learned rounding, SignRound of arXiv 2309.05516
+    scales   Adam, rate `scales` * decay                       as in ApiQ (arXiv 2402.05147) and QTIP
+
+with `decay` falling from 1 to 0, so a code moves by at most `codes / 2` levels. Codes start where the solver left them,
+not at the float weight's nearest. Because the target is the float path, each block also undoes what the earlier ones
+lost. The result replaces the solved one only if it is better over all batches.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from quant.errors import SettingsError, SolverError
+from quant.kernels.packed import Packed
+from quant.models.walk import Site
+from quant.recovery.tunable import Tunable, tunable
+
+REHEARSED = 3  # steps
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A solved block. `output(b)`: what the model's weights make of batch `b`; `target(b)`: what they should.
+
+    `packed` and `weights`: what each site was solved to, and its float weight `[rows, in]` as the packed one lies.
+    `seed`: the block's own. `on_step(done, steps, loss)`: `loss` relative to the untuned one.
+    """
+
+    model: nn.Module
+    name: str
+    sites: Sequence[Site]
+    packed: Mapping[str, Packed]
+    weights: Mapping[str, Tensor]
+    batches: int
+    output: Callable[[int], Any]
+    target: Callable[[int], Any]
+    seed: int
+    on_step: Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Recovered:
+    """`packed` by site. `before`, `after`: squared error of the block's output over its energy, all batches."""
+
+    packed: Mapping[str, Packed]
+    before: float
+    after: float
+
+
+class Recovery(Protocol):
+    def recover(self, task: Task) -> Recovered:
+        """A better block: never one of more error than `task` came with. Same task, same bytes."""
+        ...
+
+    def rehearse(self, task: Task, batches: int) -> float:
+        """Seconds that `recover` would take on a task like this one with so many batches."""
+        ...
+
+
+@dataclass(frozen=True)
+class BlockTuning:
+    """See the module. A step takes one calibration batch: many small ones (`calibration.batch_size` 2) beat few large
+    ones. `codes`: levels; 0 leaves them. `scales`: 0 leaves them."""
+
+    steps: int = 200
+    codes: float = 1.0
+    scales: float = 0.002
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rates = (self.codes, self.scales)
+        if self.steps < 1 or not all(0 <= rate < math.inf for rate in rates) or not self.codes + self.scales:
+            raise SettingsError(
+                f"recovery: steps is {self.steps}, codes {self.codes}, scales {self.scales}; steps is at least 1, the "
+                "rates finite and not negative, and one of them above 0"
+            )
+
+    def recover(self, task: Task) -> Recovered:
+        before, energy = _loss(task, {name: packed.dequantize() for name, packed in task.packed.items()})
+        share = before / energy if energy > 0 else 0.0
+        if not before > 0:
+            return Recovered(task.packed, share, share)
+        tunables = {name: tunable(packed, task.weights[name]) for name, packed in task.packed.items()}
+        with torch.enable_grad():
+            self._train(task, tunables, before / task.batches)
+        packed = {name: one.pack() for name, one in tunables.items()}
+        after, _ = _loss(task, {name: one.dequantize() for name, one in packed.items()})
+        if not after < before:
+            return Recovered(task.packed, share, share)
+        return Recovered(packed, share, after / energy)
+
+    def rehearse(self, task: Task, batches: int) -> float:
+        began = time.perf_counter()
+        few = replace(self, steps=min(self.steps, REHEARSED))
+        few.recover(task)
+        whole = time.perf_counter() - began
+        began = time.perf_counter()
+        _loss(task, {name: packed.dequantize() for name, packed in task.packed.items()})
+        passing = time.perf_counter() - began
+        step = max(0.0, whole - 2 * passing) / few.steps
+        return step * self.steps + 2 * passing * batches / task.batches
+
+    def _train(self, task: Task, tunables: Mapping[str, Tunable], usual: float) -> None:
+        """`usual`: a batch's loss before training."""
+        codes = [parameter for one in tunables.values() for parameter in one.codes()] if self.codes else []
+        scales = [parameter for one in tunables.values() for parameter in one.scales()] if self.scales else []
+        adam = torch.optim.Adam(scales, lr=self.scales) if scales else None
+        for step, batch in enumerate(_order(task.batches, self.steps, self.seed + task.seed)):
+            decay = 1 - step / self.steps
+            weights = {name: one.weight() for name, one in tunables.items()}
+            loss = _distance(task, weights, batch)[0] / usual
+            if not bool(torch.isfinite(loss)):
+                raise SolverError(
+                    f"{task.name}: the tuning loss is not finite at step {step}; lower recovery.codes and "
+                    "recovery.scales, or compute in float32"
+                )
+            gradients = _gradients(loss, [*codes, *scales])
+            with torch.no_grad():
+                for parameter, gradient in zip(codes, gradients[: len(codes)], strict=True):
+                    if gradient is not None:
+                        parameter.sub_(gradient.sign_(), alpha=self.codes * decay / self.steps)
+                if adam is not None:
+                    for parameter, gradient in zip(scales, gradients[len(codes) :], strict=True):
+                        parameter.grad = gradient
+                    adam.param_groups[0]["lr"] = self.scales * decay
+                    adam.step()
+            task.on_step(step + 1, self.steps, float(loss.detach()))
+
+
+def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """None for experts that no token of this batch reached."""
+    found: Any = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return list(found)
+
+
+def _order(batches: int, steps: int, seed: int) -> list[int]:
+    """Batches as they are taken: every one once before any comes again, each round in an order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = -(-steps // batches)
+    return torch.cat([torch.randperm(batches, generator=generator) for _ in range(rounds)])[:steps].tolist()
+
+
+@torch.no_grad()
+def _loss(task: Task, weights: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Squared error and energy of the block's output, summed over all batches."""
+    found = [_distance(task, weights, batch) for batch in range(task.batches)]
+    return sum(float(error) for error, _ in found), sum(float(energy) for _, energy in found)
+
+
+def _distance(task: Task, weights: Mapping[str, Tensor], batch: int) -> tuple[Tensor, Tensor]:
+    """Squared error and energy of the block's output on one batch."""
+    with _placed(task, weights):
+        outputs = _floats(task.output(batch))
+    targets = _floats(task.target(batch))
+    pairs = [(output.float(), target.float()) for output, target in zip(outputs, targets, strict=True)]
+    errors = [(output - target).square().sum() for output, target in pairs]
+    return torch.stack(errors).sum(), torch.stack([target.square().sum() for _, target in pairs]).sum()
+
+
+def _floats(nest: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+@contextmanager
+def _placed(task: Task, weights: Mapping[str, Tensor]) -> Generator[None]:
+    """The model with `weights` in the place of its sites' parameters, for autograd to see them."""
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for site in task.sites:
+            path, _, leaf = site.parameter.rpartition(".")
+            owner = task.model.get_submodule(path)
+            parameter: Any = owner._parameters[leaf]
+            kept.append((owner, leaf, parameter))
+            owner._parameters[leaf] = None  # keeps its place; the tensor is found first
+            weight = weights[site.name].to(parameter.dtype)
+            weight = weight.unflatten(0, (site.experts, site.out)) if site.experts else weight
+            owner.__dict__[leaf] = weight.transpose(-1, -2) if site.transposed else weight
+        yield
+    finally:
+        for owner, leaf, parameter in kept:
+            owner.__dict__.pop(leaf, None)
+            owner._parameters[leaf] = parameter

@@ -1,0 +1,252 @@
+"""What is done to a solved block: it gets better, in the same bytes, twice the same, and killed runs go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from quant import Recipe, Settings, quantize
+from quant.calibration.statistics import HessianCollector
+from quant.errors import SettingsError, SolverError
+from quant.estimate import estimate
+from quant.eval.perplexity import encode, measure, resolve, rule_for
+from quant.eval.subject import open_subject
+from quant.kernels.packed import Packed
+from quant.kernels.rotated import PackedRotated
+from quant.kernels.spec import Rotated, Spec, Trellis, Uniform
+from quant.models.walk import Site
+from quant.prepare import prepare
+from quant.progress import Progress
+from quant.recipe import override, recipe_from_dict
+from quant.recovery.tunable import KINDS, tunable
+from quant.recovery.tuning import BlockTuning, Task
+from quant.solvers.feedback import Feedback
+from quant.solvers.nearest import Nearest
+from tests import tiny
+
+SHORT = ["calibration.samples=16", "calibration.sequence_length=64", "calibration.batch_size=2"]
+STEPS = 30
+
+
+def perplexity(folder: Path) -> float:
+    subject, text = open_subject(str(folder), "cpu", "float32"), resolve("python-docs")
+    encoded = encode(subject.tokenizer(), replace(text, text=text.text[:10_000]))
+    return measure(subject, encoded, rule_for(subject, 256, None, 32)).token
+
+
+# --- the trained model
+
+
+@pytest.fixture(scope="module")
+def tuned(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The demonstration model at 2 bits, solved and tuned."""
+    folder = tmp_path_factory.mktemp("tuned")
+    plain = override(Recipe(spec=Uniform(bits=2, group_size=64)), SHORT)
+    return quantize(str(demo), folder / "plain", plain), quantize(
+        str(demo), folder / "tuned", replace(plain, recovery=BlockTuning(steps=STEPS))
+    )
+
+
+def test_blocks_and_model_get_better_in_as_many_bytes(tuned: tuple[Any, Any]) -> None:
+    plain, better = tuned
+    gains = [block["recovery"] for block in better.report["blocks"] if "recovery" in block]
+    assert len(gains) == 4
+    assert all(gain["after"] < 0.95 * gain["before"] for gain in gains)
+    assert not any("recovery" in block for block in plain.report["blocks"])
+    assert better.report["bits"] == plain.report["bits"]
+    assert better.report["files"] == plain.report["files"]
+    assert perplexity(better.out) < 0.97 * perplexity(plain.out)
+
+
+def test_it_is_told(tuned: tuple[Any, Any]) -> None:
+    card, page = ((tuned[1].out / name).read_text() for name in ("README.md", "report.html"))
+    assert "block tuning" in card
+    assert f"steps {STEPS}" in card
+    assert "block tuning" in page
+    assert recipe_from_dict(tuned[1].report["recipe"]).recovery == BlockTuning(steps=STEPS)
+
+
+# --- any model, twice, killed
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_transposed_weights_and_experts(name: str, words: Path, tmp_path: Path) -> None:
+    model = tiny.model(name, tmp_path / "model")
+    recipe = replace(tiny.recipe(words, bits=2), solver=Nearest(), recovery=BlockTuning(steps=16, codes=0.2))
+    first = quantize(str(model), tmp_path / "first", recipe)
+    assert any(block["recovery"]["after"] < block["recovery"]["before"] for block in first.report["blocks"])
+    quantize(str(model), tmp_path / "again", recipe)
+    assert tiny.contents(tmp_path / "again") == tiny.contents(tmp_path / "first")
+    assert first.report["verification"]["worst_difference"] < 1e-4
+
+
+class Killed(BaseException):
+    pass
+
+
+class KillsWhileTuning(Progress):
+    """Ends a run inside the tuning of its block number `last`."""
+
+    def __init__(self, last: int) -> None:
+        self.last, self.now = last, -1
+
+    def block(self, index: int, name: str) -> None:
+        self.now = index
+
+    def recovering(self, done: int, steps: int, loss: float) -> None:
+        if self.now == self.last and done == 3:
+            raise Killed
+
+
+@pytest.mark.parametrize("match", ["quantized", "float"])
+def test_killed_while_tuning(match: str, words: Path, tmp_path: Path) -> None:
+    model = tiny.model("gemma3", tmp_path / "model")
+    recipe = replace(tiny.recipe(words, f"match={match}", bits=2), recovery=BlockTuning(steps=6))
+    where = Settings(spill_bytes=0)
+    quantize(str(model), tmp_path / "whole", recipe, settings=where)
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        quantize(str(model), out, recipe, settings=where, progress=KillsWhileTuning(2))
+    assert quantize(str(model), out, recipe, settings=where, mode="resume").report["resumed_blocks"] == 2
+    assert tiny.contents(out) == tiny.contents(tmp_path / "whole")
+
+
+def test_a_dry_run_counts_it(llama: Path, words: Path) -> None:
+    recipe = tiny.recipe(words)
+    without = estimate(prepare(str(llama), recipe))
+    long = estimate(prepare(str(llama), replace(recipe, recovery=BlockTuning(steps=100_000))))
+    assert long.seconds > without.seconds + 10
+    assert long.weight_files == without.weight_files
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"steps": 0},
+        {"codes": -1.0},
+        {"scales": float("nan")},
+        {"codes": 0.0, "scales": 0.0},
+        {"codes": float("inf")},
+    ],
+)
+def test_bad_settings_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="recovery"):
+        BlockTuning(**values)
+
+
+def test_recipes_with_bad_recoveries_are_refused() -> None:
+    with pytest.raises(SettingsError, match="no calibration"):
+        Recipe(calibration=None, recovery=BlockTuning())
+    with pytest.raises(SettingsError, match="recovery kind 'Magic' is unknown; this version has BlockTuning"):
+        recipe_from_dict({"recovery": {"kind": "Magic"}})
+    with pytest.raises(SettingsError, match="unknown key 'rate'"):
+        recipe_from_dict({"recovery": {"kind": "BlockTuning", "rate": 1}})
+    assert recipe_from_dict({"recovery": None}).recovery is None
+    assert override(Recipe(recovery=BlockTuning()), ["recovery.steps=7"]).recovery.steps == 7
+
+
+# --- one block
+
+
+SPECS = [
+    Uniform(bits=3, group_size=32), Uniform(bits=2, group_size=-1, symmetric=True),
+    Uniform(bits=4, group_size=40, scale_dtype="bfloat16"), Trellis(), Rotated(), Rotated(base=Uniform(bits=2)),
+]  # fmt: skip
+
+
+def solved(spec: Spec, solver: Any = None, rows: int = 64, columns: int = 96) -> tuple[torch.Tensor, Packed]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=generator) / 8
+    weight[5] = 0
+    collector = HessianCollector(columns)
+    collector.update(torch.randn(400, columns, generator=generator).cumsum(1) / 4)
+    return weight, (solver or Feedback()).solve(weight, collector.finish(), spec).packed
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_what_is_trained_is_what_is_stored(spec: Spec) -> None:
+    weight, packed = solved(spec)
+    one = tunable(packed, weight)
+    assert {name: tensor.tolist() for name, tensor in one.pack().tensors().items()} == {
+        name: tensor.tolist() for name, tensor in packed.tensors().items()
+    }
+    generator = torch.Generator().manual_seed(1)
+    (one.weight() * torch.randn(weight.shape, generator=generator)).sum().backward()
+    assert one.scales()
+    for parameter in (*one.codes(), *one.scales()):
+        assert parameter.grad is not None
+        assert torch.isfinite(parameter.grad).all()
+        assert parameter.grad.count_nonzero() > 0
+        with torch.no_grad():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    after = one.pack()
+    after.validate()
+    assert not torch.equal(after.dequantize(), packed.dequantize())
+    # the rotations are sums in another order
+    torch.testing.assert_close(
+        one.weight().detach(), after.dequantize(), rtol=0, atol=1e-6 if isinstance(spec, Rotated) else 0
+    )
+
+
+def test_a_layout_without_a_tunable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, packed = solved(Rotated())
+    monkeypatch.delitem(KINDS, PackedRotated)
+    with pytest.raises(SettingsError, match="layout 'rotated' cannot be tuned; trellis, uniform can"):
+        tunable(packed, weight)
+
+
+def task(change: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> Task:
+    """A gated pair of linears of which one is a site."""
+    weight, packed = solved(Uniform(bits=2, group_size=32), Nearest())
+    torch.manual_seed(3)
+    model = nn.ModuleDict({"a": nn.Linear(96, 64), "b": nn.Linear(96, 64)}).requires_grad_(False)
+    model["a"].weight.data = packed.dequantize()
+    generator = torch.Generator().manual_seed(2)
+    inputs = [torch.randn(64, 96, generator=generator).cumsum(1) / 4 for _ in range(6)]
+    run: Any = lambda x, w: torch.tanh(nn.functional.linear(x, w)) * model["b"](x)  # noqa: E731
+    return Task(
+        model, "block", [Site("a", "linear", 64, 96, bias=True)], {"a": packed}, {"a": weight}, len(inputs),
+        lambda number: change(run(inputs[number], model["a"].weight)), lambda number: run(inputs[number], weight),
+        0, lambda *_: None,
+    )  # fmt: skip
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    work = task()
+    before = {name: (id(parameter), parameter.clone()) for name, parameter in work.model.named_parameters()}
+    found = BlockTuning(steps=60, codes=0.3).recover(work)
+    assert found.after < found.before
+    assert list(before) == [name for name, _ in work.model.named_parameters()]
+    assert all(
+        before[name][0] == id(p) and torch.equal(before[name][1], p) for name, p in work.model.named_parameters()
+    )
+
+
+def test_what_does_not_help_is_not_kept() -> None:
+    work = task()
+    found = BlockTuning(steps=4, codes=400.0, scales=1.0).recover(work)
+    assert found.after == found.before
+    assert found.packed is work.packed
+
+
+def test_only_scales_or_only_codes() -> None:
+    work = task()
+    came: Any = work.packed["a"]
+    for recovery, moved in ((BlockTuning(codes=0), "scales"), (BlockTuning(codes=0.3, scales=0), "weight")):
+        found: Any = recovery.recover(work).packed["a"]
+        same = {name for name, tensor in found.tensors().items() if torch.equal(tensor, came.tensors()[name])}
+        assert same == {"weight", "scales", "zeros"} - {moved}
+
+
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
+    with pytest.raises(SolverError, match="block: the tuning loss is not finite at step"):
+        BlockTuning(steps=30).recover(task(change=lambda x: x if not x.requires_grad else x * float("inf")))
