@@ -72,7 +72,7 @@ class TunableUniform(Tunable):
         return [self.gain]
 
     def weight(self) -> Tensor:
-        codes = _through(self.place.clamp(0, self.top), self._codes())
+        codes = _through(self.place, self._codes())
         scales = _through(self.start * (1 + self.gain), self._scales())
         return scales[:, self.group] * (codes - self.zeros[:, self.group])
 
