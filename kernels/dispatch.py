@@ -19,6 +19,7 @@ from torch import Tensor
 from quant.kernels import launch, reference
 from quant.kernels.available import missing
 from quant.kernels.layouts import Packed
+from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.order import Arranged
 from quant.kernels.rotated import PackedRotated
 
@@ -80,6 +81,9 @@ def matmul(x: Tensor, packed: Weight, bias: Tensor | None = None) -> Tensor:
     """`x` `[..., in]` times the packed weight `[out, in]` transposed, plus `bias`. Raises `KernelError` if no row
     accepts. A rotated weight's activations are rotated first, and its base looks for a row.
     """
+    if isinstance(packed, PackedLowRank):
+        x = _autocast(x)
+        return matmul(x, packed.base, bias).add(packed.branch(x))
     if isinstance(packed, PackedRotated):
         out = packed.outputs().undo(matmul(packed.inputs().apply(x), packed.base))
         return out if bias is None else out + bias.to(out.dtype)

@@ -26,6 +26,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.packed import LayoutError, Packed, check_tensors, rows_at_once
 from quant.kernels.packing import pack, padding_is_zero, row_bytes, unpack
 from quant.kernels.rotated import PackedRotated
@@ -122,5 +123,7 @@ def symmetric_zero(bits: int) -> float:
     return 2.0 ** (bits - 1) if bits > 1 else 0.5
 
 
-LAYOUTS: dict[str, type[Packed]] = {kind.layout: kind for kind in (PackedUniform, PackedTrellis, PackedRotated)}
+LAYOUTS: dict[str, type[Packed]] = {
+    kind.layout: kind for kind in (PackedUniform, PackedTrellis, PackedRotated, PackedLowRank)
+}
 """The only table from a name to a class: files on disk need names."""

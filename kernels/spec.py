@@ -179,8 +179,10 @@ class Rotated(Spec):
     measured: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.base, Rotated):
-            raise SpecError("a rotated spec inside a rotated spec; one rotation is enough")
+        if isinstance(self.base, Rotated | LowRank):
+            raise SpecError(
+                "a rotation goes around the codes alone: one rotation is enough, and a low-rank branch goes around it"
+            )
         if isinstance(self.block, bool) or not isinstance(self.block, int) or not 2 <= self.block <= 2048:
             raise SpecError(f"block is {self.block!r}; a rotation takes blocks of 2 to 2048")
 
@@ -207,7 +209,57 @@ class Rotated(Spec):
         return {**super().to_dict(), "base": self.base.to_dict()}
 
 
-KINDS: dict[str, type[Spec]] = {kind.layout: kind for kind in (Uniform, Trellis, Rotated)}
+@dataclass(frozen=True)
+class LowRank(Spec):
+    """`base` and a low-rank branch that makes up for what it lost: `W = Q + B A`, `B` `[out, rank]`, `A` `[rank, in]`.
+
+    `rank`: of the branch, 16 bits for each of its `rank (in + out)` values; a smaller matrix has a branch of its own
+    rank. `weighted`: the branch that loses least on the calibration inputs (EoRA, arXiv 2410.21271); otherwise the one
+    nearest to the lost weights themselves (LoRC, arXiv 2303.08302). `rounds`: how often the base is then solved again
+    for what the branch leaves to it, and the branch after it; the best round is kept, each costs a solve.
+    """
+
+    layout: ClassVar[str] = "lowrank"
+
+    base: Spec = field(default_factory=Uniform)
+    rank: int = 32
+    weighted: bool = True
+    rounds: int = 1
+    factor_dtype: Literal["float16", "bfloat16"] = "float16"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.base, LowRank):
+            raise SpecError("a low-rank branch beside a low-rank branch; give one a higher rank")
+        for name, least, most in (("rank", 1, 4096), ("rounds", 0, 16)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise SpecError(f"{name} is {value!r}; a low-rank branch takes a whole number from {least} to {most}")
+        if not isinstance(self.weighted, bool):
+            raise SpecError(f"weighted is {self.weighted!r}; give true or false")
+        if self.factor_dtype not in ("float16", "bfloat16"):
+            raise SpecError(f"factor_dtype is {self.factor_dtype!r}; give 'float16' or 'bfloat16'")
+
+    @property
+    def core(self) -> Spec:
+        return self.base.core
+
+    def width(self, shape: tuple[int, int]) -> int:
+        """The rank of the branch of a weight of this shape."""
+        return min(self.rank, *shape)
+
+    def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        rows, columns = shape
+        return {
+            **self.base.tensors(shape),
+            "lora_a": TensorSpec(self.factor_dtype, (self.width(shape), columns)),
+            "lora_b": TensorSpec(self.factor_dtype, (rows, self.width(shape))),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "base": self.base.to_dict()}
+
+
+KINDS: dict[str, type[Spec]] = {kind.layout: kind for kind in (Uniform, Trellis, Rotated, LowRank)}
 
 
 def spec_from_dict(data: dict[str, Any]) -> Spec:

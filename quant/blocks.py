@@ -28,7 +28,8 @@ from quant.kernels.packed import Packed, concatenate
 from quant.kernels.spec import Spec, Uniform
 from quant.memory import give_back
 from quant.models.walk import Block, Site
-from quant.recipe import Plan, Recipe
+from quant.plan import Plan
+from quant.recipe import Recipe
 from quant.solvers.solution import Solution, relative_error
 from quant.threads import threads, worth
 

@@ -18,8 +18,9 @@ from quant.machine import check_device, versions
 from quant.models.skeleton import Skeleton
 from quant.models.source import Source, find
 from quant.models.walk import Walk, walk
+from quant.plan import Plan, make_plan
 from quant.progress import Progress
-from quant.recipe import Plan, Recipe, make_plan
+from quant.recipe import Recipe
 
 TRACE_TOKENS = 16
 PROBE_TOKENS = 64

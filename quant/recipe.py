@@ -1,9 +1,8 @@
-"""Recipes and plans: what will be done, as data that reruns it exactly.
+"""Recipes: what will be done, as data that reruns it exactly.
 
 A `Recipe` holds solver *objects*; Python is the registry. Recipes that ship are files under `recipes/`, one `RECIPE`
 constant each; a user's own is the same kind of file, or the `recipe.json` that lies beside every checkpoint. Dotted
-overrides (`solver.damp=0.05`) reach any field. A `Plan` is the spec of each site, plain JSON that can be read, edited
-and given back.
+overrides (`solver.damp=0.05`) reach any field.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -19,8 +17,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from quant.errors import SettingsError
-from quant.kernels.spec import Rotated, Spec, SpecError, Trellis, Uniform, spec_from_dict
-from quant.models.walk import Site, Walk
+from quant.kernels.spec import LowRank, Rotated, Spec, SpecError, Uniform, spec_from_dict
 from quant.recovery.tuning import BlockTuning
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
@@ -233,67 +230,17 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     return value  # pyright: ignore[reportUnknownVariableType]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The spec of every site, by name in call order; None keeps a site float."""
-
-    specs: dict[str, Spec | None]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: None if spec is None else spec.to_dict() for name, spec in self.specs.items()}
-
-
-def make_plan(recipe: Recipe, found: Walk, file: Path | None = None) -> Plan:
-    """The recipe's spec for each site, with those that a plan file names replaced.
-
-    Raises:
-        SettingsError: the file cannot be read, names a site that is not there, or holds an impossible spec.
-    """
-    specs: dict[str, Spec | None] = {site.name: fitted(recipe.spec, site) for site in found.sites}
-    if file is None:
-        return Plan(specs)
-    try:
-        given = _mapping(json.loads(file.read_text(encoding="utf-8")), f"--plan {file}")
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise SettingsError(f"--plan {file}: cannot be read ({error})") from None
-    for name, spec in given.items():
-        if name not in specs:
-            raise SettingsError(f"--plan {file}: {name} is not a site of this model; --dry-run lists the sites")
-        try:
-            specs[name] = None if spec is None else spec_from_dict(spec)
-        except SpecError as error:
-            raise SettingsError(f"--plan {file}: {name}: {error}") from None
-    return Plan(specs)
-
-
-def fitted(spec: Spec, site: Site) -> Spec:
-    """The spec as a site needs it: in a stack of experts, sequences of a trellis end where an expert ends, and all
-    experts share one rotation.
-
-    Raises:
-        SettingsError: an expert's rows cannot be cut into sequences.
-    """
-    core = spec.core
-    if not site.experts or not isinstance(core, Trellis):
-        return spec
-    length = math.gcd(site.out, core.length)
-    if length % 32:
-        raise SettingsError(
-            f"{site.name}: experts of {site.out} rows cannot be cut into equal sequences of whole 32 rows; give this "
-            "site a uniform spec with --plan, or leave it float with --skip"
-        )
-    core = replace(core, length=length)
-    return replace(spec, base=core, measured=False, outputs=False) if isinstance(spec, Rotated) else core
-
-
 def with_spec(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with fields of its spec replaced; None leaves a field alone."""
     given = {name: value for name, value in changes.items() if value is not None}
     try:
-        core = replace(recipe.spec.core, **given)
-        spec = replace(recipe.spec, base=core) if isinstance(recipe.spec, Rotated) else core
-        return replace(recipe, spec=spec)
+        return replace(recipe, spec=_with_core(recipe.spec, replace(recipe.spec.core, **given)))
     except SpecError as error:
         raise SettingsError(str(error)) from None
     except TypeError as error:
         raise SettingsError(f"the recipe's spec {type(recipe.spec.core).__name__}: {error}") from None
+
+
+def _with_core(spec: Spec, core: Spec) -> Spec:
+    """The spec with other codes inside the same wrappers."""
+    return replace(spec, base=_with_core(spec.base, core)) if isinstance(spec, Rotated | LowRank) else core

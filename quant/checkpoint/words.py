@@ -91,13 +91,15 @@ def _settings(values: Mapping[str, Any]) -> str:
 
 def code_bits(spec: Mapping[str, Any]) -> int | None:
     """Bits of each code, where the layout has such a thing."""
-    return spec.get("base", spec).get("bits")
+    return code_bits(spec["base"]) if "base" in spec else spec.get("bits")
 
 
 def spec_words(spec: Mapping[str, Any]) -> str:
     """`3-bit, groups of 64, asymmetric`; for other layouts, their fields."""
     if spec["layout"] == "rotated":
         return f"{spec_words(spec['base'])}, rotated"
+    if spec["layout"] == "lowrank":
+        return f"{spec_words(spec['base'])}, branch of rank {spec['rank']}"
     if spec["layout"] == "trellis":
         return f"{spec['bits']}-bit trellis, window {spec['window']}, code {spec['code']}, {spec['length']} rows"
     if spec["layout"] != "uniform":

@@ -31,11 +31,12 @@ from torch import Tensor
 
 from quant.calibration.statistics import Statistics
 from quant.errors import SettingsError
-from quant.kernels.spec import Rotated, Spec
+from quant.kernels.spec import LowRank, Rotated, Spec
 from quant.solvers.basis import solve_rotated
 from quant.solvers.descent import descend
 from quant.solvers.factor import Factor, factorise
 from quant.solvers.grid import SEARCH, Search
+from quant.solvers.lowrank import solve_low_rank
 from quant.solvers.nearest import Nearest
 from quant.solvers.rounder import Rehearsal, Rounder, in_one_kernel, rounder_for
 from quant.solvers.solution import Solution, check, solution
@@ -69,6 +70,8 @@ class Feedback:
 
     def solve(self, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution:
         check(weight, statistics)
+        if isinstance(spec, LowRank):
+            return solve_low_rank(self, weight, statistics, spec)
         if isinstance(spec, Rotated):
             return solve_rotated(self, weight, statistics, spec)
         rounder = rounder_for(spec, (weight.shape[0], weight.shape[1]), weight.device, self.search)

@@ -13,9 +13,10 @@ from torch import Tensor
 from quant.calibration.statistics import Statistics
 from quant.errors import SolverError
 from quant.kernels.layouts import PackedUniform
-from quant.kernels.spec import DTYPES, Rotated, Spec, Uniform
+from quant.kernels.spec import DTYPES, LowRank, Rotated, Spec, Uniform
 from quant.solvers.basis import solve_rotated
 from quant.solvers.grid import SEARCH, Search, encode, fit
+from quant.solvers.lowrank import solve_low_rank
 from quant.solvers.solution import Solution, check, solution
 
 
@@ -27,6 +28,8 @@ class Nearest:
 
     def solve(self, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution:
         check(weight, statistics)
+        if isinstance(spec, LowRank):
+            return solve_low_rank(self, weight, statistics, spec)
         if isinstance(spec, Rotated):
             return solve_rotated(self, weight, statistics, spec)
         if not isinstance(spec, Uniform):
