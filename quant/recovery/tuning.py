@@ -75,8 +75,10 @@ class Recovery(Protocol):
 
 @dataclass(frozen=True)
 class BlockTuning:
-    """See the module. A step takes one calibration batch: many small ones (`calibration.batch_size` 2) beat few large
-    ones. `codes`: levels; 0 leaves them. `scales`: 0 leaves them."""
+    """See the module. A step takes one calibration batch, so `calibration.batch_size` sets its cost. `codes`: levels; 0
+    leaves them. `scales`: 0 leaves them. The defaults are for 3 and 4 bits; at 2 bits `codes` 3 and `scales` 0.005 did
+    better (one model's validation text: 0.658 for 0.701 over the float model's log perplexity).
+    """
 
     steps: int = 200
     codes: float = 1.0
