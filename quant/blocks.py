@@ -87,12 +87,15 @@ class BlockSolver:
         self.room = room
         self.remembered: list[Remembered] = []
         self.model: nn.Module = replay.model
+        self.weights: list[torch.Tensor] | None = None  # of each batch's tokens in the block, where they differ
 
     def solve(self, index: int, block: Block, originals: dict[str, torch.Tensor]) -> list[Solved]:
         """Solves block `index` of the chain and leaves its dequantized weights in the model. `originals` is filled with
         the float weights that were replaced, if the recipe matches the float path or recovers."""
         stages = [tuple(s for s in stage if self.plan.specs[s.name] is not None) for stage in block.stages]
         stages = [stage for stage in stages if stage]
+        if self.recipe.importance is not None and stages:
+            self.weights = self.recipe.importance.weights(self.replay, index, self.batches, self.store)
         if self.recipe.calibration is None or not self.recipe.sequential:
             statistics = self._statistics_at_once(index, stages)
         else:
@@ -134,7 +137,7 @@ class BlockSolver:
         if self.float_store is not None:  # nothing is solved yet, so one stage after another sees what all would
             return [self._statistics(index, stage, {}) for stage in stages]
         watched = [Stage(self.model, stage, cross=False) for stage in stages]
-        collect(watched, self.replay, index, self.batches, self.store)
+        collect(watched, self.replay, index, self.batches, self.store, self.weights)
         return [stage.finish() for stage in watched]
 
     def _statistics(
@@ -144,9 +147,10 @@ class BlockSolver:
         watched = Stage(self.model, stage, cross=matched)
         if matched and self.float_store is not None:
             swap = lambda: float_weights(self.model, originals)  # noqa: E731 (a fresh context for each batch)
-            collect_matched(watched, self.replay, index, self.batches, self.store, self.float_store, swap)
+            where = (self.replay, index, self.batches, self.store)
+            collect_matched(watched, *where, self.float_store, swap, self.weights)
         else:
-            collect([watched], self.replay, index, self.batches, self.store)
+            collect([watched], self.replay, index, self.batches, self.store, self.weights)
         return watched.finish()
 
     def _together(self, stage: Sequence[Site]) -> list[list[Site]]:

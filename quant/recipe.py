@@ -16,6 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from quant.calibration.importance import Attention
 from quant.errors import SettingsError
 from quant.kernels.spec import LowRank, Rotated, Spec, SpecError, Uniform, spec_from_dict
 from quant.recovery.tuning import BlockTuning
@@ -24,6 +25,7 @@ from quant.solvers.nearest import Nearest
 
 SOLVERS: tuple[type[Any], ...] = (Feedback, Nearest)
 RECOVERIES: tuple[type[Any], ...] = (BlockTuning,)
+IMPORTANCES: tuple[type[Any], ...] = (Attention,)
 
 
 MOST_SAMPLES = 1_000_000
@@ -64,8 +66,8 @@ class Recipe:
     `sequential`: inside a block, later sites see the inputs that the already quantized ones produce. `match`: what a
     solver aims at: `quantized`, the layer's own outputs on inputs from the already quantized blocks; or `float`, the
     float path's outputs from those same inputs. `recovery`: what is done to a block once its sites are solved, to bring
-    its outputs back to the float path's; None: nothing. `calibration` None: data-free, no text is read. `only`, `skip`:
-    glob patterns over site names.
+    its outputs back to the float path's; None: nothing. `importance`: how much each token counts in a Hessian; None:
+    all the same. `calibration` None: data-free, no text is read. `only`, `skip`: glob patterns over site names.
     """
 
     spec: Spec = field(default_factory=Uniform)
@@ -75,18 +77,24 @@ class Recipe:
     sequential: bool = True
     match: Literal["quantized", "float"] = "quantized"
     recovery: Any = None
+    importance: Any = None
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.recovery is not None and self.calibration is None:
             raise SettingsError("recovery trains on the calibration text, and this recipe has no calibration; give one")
+        if self.importance is not None and not isinstance(self.importance, IMPORTANCES):
+            raise SettingsError(f"importance is {self.importance!r}; give an Attention() in a recipe file, or null")
+        if self.importance is not None and self.calibration is None:
+            raise SettingsError("importance weighs the calibration text's tokens, and this recipe has none; give one")
 
     def to_dict(self) -> dict[str, Any]:
         data = {item.name: getattr(self, item.name) for item in fields(self)}
         data["spec"] = self.spec.to_dict()
         data["solver"] = {"kind": type(self.solver).__name__, **asdict(self.solver)}
-        data["recovery"] = self.recovery and {"kind": type(self.recovery).__name__, **asdict(self.recovery)}
+        for name in ("recovery", "importance"):
+            data[name] = data[name] and {"kind": type(data[name]).__name__, **asdict(data[name])}
         data["calibration"] = None if self.calibration is None else asdict(self.calibration)
         data["experts"] = asdict(self.experts)
         return json.loads(json.dumps(data))
@@ -100,7 +108,7 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
             values["spec"] = spec_from_dict(values["spec"])
     except SpecError as error:
         raise SettingsError(f"recipe: {error}") from None
-    for name, known in (("solver", SOLVERS), ("recovery", RECOVERIES)):
+    for name, known in (("solver", SOLVERS), ("recovery", RECOVERIES), ("importance", IMPORTANCES)):
         if name in values and (name == "solver" or values[name] is not None):
             values[name] = _chosen(known, _mapping(values[name], name), name)
     for name, kind in (("calibration", Calibration), ("experts", Experts)):

@@ -45,6 +45,21 @@ class Stage:
             return _ExpertInputs(self.model.get_parameter(self.site.parameter), take)
         return _linear_inputs(self.model.get_submodule(self.site.name), take, alone)
 
+    def take(self, weights: torch.Tensor | None, reference: torch.Tensor | None = None) -> Take:
+        """Adds what it is given to the collectors. `weights` `[B, T]`: of the batch's tokens; for linears only, since
+        an expert's rows do not say which tokens they are."""
+        weights = None if self.site.kind == "experts" else weights
+
+        def add(expert: int, x: torch.Tensor) -> None:
+            if weights is not None and x.shape[:-1] not in (weights.shape, (weights.numel(),)):
+                raise CalibrationError(
+                    f"{self.site.name}: its inputs {list(x.shape)} are not those of the {list(weights.shape)} tokens "
+                    "that the recipe weighs; set importance to null in the recipe"
+                )
+            self.collectors[expert].update(x, reference=reference, weights=weights)
+
+        return add
+
     def finish(self) -> dict[int, Statistics]:
         try:
             return {expert: collector.finish() for expert, collector in self.collectors.items()}
@@ -87,17 +102,22 @@ class _ExpertInputs(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def collect(stages: Sequence[Stage], replay: Replay, index: int, batches: Sequence[Batch], previous: Outputs) -> None:
-    """Feeds the stages' collectors with block `index` on every batch; `previous[b]`: the earlier block's output."""
+def collect(
+    stages: Sequence[Stage],
+    replay: Replay,
+    index: int,
+    batches: Sequence[Batch],
+    previous: Outputs,
+    weights: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """Feeds the stages' collectors with block `index` on every batch; `previous[b]`: the earlier block's output,
+    `weights[b]`: how much its tokens count."""
     for number, batch in enumerate(batches):
         with ExitStack() as watching:
             for stage in stages:
-                watching.enter_context(stage.watch(_add_to(stage), alone=len(stages) == 1))
+                take = stage.take(None if weights is None else weights[number])
+                watching.enter_context(stage.watch(take, alone=len(stages) == 1))
             replay.output(index, batch, previous[number], number)
-
-
-def _add_to(stage: Stage) -> Take:
-    return lambda expert, x: stage.collectors[expert].update(x)
 
 
 def collect_matched(
@@ -108,11 +128,13 @@ def collect_matched(
     previous: Outputs,
     float_previous: Outputs,
     float_weights: Callable[[], AbstractContextManager[None]],
+    weights: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """As `collect` for a stage of linears, with the float path's inputs of the same tokens (`Statistics.cross`)."""
     for number, batch in enumerate(batches):
         seen: list[torch.Tensor] = []
         with float_weights(), stage.watch(lambda _, x, seen=seen: seen.append(x.detach().clone()), alone=True):
             replay.output(index, batch, float_previous[number])
-        with stage.watch(lambda _, x, seen=seen: stage.collectors[0].update(x, reference=seen[0]), alone=True):
+        take = stage.take(None if weights is None else weights[number], seen[0])
+        with stage.watch(take, alone=True):
             replay.output(index, batch, previous[number])

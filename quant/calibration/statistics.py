@@ -21,7 +21,7 @@ from quant.errors import CalibrationError
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """`hessian` `[in, in]` float32: MEAN over `tokens` tokens of `x xT`, with `x` the inputs that the layer will really
-    see.
+    see; of `r x xT` with weights `r` of mean 1 where tokens count unequally (`importance.py`).
 
     `cross` `[in, in]` float32: mean of `x_float xT`, or None. `prior`: a sentence on what was mixed in beyond the
     tokens seen, or None.
@@ -80,21 +80,23 @@ class HessianCollector:
         self._sum = torch.zeros((features, features), device=device)
         self._cross = torch.zeros_like(self._sum) if cross else None
 
-    def update(self, x: Tensor, mask: Tensor | None = None, reference: Tensor | None = None) -> None:
+    def update(
+        self, x: Tensor, mask: Tensor | None = None, reference: Tensor | None = None, weights: Tensor | None = None
+    ) -> None:
         """Adds the tokens of `x` `[..., in]` where `mask` bool `[...]` is true (everywhere without a mask).
 
         `reference` `[..., in]`: the same tokens in the float path; required exactly when the collector was made with
-        `cross`.
+        `cross`. `weights` `[...]`: how much each token counts, of mean 1 over those added, so that sums stay means.
         """
         if (reference is None) != (self._cross is None):
             raise CalibrationError(
                 "reference inputs and a collector with cross=True need each other; one of them is missing"
             )
-        rows = self._rows(x, mask)
+        rows = self._rows(x, mask, weights)
         self.tokens += rows.shape[0]
         self._sum.addmm_(rows.T, rows)
         if reference is not None and self._cross is not None:
-            self._cross.addmm_(self._rows(reference, mask).T, rows)
+            self._cross.addmm_(self._rows(reference, mask, weights).T, rows)
 
     def finish(self) -> Statistics:
         """The means. With no token seen the Hessian is zero and `tokens` 0: the caller decides on a prior.
@@ -112,10 +114,15 @@ class HessianCollector:
         count = max(1, self.tokens)
         return Statistics(self._sum / count, self.tokens, None if self._cross is None else self._cross / count)
 
-    def _rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _rows(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
+        """`x sqrt(r)` `[tokens, in]`."""
         if x.shape[-1] != self.features:
             raise CalibrationError(f"inputs have {x.shape[-1]} channels; the layer takes {self.features}")
         rows = x.reshape(-1, self.features)
         if mask is not None:
             rows = rows[mask.reshape(-1).to(rows.device)]  # selected, not multiplied: padding may hold NaN
-        return rows.to(self._sum.device, torch.float32)
+        rows = rows.to(self._sum.device, torch.float32)
+        if weights is None:
+            return rows
+        counts = weights.reshape(-1) if mask is None else weights.reshape(-1)[mask.reshape(-1).to(weights.device)]
+        return rows * counts.to(rows).sqrt()[:, None]
