@@ -36,11 +36,12 @@ from quant.recipe import Recipe, load_recipe, override, shipped_recipes, with_sp
 
 HELP = f"""Turn a float model into a packed low-bit checkpoint.
 
-Shipped recipes: {", ".join(shipped_recipes())}. The default is gptq.
+Shipped recipes: {", ".join(shipped_recipes())}. The default is balanced (trellis codes) up to 3 bits and
+gptq (uniform grids) above, or where a flag of a grid is given.
 
 Examples:
 
-  quantize --model ./Llama-3.1-8B --bits 4
+  quantize --model ./Llama-3.1-8B --bits 2
 
   quantize --model Qwen/Qwen3-4B --bits 3 --group-size 64 --calibration notes.txt --out q3
 
@@ -73,7 +74,10 @@ def quantize(
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: <model>-<bits>bit here.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; -1 for whole rows.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="No zero points, or with.")] = None,
-    recipe: Annotated[str, typer.Option(help="A shipped recipe, or a .py or .json file.")] = "gptq",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A shipped recipe, or a .py or .json file; default: balanced up to 3 bits, else gptq."),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the recipe, e.g. solver.damp=0.05.")
     ] = None,
@@ -103,14 +107,14 @@ def quantize(
 ) -> None:
     if resume and restart:
         raise SettingsError("--resume and --restart exclude each other")
+    recipe = recipe or _default_recipe(bits, uniform=group_size is not None or symmetric is not None)
     chosen = with_spec(load_recipe(recipe), bits=_whole(bits), group_size=group_size, symmetric=symmetric)
     values = {"text": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
     chosen = _with_calibration(override(chosen, settings or []), values)
     chosen = replace(chosen, only=tuple(only or chosen.only), skip=tuple(skip or chosen.skip))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    place = Settings(device, dtype, plan, threads=threads or 0)
-    console = Console(stderr=True, quiet=quiet)
+    place, console = Settings(device, dtype, plan, threads=threads or 0), Console(stderr=True, quiet=quiet)
     with Display(console) if not quiet else _Silent() as shown:
         prepared = prepare(model, chosen, place, shown)
         predicted, result = None, None
@@ -132,6 +136,11 @@ class _Silent(Progress):
         return self
 
     def __exit__(self, *_: object) -> None: ...
+
+
+def _default_recipe(bits: float | None, *, uniform: bool) -> str:
+    """Trellis codes where grids lose much; `uniform`: a flag of a grid was given."""
+    return "balanced" if bits is not None and 1 <= bits <= 3 and not uniform else "gptq"
 
 
 def _whole(bits: float | None) -> int | None:

@@ -1,6 +1,6 @@
-"""Rotated trellis codes with error feedback and descent: the best quality per bit without training."""
+"""Rotated trellis codes that aim at the float path's outputs: the best quality per bit without training."""
 
 from quant.kernels.spec import Rotated
 from quant.recipe import Recipe
 
-RECIPE = Recipe(spec=Rotated())
+RECIPE = Recipe(spec=Rotated(), match="float")

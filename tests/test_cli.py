@@ -90,7 +90,7 @@ def test_dry_run_table(quantize) -> None:
         (("--bits", 9), 2, "from 1 to 8"),
         (("--bits", 0), 2, "from 1 to 8"),
         (("--group-size", 0), 2, "group_size"),
-        (("--recipe", "nonsense"), 2, "shipped are gptq"),
+        (("--recipe", "nonsense"), 2, "shipped are balanced"),
         (("--set", "solver.dmap=1"), 2, "it has damp"),
         (("--set", "solver.damp=much"), 2, "expected"),
         (("--set", "solver.damp"), 2, "path=value"),

@@ -27,7 +27,7 @@ from quant.checkpoint.report import render
 from quant.checkpoint.words import spec_words
 from quant.errors import CheckpointError
 from quant.kernels.layouts import PackedUniform
-from quant.kernels.spec import Uniform
+from quant.kernels.spec import Rotated, Uniform
 from quant.models.source import Source
 from quant.models.walk import Site
 from quant.recipe import override, shipped_recipes, with_spec
@@ -168,7 +168,8 @@ def test_specs_in_words() -> None:
     assert spec_words(Uniform(3, 64).to_dict()) == "3-bit, groups of 64, asymmetric"
     words = spec_words(Uniform(8, -1, symmetric=True, scale_dtype="bfloat16").to_dict())
     assert words == "8-bit, whole rows, symmetric, bfloat16 scales"
-    assert spec_words({"layout": "trellis", "bits": 2}) == "trellis (bits 2)"
+    assert spec_words({"layout": "cubic", "bits": 2}) == "cubic (bits 2)"
+    assert spec_words(Rotated().to_dict()) == "2-bit trellis, window 12, code inst, 256 rows, rotated"
 
 
 # --- the command
