@@ -70,7 +70,9 @@ class Terminated(BaseException):
 @app.command(help=HELP)
 def quantize(
     model: Annotated[str, typer.Option(help="A local folder, or a name on the Hugging Face hub.")],
-    bits: Annotated[float | None, typer.Option(help="Bits of each code, 1 to 8. Scales and zeros come on top.")] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="Bits of each code, 1 to 8, scales on top; 2.5: an average, all included.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: <model>-<bits>bit here.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; -1 for whole rows.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="No zero points, or with.")] = None,
@@ -107,8 +109,7 @@ def quantize(
 ) -> None:
     if resume and restart:
         raise SettingsError("--resume and --restart exclude each other")
-    recipe = recipe or _default_recipe(bits, uniform=group_size is not None or symmetric is not None)
-    chosen = with_spec(load_recipe(recipe), bits=_whole(bits), group_size=group_size, symmetric=symmetric)
+    chosen = _recipe(recipe, bits, group_size, symmetric)
     values = {"text": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
     chosen = _with_calibration(override(chosen, settings or []), values)
     chosen = replace(chosen, only=tuple(only or chosen.only), skip=tuple(skip or chosen.skip))
@@ -138,18 +139,12 @@ class _Silent(Progress):
     def __exit__(self, *_: object) -> None: ...
 
 
-def _default_recipe(bits: float | None, *, uniform: bool) -> str:
-    """Trellis codes where grids lose much; `uniform`: a flag of a grid was given."""
-    return "balanced" if bits is not None and 1 <= bits <= 3 and not uniform else "gptq"
-
-
-def _whole(bits: float | None) -> int | None:
-    if bits is None or bits == int(bits):
-        return None if bits is None else int(bits)
-    raise SettingsError(
-        f"--bits {bits:g}: a fractional average needs a budget over sites of different bits, which this version does "
-        "not have yet; give a whole number from 1 to 8, or a --plan"
-    )
+def _recipe(name: str | None, bits: float | None, group_size: int | None, symmetric: bool | None) -> Recipe:
+    """The named recipe, or trellis codes where grids lose much and no flag of a grid was given."""
+    grid = group_size is not None or symmetric is not None
+    name = name or ("balanced" if bits is not None and 1 <= bits <= 3 and not grid else "gptq")
+    chosen = with_spec(load_recipe(name), bits=bits and int(bits), group_size=group_size, symmetric=symmetric)
+    return replace(chosen, average=bits if bits and bits % 1 else chosen.average)
 
 
 def _with_calibration(recipe: Recipe, values: dict[str, Any]) -> Recipe:

@@ -11,7 +11,7 @@ from typing import Any
 from quant.errors import SettingsError
 from quant.kernels.spec import LowRank, Rotated, Spec, SpecError, Trellis, spec_from_dict
 from quant.models.walk import Site, Walk
-from quant.recipe import Recipe
+from quant.recipe import Recipe, respec
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ def make_plan(recipe: Recipe, found: Walk, file: Path | None = None) -> Plan:
     """
     sites = {site.name: site for site in found.sites}
     specs: dict[str, Spec | None] = {}
+    own = spread(recipe, found) if recipe.average is not None else {n: fitted(recipe.spec, s) for n, s in sites.items()}
     if file is None:
-        return Plan({name: fitted(recipe.spec, site) for name, site in sites.items()})
+        return Plan(dict(own))
     try:
         given = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -47,7 +48,32 @@ def make_plan(recipe: Recipe, found: Walk, file: Path | None = None) -> Plan:
             specs[name] = None if spec is None else fitted(spec_from_dict(spec), sites[name])
         except SpecError as error:
             raise SettingsError(f"--plan {file}: {name}: {error}") from None
-    return Plan({name: specs[name] if name in specs else fitted(recipe.spec, site) for name, site in sites.items()})
+    return Plan({name: specs.get(name, own[name]) for name in sites})
+
+
+def spread(recipe: Recipe, found: Walk) -> dict[str, Spec]:
+    """Every site at the recipe's bits or one bit more, so that all together have at most `recipe.average` bits per
+    weight, overhead included. The extra bits are spread evenly over the depth of the model: a site gets one as soon as
+    the sites up to it have room for it.
+
+    Raises:
+        SettingsError: the average is below what the recipe's own bits take.
+    """
+    low, average = recipe.spec, recipe.average or 0.0
+    bits: int = low.core.to_dict()["bits"]
+    pairs = {s.name: (s, fitted(low, s), fitted(respec(low, bits=bits + 1), s)) for s in found.sites}
+    weights = sum(math.prod(site.shape) for site, _, _ in pairs.values())
+    least = sum(8 * spec.nbytes(site.shape) for site, spec, _ in pairs.values())
+    if least > average * weights:
+        raise SettingsError(
+            f"{average:g} bits on average: {bits}-bit codes take {least / weights:.4f} with their overhead; give more"
+        )
+    chosen, room = dict[str, Spec](), 0.0  # bits that the sites so far left over
+    for name, (site, small, large) in pairs.items():
+        extra = 8 * (large.nbytes(site.shape) - small.nbytes(site.shape))
+        room += (average - least / weights) * math.prod(site.shape)
+        chosen[name], room = (large, room - extra) if extra <= room else (small, room)
+    return chosen
 
 
 def fitted(spec: Spec, site: Site) -> Spec:

@@ -67,7 +67,9 @@ class Recipe:
     solver aims at: `quantized`, the layer's own outputs on inputs from the already quantized blocks; or `float`, the
     float path's outputs from those same inputs. `recovery`: what is done to a block once its sites are solved, to bring
     its outputs back to the float path's; None: nothing. `importance`: how much each token counts in a Hessian; None:
-    all the same. `calibration` None: data-free, no text is read. `only`, `skip`: glob patterns over site names.
+    all the same. `average`: at most so many bits per weight over all sites, overhead included, by giving some of them
+    one bit more than `spec` (see `plan.py`); None: `spec` everywhere. `calibration` None: data-free, no text is read.
+    `only`, `skip`: glob patterns over site names.
     """
 
     spec: Spec = field(default_factory=Uniform)
@@ -78,6 +80,7 @@ class Recipe:
     match: Literal["quantized", "float"] = "quantized"
     recovery: Any = None
     importance: Any = None
+    average: float | None = None
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
@@ -240,13 +243,22 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 def with_spec(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with fields of its spec replaced; None leaves a field alone."""
+    return replace(recipe, spec=respec(recipe.spec, **changes))
+
+
+def respec(spec: Spec, **changes: Any) -> Spec:
+    """The spec with fields of its codes replaced, inside the same wrappers; None leaves a field alone.
+
+    Raises:
+        SettingsError: there is no such spec.
+    """
     given = {name: value for name, value in changes.items() if value is not None}
     try:
-        return replace(recipe, spec=_with_core(recipe.spec, replace(recipe.spec.core, **given)))
+        return _with_core(spec, replace(spec.core, **given))
     except SpecError as error:
         raise SettingsError(str(error)) from None
     except TypeError as error:
-        raise SettingsError(f"the recipe's spec {type(recipe.spec.core).__name__}: {error}") from None
+        raise SettingsError(f"the recipe's spec {type(spec.core).__name__}: {error}") from None
 
 
 def _with_core(spec: Spec, core: Spec) -> Spec:

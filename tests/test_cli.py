@@ -86,7 +86,7 @@ def test_dry_run_table(quantize) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (("--bits", 2.5), 2, "fractional"),
+        (("--bits", 2.01), 2, "2-bit codes take"),
         (("--bits", 9), 2, "from 1 to 8"),
         (("--bits", 0), 2, "from 1 to 8"),
         (("--group-size", 0), 2, "group_size"),

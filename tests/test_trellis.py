@@ -15,6 +15,7 @@ from torch import Tensor
 
 import quant
 from quant.calibration.statistics import Statistics
+from quant.errors import SettingsError
 from quant.kernels import dispatch, viterbi
 from quant.kernels.hadamard import block_for, hadamard
 from quant.kernels.layouts import LAYOUTS, LayoutError, PackedTrellis, PackedUniform
@@ -290,6 +291,16 @@ def test_a_checkpoint_keeps_its_promise_and_runs(llama: Path, words: Path, tmp_p
     model = quant.load(tmp_path / "a")
     with torch.no_grad():
         assert bool(torch.isfinite(model(torch.arange(10, 40)[None]).logits).all())
+
+
+def test_a_fraction_of_a_bit_is_spread_over_the_sites(llama: Path, words: Path, tmp_path: Path) -> None:
+    recipe = override(load_recipe("balanced"), [f"calibration.text={words}", *SMALL, "average=2.9"])
+    report = quant.quantize(str(llama), tmp_path / "out", recipe).report
+    bits = {site["spec"]["base"]["bits"] for site in report["sites"]}
+    assert bits == {2, 3}
+    assert 2.6 < report["bits"]["measured"] <= 2.9
+    with pytest.raises(SettingsError, match="with their overhead"):
+        quant.quantize(str(llama), tmp_path / "none", override(recipe, ["average=2.001"]))
 
 
 def test_stacks_of_experts(words: Path, tmp_path: Path) -> None:
