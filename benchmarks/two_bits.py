@@ -73,7 +73,7 @@ def main() -> None:
     if parts:
         notes += [
             "gap: ln(ppl / ppl float). ratio: to the best peer's gap. seconds: the whole run.",
-            "best peer: any library in peers.csv, trained ones included, same nominal bits, at most a third of a bit more.",
+            "best peer: any library in peers.csv, trained ones included, same nominal bits, at most 1/3 bit more.",
         ]
         record.save(args.results, "two_bits", "Two bits, ingredient by ingredient", parts, notes)
 

@@ -114,8 +114,8 @@ def quantize(
     chosen = _with_calibration(override(chosen, settings or []), values)
     chosen = replace(chosen, only=tuple(only or chosen.only), skip=tuple(skip or chosen.skip))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    place, console = Settings(device, dtype, plan, threads=threads or 0), Console(stderr=True, quiet=quiet)
+    place = Settings(device, dtype or ("float32" if device == "cpu" else "bfloat16"), plan, threads=threads or 0)
+    console = Console(stderr=True, quiet=quiet)
     with Display(console) if not quiet else _Silent() as shown:
         prepared = prepare(model, chosen, place, shown)
         predicted, result = None, None
@@ -123,9 +123,8 @@ def quantize(
             shown.step("rehearsing the largest block")
             predicted = estimate(prepared)
         else:
-            folder = out or Path(f"{Path(prepared.source.name).name}-{code_bits(chosen.spec.to_dict()) or 'mixed'}bit")
             mode: Mode = "resume" if resume else "restart" if restart else "new"
-            result = run(prepared, folder, mode, shown)
+            result = run(prepared, out or _folder(prepared), mode, shown)
     if predicted is not None:
         _show_estimate(prepared, predicted, as_json, quiet)
     if result is not None:
@@ -145,6 +144,12 @@ def _recipe(name: str | None, bits: float | None, group_size: int | None, symmet
     name = name or ("balanced" if bits is not None and 1 <= bits <= 3 and not grid else "gptq")
     chosen = with_spec(load_recipe(name), bits=bits and int(bits), group_size=group_size, symmetric=symmetric)
     return replace(chosen, average=bits if bits and bits % 1 else chosen.average)
+
+
+def _folder(prepared: Prepared) -> Path:
+    """Where a run goes that was not told where."""
+    bits = prepared.recipe.average or code_bits(prepared.recipe.spec.to_dict()) or "mixed"
+    return Path(f"{Path(prepared.source.name).name}-{bits}bit")
 
 
 def _with_calibration(recipe: Recipe, values: dict[str, Any]) -> Recipe:
