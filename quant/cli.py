@@ -113,8 +113,7 @@ def quantize(
     values = {"text": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
     chosen = _with_calibration(override(chosen, settings or []), values)
     chosen = replace(chosen, only=tuple(only or chosen.only), skip=tuple(skip or chosen.skip))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    place = Settings(device, dtype or ("float32" if device == "cpu" else "bfloat16"), plan, threads=threads or 0)
+    place = _place(device, dtype, plan, threads)
     console = Console(stderr=True, quiet=quiet)
     with Display(console) if not quiet else _Silent() as shown:
         prepared = prepare(model, chosen, place, shown)
@@ -144,6 +143,11 @@ def _recipe(name: str | None, bits: float | None, group_size: int | None, symmet
     name = name or ("balanced" if bits is not None and 1 <= bits <= 3 and not grid else "gptq")
     chosen = with_spec(load_recipe(name), bits=bits and int(bits), group_size=group_size, symmetric=symmetric)
     return replace(chosen, average=bits if bits and bits % 1 else chosen.average)
+
+
+def _place(device: str | None, dtype: str | None, plan: Path | None, threads: int | None) -> Settings:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Settings(device, dtype or ("float32" if device == "cpu" else "bfloat16"), plan, threads=threads or 0)
 
 
 def _folder(prepared: Prepared) -> Path:
