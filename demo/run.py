@@ -1,4 +1,4 @@
-"""The main job on the embedded model: 4, 3 and 2 bits, round-to-nearest and GPTQ, judged on held-out text.
+"""The main job on the embedded model: 4, 3 and 2 bits; round-to-nearest, GPTQ and trellis codes, on held-out text.
 
     make demo
 
@@ -52,8 +52,9 @@ def main() -> None:
     alone = evaluate(original, text="python-docs")
     rows, reports = [row("float", 16, 16.0, alone, 0.0)], []
     for bits in args.bits:
-        for name in ("rtn", "gptq"):
-            recipe = with_spec(quant.load_recipe(name), bits=bits, group_size=args.group_size)
+        for name in ("rtn", "gptq", "balanced") if bits <= 3 else ("rtn", "gptq"):
+            group_size = None if name == "balanced" else args.group_size
+            recipe = with_spec(quant.load_recipe(name), bits=bits, group_size=group_size)
             out = args.out / f"{name}-{bits}bit"
             with Display(console) as shown:
                 result = quant.quantize(model, out, recipe, progress=shown)
@@ -113,7 +114,7 @@ def markdown(rows: list[dict[str, Any]], group_size: int, seconds: float) -> str
     host = machine()
     lines += [
         "",
-        f"`make demo`: groups of {group_size}; bits per quantized weight as found on disk; bytes of all weights, the "
+        f"`make demo`: grids in groups of {group_size}, balanced is a trellis; bits per quantized weight as found on disk; bytes of all weights, the "
         "bfloat16 embedding included; perplexity of a small model on held-out python-docs, windows of 512 tokens; "
         f"KL in nats per token to the float model. {host.cpu}, {host.cores} cores; {used}; {seconds:.0f} s in all.",
     ]
