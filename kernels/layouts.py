@@ -26,6 +26,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from quant.kernels.codebook import PackedCodebook
 from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.packed import LayoutError, Packed, check_tensors, rows_at_once
 from quant.kernels.packing import pack, padding_is_zero, row_bytes, unpack
@@ -124,6 +125,6 @@ def symmetric_zero(bits: int) -> float:
 
 
 LAYOUTS: dict[str, type[Packed]] = {
-    kind.layout: kind for kind in (PackedUniform, PackedTrellis, PackedRotated, PackedLowRank)
+    kind.layout: kind for kind in (PackedUniform, PackedTrellis, PackedCodebook, PackedRotated, PackedLowRank)
 }
 """The only table from a name to a class: files on disk need names."""

@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from quant.kernels.spec import DTYPES, Spec
+from quant.kernels.promise import DTYPES, Spec
 
 
 class LayoutError(ValueError):

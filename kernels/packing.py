@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits as dense bytes, and back.
+"""Codes of 1 to 16 bits as dense bytes, and back.
 
 Each row of codes is one little-endian bit stream, least significant bit first: code `i` takes the bits `i * bits` to
 `(i + 1) * bits - 1` of its row, and bit `b` of the stream is bit `b % 8` of byte `b // 8`. A row ends on a byte; the
@@ -6,7 +6,7 @@ padding bits are zero. At 3 bits the codes a b c d e f g h make the bytes `ccbbb
 
 The pattern repeats after `lcm(8, bits)` bits, so packing is a loop over the few codes of one period, each step an
 operation on all periods at once in uint8: no wider words, no dependence on the machine's byte order, no copy larger
-than the codes.
+than the codes. Codes of 9 to 16 bits lie in two planes: first a row's low bytes, then its high bits, packed.
 """
 
 from __future__ import annotations
@@ -75,6 +75,24 @@ def padding_is_zero(packed: Tensor, bits: int, n: int) -> bool:
     """Whether the bits after the last code of every row are zero, as `pack` leaves them."""
     used = n * bits % 8
     return used == 0 or packed.numel() == 0 or not bool((packed[:, -1] >> used).any())
+
+
+def plane_bytes(n: int, bits: int) -> int:
+    """Bytes of one row of `n` codes of 1 to 16 bits, in planes."""
+    return row_bytes(n, min(bits, 8)) + row_bytes(n, max(bits - 8, 0))
+
+
+def pack_planes(codes: Tensor, bits: int) -> Tensor:
+    """`codes` int32 `[rows, n]` of 1 to 16 bits to uint8 `[rows, plane_bytes(n, bits)]`."""
+    low = pack((codes & 255).to(torch.uint8), min(bits, 8))
+    return low if bits <= 8 else torch.cat([low, pack((codes >> 8).to(torch.uint8), bits - 8)], 1)
+
+
+def unpack_planes(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The inverse of `pack_planes`: int32 `[rows, n]`."""
+    if bits <= 8:
+        return unpack(packed, bits, n).int()
+    return unpack(packed[:, :n], 8, n).int() | unpack(packed[:, n:], bits - 8, n).int() << 8
 
 
 def _period(bits: int) -> tuple[int, int]:

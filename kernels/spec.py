@@ -10,58 +10,12 @@ input, so rows never mix and a row range is an expert.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "uint8": torch.uint8}
-
-
-class SpecError(ValueError):
-    """A spec that cannot exist, with the sentence that says why."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One stored tensor: `dtype` by its torch name, `shape` in elements."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Base of all specs. `layout` names the `Packed` class that stores it (see `kernels/layouts.py`)."""
-
-    layout: ClassVar[str]
-
-    @property
-    def core(self) -> Spec:
-        """The spec of the codes themselves, inside any wrappers."""
-        return self
-
-    @property
-    def unit(self) -> int:
-        """Rows that lie together: only multiples of it can be cut out or stacked."""
-        return 1
-
-    def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
-        """Every tensor stored for a weight of this `[out, in]` shape; `weight` is always the first."""
-        raise NotImplementedError
-
-    def nbytes(self, shape: tuple[int, int]) -> int:
-        return sum(t.nbytes for t in self.tensors(shape).values())
-
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        return 8 * self.nbytes(shape) / math.prod(shape)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"layout": self.layout, **asdict(self)}
+from quant.kernels.codebook import Codebook as Codebook
+from quant.kernels.promise import DTYPES as DTYPES
+from quant.kernels.promise import Spec, SpecError, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -259,7 +213,7 @@ class LowRank(Spec):
         return {**super().to_dict(), "base": self.base.to_dict()}
 
 
-KINDS: dict[str, type[Spec]] = {kind.layout: kind for kind in (Uniform, Trellis, Rotated, LowRank)}
+KINDS: dict[str, type[Spec]] = {kind.layout: kind for kind in (Uniform, Trellis, Codebook, Rotated, LowRank)}
 
 
 def spec_from_dict(data: dict[str, Any]) -> Spec:

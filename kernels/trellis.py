@@ -37,11 +37,10 @@ from torch import Tensor
 
 from quant.kernels.packed import LayoutError, Packed, check_tensors
 from quant.kernels.packing import pack
+from quant.kernels.scales import NO_SCALE as NO_SCALE
+from quant.kernels.scales import scale_codes as scale_codes
+from quant.kernels.scales import scale_values
 from quant.kernels.spec import Spec, Trellis
-
-STEPS = 16
-"""Scale codes per factor of two."""
-NO_SCALE = 255
 
 
 @cache
@@ -63,19 +62,6 @@ def values(code: str, window: int) -> Tensor:
 def deviation(code: str, window: int) -> float:
     """The standard deviation of the values."""
     return float(values(code, window).double().std(correction=0))
-
-
-def scale_values(codes: Tensor, peaks: Tensor) -> Tensor:
-    """`codes` uint8 `[n]` and their `peaks` `[n]` to float32 scales."""
-    table = torch.tensor([*(2.0 ** (-code / STEPS) for code in range(NO_SCALE)), 0.0], device=codes.device)
-    return table[codes.int()] * peaks.float()
-
-
-def scale_codes(scales: Tensor, peaks: Tensor) -> Tensor:
-    """The nearest codes uint8 to positive `scales`, on a logarithmic scale; 255 for what is too small."""
-    ratio = (scales / peaks.float()).double().clamp_min(1e-300)
-    codes = (-STEPS * torch.log2(ratio)).round()
-    return torch.where((codes < NO_SCALE) & (scales > 0), codes.clamp_min(0), NO_SCALE).to(torch.uint8)
 
 
 @dataclass(frozen=True, eq=False)

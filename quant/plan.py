@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from quant.errors import SettingsError
+from quant.kernels.codebook import Codebook, codebook_for
 from quant.kernels.spec import LowRank, Rotated, Spec, SpecError, Trellis, spec_from_dict
 from quant.models.walk import Site, Walk
 from quant.recipe import Recipe, respec
@@ -77,11 +78,12 @@ def spread(recipe: Recipe, found: Walk) -> dict[str, Spec]:
 
 
 def fitted(spec: Spec, site: Site) -> Spec:
-    """The spec as a site needs it: in a stack of experts, sequences of a trellis end where an expert ends, and all
-    experts share one rotation.
+    """The spec as a site needs it: a codebook for its shape; and in a stack of experts, sequences of a trellis and rows
+    of a codebook end where an expert ends, and all experts share one rotation.
 
     Raises:
-        SettingsError: an expert's rows cannot be cut into sequences, or a stack is to have a low-rank branch.
+        SettingsError: no codebook fits, an expert's rows cannot be cut into sequences, or a stack is to have a low-rank
+            branch.
     """
     core = spec.core
     if site.experts and isinstance(spec, LowRank):
@@ -89,13 +91,18 @@ def fitted(spec: Spec, site: Site) -> Spec:
             f"{site.name}: a stack of experts has no low-rank branch, which would need factors for each expert; give "
             "this site its base spec with --plan, or leave it float with --skip"
         )
-    if not site.experts or not isinstance(core, Trellis):
-        return spec
-    length = math.gcd(site.out, core.length)
-    if length % 32:
-        raise SettingsError(
-            f"{site.name}: experts of {site.out} rows cannot be cut into equal sequences of whole 32 rows; give this "
-            "site a uniform spec with --plan, or leave it float with --skip"
-        )
-    core = replace(core, length=length)
-    return replace(spec, base=core, measured=False, outputs=False) if isinstance(spec, Rotated) else core
+    if isinstance(core, Codebook):
+        core = replace(core, rows=site.out) if site.experts else core
+        try:
+            spec = respec(spec, **asdict(codebook_for(core, (site.out, site.inputs))))
+        except SpecError as error:
+            raise SettingsError(f"{site.name}: {error}; give it more, or leave the site float with --skip") from None
+    if site.experts and isinstance(core, Trellis):
+        length = math.gcd(site.out, core.length)
+        if length % 32:
+            raise SettingsError(
+                f"{site.name}: experts of {site.out} rows cannot be cut into equal sequences of whole 32 rows; give "
+                "this site a uniform spec with --plan, or leave it float with --skip"
+            )
+        spec = respec(spec, length=length)
+    return replace(spec, measured=False, outputs=False) if site.experts and isinstance(spec, Rotated) else spec
