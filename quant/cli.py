@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from quant.budget import within
 from quant.checkpoint.journal import Mode
 from quant.checkpoint.words import code_bits
 from quant.display import Display, human
@@ -80,6 +81,9 @@ def quantize(
         str | None,
         typer.Option(help="A shipped recipe, or a .py or .json file; default: balanced up to 3 bits, else gptq."),
     ] = None,
+    time_budget: Annotated[
+        str | None, typer.Option(help="Pick best, balanced or fast by its predicted time: 2h.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the recipe, e.g. solver.damp=0.05.")
     ] = None,
@@ -107,16 +111,13 @@ def quantize(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
 ) -> None:
-    if resume and restart:
-        raise SettingsError("--resume and --restart exclude each other")
-    chosen = _recipe(recipe, bits, group_size, symmetric)
+    _exclude(resume, restart, recipe, time_budget)
     values = {"text": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
-    chosen = _with_calibration(override(chosen, settings or []), values)
-    chosen = replace(chosen, only=tuple(only or chosen.only), skip=tuple(skip or chosen.skip))
-    place = _place(device, dtype, plan, threads)
-    console = Console(stderr=True, quiet=quiet)
+    make = lambda name: _with(_recipe(name, bits, group_size, symmetric), settings, values, only, skip)  # noqa: E731
+    place, console = _place(device, dtype, plan, threads), Console(stderr=True, quiet=quiet)
     with Display(console) if not quiet else _Silent() as shown:
-        prepared = prepare(model, chosen, place, shown)
+        ready = lambda made: prepare(model, made, place, shown)  # noqa: E731
+        prepared = within(time_budget, make, ready, shown.step) if time_budget else ready(make(recipe))
         predicted, result = None, None
         if dry_run:
             shown.step("rehearsing the largest block")
@@ -156,11 +157,30 @@ def _folder(prepared: Prepared) -> Path:
     return Path(f"{Path(prepared.source.name).name}-{bits}bit")
 
 
-def _with_calibration(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+def _exclude(resume: bool, restart: bool, recipe: str | None, time_budget: str | None) -> None:
+    if resume and restart:
+        raise SettingsError("--resume and --restart exclude each other")
+    if time_budget and (recipe or resume):
+        raise SettingsError(
+            "--time-budget picks a recipe, so it goes neither with --recipe nor with --resume; to resume give --recipe "
+            "with the name that was picked"
+        )
+
+
+def _with(
+    recipe: Recipe,
+    settings: list[str] | None,
+    values: dict[str, Any],
+    only: list[str] | None,
+    skip: list[str] | None,
+) -> Recipe:
+    """The recipe with everything else that the command line says."""
+    recipe = override(recipe, settings or [])
     given = [f"calibration.{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
     if given and recipe.calibration is None:
         raise SettingsError(f"{given[0].split('=')[0]} has no effect: this recipe reads no text; leave it out")
-    return override(recipe, given)
+    recipe = override(recipe, given)
+    return replace(recipe, only=tuple(only or recipe.only), skip=tuple(skip or recipe.skip))
 
 
 def _show_estimate(prepared: Prepared, predicted: Estimate, as_json: bool, quiet: bool) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from quant import cli
+from quant import budget, cli
+from quant.errors import SettingsError
 
 MODEL = str(Path(__file__).parent.parent / "demo" / "model")
 FEW = ("--samples", "4", "--sequence-length", "64")
@@ -97,6 +100,8 @@ def test_dry_run_table(quantize) -> None:
         (("--recipe", "rtn", "--samples", 3), 2, "reads no text"),
         (("--dtype", "int4"), 2, "float32, float16 or bfloat16"),
         (("--resume", "--restart"), 2, "exclude"),
+        (("--time-budget", "soon"), 2, "30m"),
+        (("--time-budget", "1h", "--recipe", "rtn"), 2, "picks a recipe"),
         (("--only", "*.nothing"), 3, "matches no site"),
         (("--calibration", "no/such/file.txt"), 2, "no such file"),
         (("--plan", "no-such-plan.json"), 2, "cannot be read"),
@@ -151,3 +156,13 @@ def test_recipe_json_reruns_to_the_same_bytes(quantize, tmp_path: Path) -> None:
     for path in sorted(first.iterdir()):
         if path.name not in ("report.json", "report.html", "README.md"):
             assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+
+
+def test_a_time_budget_picks_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of best, balanced, fast whose prediction fits: here they take 100, 10 and 1 s."""
+    taken = {"best": 100.0, "balanced": 10.0, "fast": 1.0}
+    monkeypatch.setattr(budget, "estimate", lambda recipe: SimpleNamespace(seconds=taken[recipe]))
+    for limit, name in (("2m", "best"), ("1m30s", "balanced"), ("5s", "fast")):
+        assert budget.within(limit, cast(Any, str), cast(Any, str), lambda _: None) == name
+    with pytest.raises(SettingsError, match="give more time"):
+        budget.within("0.5s", cast(Any, str), cast(Any, str), lambda _: None)
