@@ -73,6 +73,9 @@ class Codebook(Spec):
     def unit(self) -> int:
         return self.rows
 
+    def chosen(self, shape: tuple[int, int]) -> Codebook:
+        return codebook_for(self, (shape[0], shape[1]))
+
     def finer(self, columns: int) -> int:
         """How many columns have a second index."""
         return max(1, round(self.share * columns)) if self.second_bits else 0

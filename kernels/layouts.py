@@ -26,6 +26,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from quant.kernels.binary import PackedBinary
 from quant.kernels.codebook import PackedCodebook
 from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.packed import LayoutError, Packed, check_tensors, rows_at_once
@@ -125,6 +126,7 @@ def symmetric_zero(bits: int) -> float:
 
 
 LAYOUTS: dict[str, type[Packed]] = {
-    kind.layout: kind for kind in (PackedUniform, PackedTrellis, PackedCodebook, PackedRotated, PackedLowRank)
+    kind.layout: kind
+    for kind in (PackedUniform, PackedTrellis, PackedCodebook, PackedBinary, PackedRotated, PackedLowRank)
 }
 """The only table from a name to a class: files on disk need names."""

@@ -51,6 +51,10 @@ class Spec:
         """Every tensor stored for a weight of this `[out, in]` shape; `weight` is always the first."""
         raise NotImplementedError
 
+    def chosen(self, shape: tuple[int, int]) -> Spec:
+        """The spec with what it left to be chosen for a weight of this shape. Raises `SpecError` if nothing fits."""
+        return self
+
     def nbytes(self, shape: tuple[int, int]) -> int:
         return sum(t.nbytes for t in self.tensors(shape).values())
 

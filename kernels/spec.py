@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from quant.kernels.binary import Binary as Binary
 from quant.kernels.codebook import Codebook as Codebook
 from quant.kernels.promise import DTYPES as DTYPES
 from quant.kernels.promise import Spec, SpecError, TensorSpec
@@ -213,7 +214,7 @@ class LowRank(Spec):
         return {**super().to_dict(), "base": self.base.to_dict()}
 
 
-KINDS: dict[str, type[Spec]] = {kind.layout: kind for kind in (Uniform, Trellis, Codebook, Rotated, LowRank)}
+KINDS: dict[str, type[Spec]] = {kind.layout: kind for kind in (Uniform, Trellis, Codebook, Binary, Rotated, LowRank)}
 
 
 def spec_from_dict(data: dict[str, Any]) -> Spec:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.errors import SettingsError
-from quant.kernels.codebook import Codebook, codebook_for
-from quant.kernels.spec import LowRank, Rotated, Spec, SpecError, Trellis, spec_from_dict
+from quant.kernels.spec import Binary, Codebook, LowRank, Rotated, Spec, SpecError, Trellis, spec_from_dict
 from quant.models.walk import Site, Walk
 from quant.recipe import Recipe, respec
 
@@ -78,12 +77,12 @@ def spread(recipe: Recipe, found: Walk) -> dict[str, Spec]:
 
 
 def fitted(spec: Spec, site: Site) -> Spec:
-    """The spec as a site needs it: a codebook for its shape; and in a stack of experts, sequences of a trellis and rows
-    of a codebook end where an expert ends, and all experts share one rotation.
+    """The spec as a site needs it: what a codebook or signs leave to its shape; and in a stack of experts, sequences
+    of a trellis and rows of a codebook end where an expert ends, and all experts share one rotation.
 
     Raises:
-        SettingsError: no codebook fits, an expert's rows cannot be cut into sequences, or a stack is to have a low-rank
-            branch.
+        SettingsError: nothing fits the bits asked, an expert's rows cannot be cut into sequences, or a stack is to have
+            a low-rank branch.
     """
     core = spec.core
     if site.experts and isinstance(spec, LowRank):
@@ -91,10 +90,10 @@ def fitted(spec: Spec, site: Site) -> Spec:
             f"{site.name}: a stack of experts has no low-rank branch, which would need factors for each expert; give "
             "this site its base spec with --plan, or leave it float with --skip"
         )
-    if isinstance(core, Codebook):
+    if isinstance(core, Codebook | Binary):
         core = replace(core, rows=site.out) if site.experts else core
         try:
-            spec = respec(spec, **asdict(codebook_for(core, (site.out, site.inputs))))
+            spec = respec(spec, **asdict(core.chosen((site.out, site.inputs))))
         except SpecError as error:
             raise SettingsError(f"{site.name}: {error}; give it more, or leave the site float with --skip") from None
     if site.experts and isinstance(core, Trellis):

@@ -16,7 +16,7 @@ from torch import Tensor
 from quant.errors import SolverError
 from quant.kernels.available import runs_triton
 from quant.kernels.layouts import Packed, PackedUniform
-from quant.kernels.spec import DTYPES, Codebook, Spec, Trellis, Uniform
+from quant.kernels.spec import DTYPES, Binary, Codebook, Spec, Trellis, Uniform
 from quant.solvers.grid import Search, at_once, encode, fit, storable
 
 
@@ -89,7 +89,11 @@ def rounder_for(spec: Spec, shape: tuple[int, int], device: torch.device, search
         from quant.solvers.codebook import CodebookRounder
 
         return CodebookRounder(spec, shape, device)
-    raise SolverError(f"no rounder for {type(spec).__name__}; uniform grids, trellises and codebooks have one")
+    if isinstance(spec, Binary):
+        from quant.solvers.binary import BinaryRounder
+
+        return BinaryRounder(spec, shape, device)
+    raise SolverError(f"no rounder for {type(spec).__name__}; uniform grids, trellises, codebooks and signs have one")
 
 
 def in_one_kernel(rounder: Rounder, work: Tensor) -> UniformRounder | None:
