@@ -16,17 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.kernels import launch, reference
+from quant.kernels import launch, reference, trellis_launch
 from quant.kernels.available import missing
-from quant.kernels.layouts import Packed
 from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.order import Arranged
+from quant.kernels.reference import Weight
 from quant.kernels.rotated import PackedRotated
+from quant.kernels.trellis_order import ArrangedTrellis
 
 VARIABLE = "BITWRIGHT_KERNEL"
-
-Weight = Packed | Arranged
-"""A packed weight in the order of the checkpoint, or in that of the GPU kernels."""
 
 
 class KernelError(RuntimeError):
@@ -49,31 +47,46 @@ def _torch_refuses(x: Tensor, packed: Weight) -> str | None:
 
 
 def _triton_refuses(x: Tensor, packed: Weight) -> str | None:
-    return _disorder(x, packed) or launch.refuses(x, _arranged(packed))
+    return launch.refuses(x, packed) if isinstance(packed, Arranged) else _disorder(x, packed, "a trellis")
 
 
 def _int8_refuses(x: Tensor, packed: Weight) -> str | None:
     if os.environ.get(VARIABLE) != "triton-int8":
         return f"it rounds x to 8 bits, and runs only where {VARIABLE}=triton-int8 asks for it"
-    return _disorder(x, packed) or launch.refuses_int8(x, _arranged(packed))
+    return launch.refuses_int8(x, packed) if isinstance(packed, Arranged) else _disorder(x, packed, "a trellis")
 
 
-def _disorder(x: Tensor, packed: Weight) -> str | None:
-    if isinstance(packed, Arranged):
-        return None
+def _trellis_refuses(x: Tensor, packed: Weight) -> str | None:
+    if isinstance(packed, ArrangedTrellis):
+        return trellis_launch.refuses(x, packed)
+    return _disorder(x, packed, "a uniform grid")
+
+
+def _disorder(x: Tensor, packed: Weight, other: str) -> str:
+    """Why a weight is not what a row multiplies by; `other`: the one it is, if it is in kernel order."""
+    if isinstance(packed, Arranged | ArrangedTrellis):
+        return f"the weight is {other}"
     reason = missing(x) if x.is_cuda else None
     return reason or 'the weight is not in kernel order; quant.load(device="cuda") and model.to("cuda") put it there'
 
 
-def _arranged(packed: Weight) -> Arranged:
+def _uniform(packed: Weight) -> Arranged:
     assert isinstance(packed, Arranged)
     return packed
 
 
+def _trellis(packed: Weight) -> ArrangedTrellis:
+    assert isinstance(packed, ArrangedTrellis)
+    return packed
+
+
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("triton", _triton_refuses, lambda x, packed, bias: launch.matmul(x, _arranged(packed), bias)),
+    Kernel("triton", _triton_refuses, lambda x, packed, bias: launch.matmul(x, _uniform(packed), bias)),
+    Kernel(
+        "triton-trellis", _trellis_refuses, lambda x, packed, bias: trellis_launch.matmul(x, _trellis(packed), bias)
+    ),
     Kernel("torch", _torch_refuses, reference.matmul),
-    Kernel("triton-int8", _int8_refuses, lambda x, packed, bias: launch.matmul_int8(x, _arranged(packed), bias)),
+    Kernel("triton-int8", _int8_refuses, lambda x, packed, bias: launch.matmul_int8(x, _uniform(packed), bias)),
 )
 
 
@@ -99,9 +112,15 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
+def _codes(packed: Weight) -> Weight:
+    while isinstance(packed, PackedRotated | PackedLowRank):
+        packed = packed.base
+    return packed
+
+
 def select(x: Tensor, packed: Weight) -> Kernel:
     """The row that will run."""
-    x = _autocast(x)
+    x, packed = _autocast(x), _codes(packed)
     for kernel in _candidates():
         if kernel.refuses(x, packed) is None:
             return kernel
@@ -109,8 +128,9 @@ def select(x: Tensor, packed: Weight) -> Kernel:
 
 
 def explain(x: Tensor, packed: Weight) -> str:
-    """One line per row of the table: which one runs, which also accept, and why the others refuse."""
-    x = _autocast(x)
+    """One line per row of the table: which one runs, which also accept, and why the others refuse. Of a weight with a
+    rotation or a branch around it, for its codes."""
+    x, packed = _autocast(x), _codes(packed)
     forced, lines, chosen = os.environ.get(VARIABLE), list[str](), False
     for kernel in KERNELS:
         if forced and kernel.name != forced:

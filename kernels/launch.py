@@ -6,7 +6,7 @@ the two is settled inside one torch operator, with a shape rule for `torch.compi
 no guard on the number of tokens, and CUDA graphs record whatever ran.
 
 Scratch memory under CUDA graphs: outputs and the partial sums of a split K come from torch's allocator, which keeps
-what a graph allocated for that graph alone; counters are told of at `_zeros`.
+what a graph allocated for that graph alone; counters are told of at `fresh_counters`.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def choose(
     return Config(bm, bn, warps, 1, even_splits(columns, min(16, processors * 8 // (programs * warps))))
 
 
-def even_splits(columns: int, wanted: int) -> int:
+def even_splits(columns: int, wanted: int, tile: int = TILE) -> int:
     """About so many programs that share K, none of them without a tile."""
-    count = tiles(columns)
+    count = -(-columns // tile)
     return -(-count // -(-count // max(1, min(wanted, count))))
 
 
@@ -125,7 +125,7 @@ def uniform_matmul(
     if len(x) < UNPACK_FROM or x_scale is not None:
         launch(x, x_scale, weight, scales, zeros, bias, residual, out, columns, bits, width, None)
         return out
-    for start, stop in _slices(rows, columns):
+    for start, stop in slices(rows, columns):
         part = uniform_dequantize(weight, scales, zeros, rows, columns, bits, width, dtype, start, stop)
         torch.mm(x, part.T, out=out[:, start:stop])
     for added in (bias, residual):
@@ -134,7 +134,7 @@ def uniform_matmul(
     return out
 
 
-def _slices(rows: int, columns: int) -> list[tuple[int, int]]:
+def slices(rows: int, columns: int) -> list[tuple[int, int]]:
     """Row ranges to unpack at once."""
     step = max(64, (1 << 26) // columns)
     return [(start, min(rows, start + step)) for start in range(0, rows, step)]
@@ -156,7 +156,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x_grad = None
     if ctx.needs_input_grad[0]:
         x_grad = grad.new_zeros((grad.shape[0], ctx.sizes[1]))
-        for start, stop in _slices(*ctx.sizes[:2]):
+        for start, stop in slices(*ctx.sizes[:2]):
             part = uniform_dequantize(*ctx.saved_tensors, *ctx.sizes, grad.dtype, start, stop)
             x_grad = x_grad + grad[:, start:stop] @ part
     bias_grad = grad.sum(0).to(ctx.bias) if ctx.needs_input_grad[5] else None
@@ -188,7 +188,7 @@ def launch(
     partial, counters = out, out
     if config.splits > 1:
         partial = torch.empty((config.splits, tokens, rows), dtype=torch.float32, device=x.device)
-        counters = _zeros(grid[0] * grid[2], x.device)
+        counters = fresh_counters(grid[0] * grid[2], x.device)
     with torch.cuda.device_of(x):
         matmul_kernel[grid](
             x, x if x_scale is None else x_scale, weight, scales, scales if zeros is None else zeros,
@@ -256,7 +256,7 @@ def _(weight: Tensor, *rest: Any) -> Tensor:
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _zeros(count: int, device: torch.device) -> Tensor:
+def fresh_counters(count: int, device: torch.device) -> Tensor:
     """Counters at zero; every launch leaves them so. Each stream has its own, since launches on one never overlap. A
     larger buffer replaces one that a launch may still use: it goes back to torch's allocator, which gives it to later
     work of that stream only. While a CUDA graph is recorded each launch gets new ones, zeroed in the graph: graphs may

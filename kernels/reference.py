@@ -15,11 +15,15 @@ from torch.nn.functional import linear
 
 from quant.kernels.layouts import Packed, rows_at_once
 from quant.kernels.order import Arranged
+from quant.kernels.trellis_order import ArrangedTrellis
+
+Weight = Packed | Arranged | ArrangedTrellis
+"""A weight in the order of the checkpoint or of the GPU kernels; `PackedRotated` and `PackedLowRank` around either."""
 
 MAX_BYTES = 32 << 20
 
 
-def matmul(x: Tensor, packed: Packed | Arranged, bias: Tensor | None = None, max_bytes: int = MAX_BYTES) -> Tensor:
+def matmul(x: Tensor, packed: Weight, bias: Tensor | None = None, max_bytes: int = MAX_BYTES) -> Tensor:
     """`x` `[..., in]` times the packed weight `[out, in]` transposed, plus `bias` `[out]`: `[..., out]` in `x`'s dtype.
 
     The weight is dequantized in `x`'s dtype, at most about `max_bytes` at a time (but never less than a row).
@@ -32,12 +36,12 @@ def matmul(x: Tensor, packed: Packed | Arranged, bias: Tensor | None = None, max
     return out if bias is None else out + bias.to(out.dtype)
 
 
-def check_shape(x: Tensor, packed: Packed | Arranged) -> None:
+def check_shape(x: Tensor, packed: Weight) -> None:
     if x.ndim == 0 or x.shape[-1] != packed.shape[1]:
         raise ValueError(f"x has shape {list(x.shape)}; its last dimension must be {packed.shape[1]}")
 
 
-def row_chunks(packed: Packed | Arranged, dtype: torch.dtype, max_bytes: int) -> Iterator[tuple[int, int]]:
+def row_chunks(packed: Weight, dtype: torch.dtype, max_bytes: int) -> Iterator[tuple[int, int]]:
     """Row ranges whose dequantization stays below `max_bytes`, the float32 values and the codes on the way included."""
     per_row = packed.shape[1] * (5 + (0 if dtype == torch.float32 else dtype.itemsize))
     step = max(1, min(max_bytes // max(1, per_row), rows_at_once(packed.device, packed.shape[1])))
@@ -45,7 +49,7 @@ def row_chunks(packed: Packed | Arranged, dtype: torch.dtype, max_bytes: int) ->
         yield start, min(start + step, packed.shape[0])
 
 
-def _forward(x: Tensor, packed: Packed | Arranged, max_bytes: int) -> Tensor:
+def _forward(x: Tensor, packed: Weight, max_bytes: int) -> Tensor:
     chunks = list(row_chunks(packed, x.dtype, max_bytes))
     if len(chunks) == 1:
         return linear(x, packed.dequantize(x.dtype))
@@ -57,7 +61,7 @@ def _forward(x: Tensor, packed: Packed | Arranged, max_bytes: int) -> Tensor:
 
 class _Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed | Arranged, max_bytes: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Weight, max_bytes: int) -> Tensor:
         ctx.packed, ctx.max_bytes = packed, max_bytes
         return _forward(x, packed, max_bytes)
 

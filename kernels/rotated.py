@@ -47,8 +47,8 @@ IDENTITY = Rotation(1, None)
 
 @dataclass(frozen=True, eq=False)
 class PackedRotated(Packed):
-    """See the module. `side` `[2]` and the packed signs are as stored; `output_signs` is None where the spec has
-    none."""
+    """See the module. `output_signs` is None where the spec has none. The signs of both sides are as stored, or
+    `in_order`: as `spread` gives them, around a base in kernel order."""
 
     layout: ClassVar[str] = "rotated"
     shared: ClassVar[tuple[str, ...]] = ("rotation", "input_signs")
@@ -58,6 +58,7 @@ class PackedRotated(Packed):
     rotation: Tensor
     input_signs: Tensor
     output_signs: Tensor | None = None
+    in_order: bool = False
 
     @classmethod
     def from_tensors(cls, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Self:
@@ -82,6 +83,24 @@ class PackedRotated(Packed):
     def tensors(self) -> dict[str, Tensor]:
         stored = {**self.base.tensors(), "rotation": self.rotation, "input_signs": self.input_signs}
         return stored if self.output_signs is None else {**stored, "output_signs": self.output_signs}
+
+    def spread(self, begin: int, end: int) -> dict[str, Tensor]:
+        """The own tensors of rows `begin` to `end`, the signs of a rotated side int8 +-1 `[n]`."""
+        found = {"rotation": self.rotation, "input_signs": self.input_signs}
+        if self.inputs().signs is not None:
+            found["input_signs"] = _signs(self.input_signs, self.shape[1])
+        if self.output_signs is not None:
+            signs = _signs(self.output_signs, self.shape[0])[begin:end]
+            rotated = self.outputs().signs is not None
+            found["output_signs"] = signs.contiguous() if rotated else _pack_signs(signs, len(signs), signs.device)
+        return found
+
+    def gathered(self) -> PackedRotated:
+        """The inverse of `spread`, around a base in the checkpoint's order."""
+        sides = (self.input_signs, self.output_signs)
+        own = [s if s is None or s.dtype == torch.uint8 else _pack_signs(s, len(s), s.device) for s in sides]
+        assert own[0] is not None
+        return PackedRotated(self.spec, self.shape, self.base, self.rotation, own[0], own[1])
 
     def inputs(self) -> Rotation:
         return self._side(0, self.input_signs, self.shape[1])
@@ -111,9 +130,14 @@ class PackedRotated(Packed):
                 raise LayoutError(f"{name}_signs: the padding bits at the end are set; they must be zero")
 
     def _side(self, side: int, signs: Tensor | None, n: int) -> Rotation:
-        if signs is None or not int(self.rotation[side]):
+        if signs is None or not (signs.dtype == torch.int8 if self.in_order else int(self.rotation[side])):
             return IDENTITY
-        return Rotation(block_for(n, self.spec.block), 1 - 2 * unpack(signs[None], 1, n)[0].to(torch.int8))
+        return Rotation(block_for(n, self.spec.block), signs if self.in_order else _signs(signs, n))
+
+
+def _signs(packed: Tensor, n: int) -> Tensor:
+    """Int8 +-1 `[n]`."""
+    return 1 - 2 * unpack(packed[None], 1, n)[0].to(torch.int8)
 
 
 def _pack_signs(signs: Tensor | None, n: int, device: torch.device) -> Tensor:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from quant.kernels.launch import Config, even_splits
+from quant.kernels.order import TILE
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256)
 SHIPPED = Path(__file__).parent / "tuned"
@@ -35,13 +36,15 @@ REGISTERS = 224  # per thread, as `fits` counts them: between what spilled and w
 
 
 @cache
-def tuned(device: torch.device, tokens: int, rows: int, columns: int, bits: int, kind: str) -> Config | None:
+def tuned(
+    device: torch.device, tokens: int, rows: int, columns: int, bits: int, kind: str, tile: int = TILE
+) -> Config | None:
     """The measured configuration for `x` `[tokens, columns]` of `kind` ("fp16", "bf16", "int8") times a weight `[rows,
     columns]` of so many bits; None where this GPU has none. Compiles and measures nothing."""
     if device.type != "cuda":
         return None
     found = known(file_name(torch.cuda.get_device_name(device))).get(key(tokens, rows, columns, bits, kind))
-    return found and replace(found, splits=even_splits(columns, found.splits))
+    return found and replace(found, splits=even_splits(columns, found.splits, tile))
 
 
 def key(tokens: int, rows: int, columns: int, bits: int, kind: str) -> str:

@@ -50,19 +50,39 @@ def _scaled(codes, scales, zeros, k, N, K, rows, inside, GROUP: tl.constexpr, ZE
 
 
 @triton.jit
-def _gathered(acc, partial, counters, at, here, M, N, SPLITS: tl.constexpr):
-    """Leaves this program's part; the sum of all parts and True for the last program to come."""
-    split = tl.program_id(1).to(tl.int64)
-    tl.store(partial + split * M * N + at, acc, mask=here)
+def leave(acc, partial, at, here, M, N):
+    """Puts this program's part where the last one finds it."""
+    tl.store(partial + tl.program_id(1).to(tl.int64) * M * N + at, acc, mask=here)
+
+
+@triton.jit
+def is_last(counters, SPLITS: tl.constexpr):
+    """Whether all other programs of this tile of the output have left their parts."""
     tl.debug_barrier()
     counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1
     if last:
         tl.debug_barrier()
-        acc = tl.zeros(acc.shape, tl.float32)
-        for part in range(SPLITS):
-            acc += tl.load(partial + tl.cast(part, tl.int64) * M * N + at, mask=here, other=0.0, cache_modifier=".cg")
         tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def collected(partial, at, here, M, N, SPLITS: tl.constexpr):
+    """The sum of all parts, in their order."""
+    acc = tl.zeros(at.shape, tl.float32)
+    for part in range(SPLITS):
+        acc += tl.load(partial + tl.cast(part, tl.int64) * M * N + at, mask=here, other=0.0, cache_modifier=".cg")
+    return acc
+
+
+@triton.jit
+def gathered(acc, partial, counters, at, here, M, N, SPLITS: tl.constexpr):
+    """Leaves this program's part; the sum of all parts and True for the last program to come."""
+    leave(acc, partial, at, here, M, N)
+    last = is_last(counters, SPLITS)
+    if last:
+        acc = collected(partial, at, here, M, N, SPLITS)
     return acc, last
 
 
@@ -79,7 +99,7 @@ def _flush(
 
 
 @triton.jit
-def _store(
+def stored(
     acc, x_scale, bias, residual, out, rows, tokens, inside, live, N,
     INTEGER: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
@@ -155,6 +175,6 @@ def matmul_kernel(
     here = inside[:, None] & live[None, :]
     last = SPLITS == 1
     if SPLITS > 1:
-        acc, last = _gathered(acc, partial, counters, at, here, M, N, SPLITS)
+        acc, last = gathered(acc, partial, counters, at, here, M, N, SPLITS)
     if last:
-        _store(acc, x_scale, bias, residual, out, rows, tokens, inside, live, N, INTEGER, BIAS, RESIDUAL)
+        stored(acc, x_scale, bias, residual, out, rows, tokens, inside, live, N, INTEGER, BIAS, RESIDUAL)

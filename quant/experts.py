@@ -18,8 +18,7 @@ from torch.nn.functional import linear
 
 from quant.held import Holder, Slot, register
 from quant.kernels.dispatch import matmul
-from quant.kernels.layouts import Packed
-from quant.kernels.order import Arranged
+from quant.kernels.reference import Weight
 from quant.kernels.spec import Spec
 from quant.models.walk import Site
 
@@ -46,7 +45,7 @@ class _Expanding:
 class PackedExpert(_Expanding):
     """One expert's matrix `[out, in]`, in kernel order; `[in, out]` if `transposed`."""
 
-    def __init__(self, weight: Packed | Arranged, transposed: bool, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Weight, transposed: bool, dtype: torch.dtype) -> None:
         self.weight, self.transposed, self.dtype = weight, transposed, dtype
 
     def dequantize(self) -> Tensor:

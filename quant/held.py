@@ -1,7 +1,7 @@
 """How a module holds packed weights: as buffers that are never cast, in the order that their device wants.
 
-On a GPU a uniform weight is in kernel order (`kernels/order.py`), elsewhere in the checkpoint's; a state dict always
-holds the checkpoint's. A stack of experts in kernel order is arranged expert by expert, its buffers `[experts, ...]`,
+On a GPU a weight is in kernel order (`kernels/arranged.py`), elsewhere in the checkpoint's; a state dict always holds
+the checkpoint's. A stack of experts in kernel order is arranged expert by expert, its buffers `[experts, ...]`,
 so that each expert is a weight of its own that the kernels can read where it lies.
 """
 
@@ -14,11 +14,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from quant.kernels.arranged import checkpoint_order, has_order, is_arranged, kernel_order, weight_of
 from quant.kernels.available import runs_triton
-from quant.kernels.layouts import LAYOUTS, Packed, PackedUniform
-from quant.kernels.order import Arranged, arrange, plain
+from quant.kernels.layouts import LAYOUTS, Packed
 from quant.kernels.packed import concatenate
-from quant.kernels.spec import DTYPES, Spec, Uniform
+from quant.kernels.reference import Weight
+from quant.kernels.spec import DTYPES, Spec
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,36 +36,45 @@ class Slot:
     @property
     def arranged(self) -> bool:
         """Whether it is in kernel order."""
-        return self.tensors["weight"].dtype == torch.int32 and isinstance(self.spec, Uniform)
+        return is_arranged(self.tensors)
 
-    def matrix(self, expert: int = 0) -> Packed | Arranged:
+    def matrix(self, expert: int = 0) -> Weight:
         """The weight as it is held; one expert's if it is a stack in kernel order."""
         if not self.arranged:
             return LAYOUTS[self.spec.layout].from_tensors(self.spec, self.shape, self.tensors)
-        assert isinstance(self.spec, Uniform)
-        parts = {name: tensor[expert] if self.experts else tensor for name, tensor in self.tensors.items()}
-        shape = (self.shape[0] // max(1, self.experts), self.shape[1])
-        return Arranged(self.spec, shape, parts["weight"], parts["scales"], parts.get("zeros"))
+        return weight_of(self.spec, self._part, self._tensors(expert))
 
     @property
     def packed(self) -> Packed:
         """The weight in the checkpoint's order."""
-        parts = [self.matrix(expert) for expert in range(max(1, self.experts) if self.arranged else 1)]
-        found = [plain(part) if isinstance(part, Arranged) else part for part in parts]
-        return found[0] if len(found) == 1 else concatenate(found)
+        if not self.arranged:
+            return LAYOUTS[self.spec.layout].from_tensors(self.spec, self.shape, self.tensors)
+        parts = [checkpoint_order(self.spec, self._part, self._tensors(e)) for e in range(max(1, self.experts))]
+        return parts[0] if len(parts) == 1 else concatenate(parts)
 
     def settled(self) -> Slot:
         """In the order that its device wants."""
         weight = self.tensors["weight"]
-        if weight.device.type == "meta" or self.arranged == runs_triton(weight):
+        if weight.device.type == "meta" or self.arranged == (has_order(self.spec) and runs_triton(weight)):
             return self
-        packed = self.packed
-        if self.arranged or not isinstance(packed, PackedUniform):
+        packed, rows = self.packed, self._part[0]
+        if self.arranged:
             return replace(self, tensors=packed.tensors())
-        rows = self.shape[0] // max(1, self.experts)
-        parts = [arrange(packed, start, start + rows) for start in range(0, self.shape[0], rows)]
-        stacked = {name: [getattr(part, name) for part in parts] for name in self.names}
-        return replace(self, tensors={n: torch.stack(all) if self.experts else all[0] for n, all in stacked.items()})
+        parts = [kernel_order(packed, start, start + rows) for start in range(0, self.shape[0], rows)]
+        stacked = {name: torch.stack([part[name] for part in parts]) for name in self.names if self._each(name)}
+        return replace(self, tensors={**parts[0], **stacked})
+
+    @property
+    def _part(self) -> tuple[int, int]:
+        """The shape of one expert, or of the matrix."""
+        return self.shape[0] // max(1, self.experts), self.shape[1]
+
+    def _each(self, name: str) -> bool:
+        """Whether a tensor in kernel order is stacked, one for each expert."""
+        return self.experts > 0 and name not in LAYOUTS[self.spec.layout].shared
+
+    def _tensors(self, expert: int) -> dict[str, Tensor]:
+        return {name: part[expert] if self._each(name) else part for name, part in self.tensors.items()}
 
 
 class Holder(nn.Module):

@@ -18,7 +18,7 @@ from quant.experts import pack_experts
 from quant.held import Holder, Slot, register
 from quant.kernels.dispatch import matmul
 from quant.kernels.layouts import Packed
-from quant.kernels.order import Arranged
+from quant.kernels.reference import Weight
 from quant.kernels.spec import Spec
 from quant.models.walk import Site
 
@@ -48,7 +48,7 @@ class PackedLinear(Holder):
         return [self.slot(self.spec, (self.out_features, self.in_features), 0, "")]
 
     @property
-    def operand(self) -> Packed | Arranged:
+    def operand(self) -> Weight:
         """The weight as it is held."""
         return self.slots()[0].matrix()
 

@@ -1,0 +1,78 @@
+"""Any packed weight in kernel order: which tensors hold it, and the weight they make.
+
+The codes are arranged as `order.py` and `trellis_order.py` tell; what a layout puts around them stays as it is stored.
+Only the signs of a rotation do not: where a side is rotated they are int8 +-1 `[n]`, so that a product neither unpacks
+them nor asks the GPU whether there are any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.kernels import order, trellis_order
+from quant.kernels.layouts import Packed, PackedTrellis, PackedUniform
+from quant.kernels.lowrank import PackedLowRank
+from quant.kernels.order import Arranged
+from quant.kernels.reference import Weight
+from quant.kernels.rotated import PackedRotated
+from quant.kernels.spec import LowRank, Rotated, Spec, Trellis, Uniform
+from quant.kernels.trellis_order import ArrangedTrellis
+
+
+def has_order(spec: Spec) -> bool:
+    """Whether there is a kernel order for it; what has none stays as the checkpoint has it."""
+    return isinstance(spec.core, Uniform | Trellis)
+
+
+def kernel_order(packed: Packed, begin: int, end: int) -> dict[str, Tensor]:
+    """The tensors that hold rows `begin` to `end` in kernel order, under the names of the spec's tensors."""
+    if isinstance(packed, PackedUniform):
+        uniform = order.arrange(packed, begin, end)
+        stored = {"weight": uniform.weight, "scales": uniform.scales}
+        return stored if uniform.zeros is None else {**stored, "zeros": uniform.zeros}
+    if isinstance(packed, PackedTrellis):
+        trellis = trellis_order.arrange(packed, begin, end)
+        return {"weight": trellis.weight, "scales": trellis.scales, "peaks": trellis.peaks}
+    if isinstance(packed, PackedLowRank):
+        own = {"lora_a": packed.lora_a, "lora_b": packed.lora_b[begin:end]}
+        return {**kernel_order(packed.base, begin, end), **own}
+    assert isinstance(packed, PackedRotated)
+    return {**kernel_order(packed.base, begin, end), **packed.spread(begin, end)}
+
+
+def weight_of(spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Weight:
+    """The weight that `kernel_order`'s tensors hold."""
+    if isinstance(spec, Uniform):
+        return Arranged(spec, shape, tensors["weight"], tensors["scales"], tensors.get("zeros"))
+    if isinstance(spec, Trellis):
+        return ArrangedTrellis(spec, shape, tensors["weight"], tensors["scales"], tensors["peaks"])
+    return _around(weight_of, spec, shape, tensors)
+
+
+def checkpoint_order(spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Packed:
+    """The inverse of `kernel_order`, bit for bit."""
+    if isinstance(spec, Uniform | Trellis):
+        found = weight_of(spec, shape, tensors)
+        return order.plain(found) if isinstance(found, Arranged) else trellis_order.plain(found)  # pyright: ignore[reportArgumentType]
+    around = _around(checkpoint_order, spec, shape, tensors)
+    return around.gathered() if isinstance(around, PackedRotated) else around
+
+
+def _around(inside: Any, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Packed:
+    """A wrapper around what `inside` makes of its base."""
+    assert isinstance(spec, LowRank | Rotated)
+    base = inside(spec.base, shape, tensors)
+    if isinstance(spec, LowRank):
+        return PackedLowRank(spec, shape, base, tensors["lora_a"], tensors["lora_b"])
+    return PackedRotated(
+        spec, shape, base, tensors["rotation"], tensors["input_signs"], tensors.get("output_signs"), in_order=True
+    )
+
+
+def is_arranged(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether they are in kernel order."""
+    return tensors["weight"].dtype == torch.int32

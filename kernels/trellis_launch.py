@@ -1,0 +1,184 @@
+"""Running the trellis kernels: which blocks, and the operators that torch.compile sees.
+
+As `launch.py` for uniform weights, whose scratch memory and counters it shares: up to `UNPACK_FROM` tokens one kernel
+decodes every weight once per 8 or 16 tokens; from there on the weight is decoded once, in slices of bounded size, and
+multiplied by torch (cuBLAS).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.kernels.available import missing
+from quant.kernels.launch import KINDS, Config, even_splits, fresh_counters, processor, slices
+from quant.kernels.reference import check_shape
+from quant.kernels.trellis import scale_values
+from quant.kernels.trellis_order import CHUNK, UNIT, ArrangedTrellis, chunks, units
+
+UNPACK_FROM = 96
+"""Tokens from which decoding once pays. A guess from the arithmetic (`README.md`) until a GPU has measured it."""
+
+MASK = 0x8FFF8FFF - (1 << 32)
+"""Of `inst`; an argument of the kernels, see `trellis_product.py`."""
+
+
+def choose(tokens: int, rows: int, columns: int, processors: int) -> Config:
+    """The configuration without a tuned one: 256 rows per warp, K split until every multiprocessor has about 8 warps.
+    Two copies of a chunk are on their way while one is decoded."""
+    bm = 8 if tokens <= 8 else 16
+    programs = -(-rows // (16 * UNIT)) * -(-tokens // bm)
+    return Config(bm, 16 * UNIT, 1, 3, even_splits(columns, min(32, processors * 8 // programs), CHUNK))
+
+
+def refuses(x: Tensor, arranged: ArrangedTrellis) -> str | None:
+    """Why the kernels do not take these arguments; None where they do."""
+    reason = missing(x)
+    if reason is not None:
+        return reason
+    if x.device != arranged.device:
+        return f"x is on {x.device}, the weight on {arranged.device}"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"x is {x.dtype}; the kernels multiply float16 and bfloat16"
+    return None
+
+
+def matmul(x: Tensor, arranged: ArrangedTrellis, bias: Tensor | None = None) -> Tensor:
+    """`x` `[..., K]` float16 or bfloat16 times the weight `[N, K]` transposed, plus `bias` `[N]`: `[..., N]` in `x`'s
+    dtype, accumulated in float32. Differentiable with respect to both. Raises `ValueError` where the shapes do not fit.
+    """
+    check_shape(x, arranged)
+    flat = x.reshape(-1, x.shape[-1])
+    out = torch.ops.bitwright.trellis_matmul(flat, *_held(arranged), bias, *_sizes(arranged), x.dtype)
+    return out.view(*x.shape[:-1], arranged.shape[0])
+
+
+def dequantize(arranged: ArrangedTrellis, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop` as a plain matrix, the values of `PackedTrellis.dequantize` bit for bit."""
+    return trellis_dequantize(*_held(arranged), *_sizes(arranged), dtype, start, stop)
+
+
+def _held(arranged: ArrangedTrellis) -> tuple[Tensor, Tensor, Tensor]:
+    return arranged.weight, arranged.scales, arranged.peaks
+
+
+def _sizes(arranged: ArrangedTrellis) -> tuple[int, int, int, int, str, int]:
+    """As the operators take them."""
+    spec = arranged.spec
+    return *arranged.shape, spec.bits, spec.window, spec.code, spec.length
+
+
+@torch.library.custom_op("bitwright::trellis_matmul", mutates_args=())
+def trellis_matmul(
+    x: Tensor, weight: Tensor, scales: Tensor, peaks: Tensor, bias: Tensor | None, rows: int, columns: int, bits: int,
+    window: int, code: str, length: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`x` `[M, columns]` times a weight in kernel order: `[M, rows]` of `dtype`."""
+    out = torch.empty((len(x), rows), dtype=dtype, device=x.device)
+    held, sizes = (weight, scales, peaks), (rows, columns, bits, window, code, length)
+    if len(x) < UNPACK_FROM:
+        launch(x, *held, bias, out, *sizes, None)
+        return out
+    for start, stop in slices(rows, columns):
+        part = trellis_dequantize(*held, *sizes, dtype, start, stop)
+        torch.mm(x, part.T, out=out[:, start:stop])
+    if bias is not None:
+        out += bias
+    return out
+
+
+@trellis_matmul.register_fake
+def _(x: Tensor, *rest: Any) -> Tensor:
+    rows, dtype = rest[4], rest[10]
+    return x.new_empty((x.shape[0], rows), dtype=dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:4])
+    ctx.sizes, ctx.bias = inputs[5:11], inputs[4] if inputs[4] is None else inputs[4].dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Decodes the weight again, slice after slice."""
+    x_grad = None
+    if ctx.needs_input_grad[0]:
+        x_grad = grad.new_zeros((grad.shape[0], ctx.sizes[1]))
+        for start, stop in slices(*ctx.sizes[:2]):
+            part = trellis_dequantize(*ctx.saved_tensors, *ctx.sizes, grad.dtype, start, stop)
+            x_grad = x_grad + grad[:, start:stop] @ part
+    bias_grad = grad.sum(0).to(ctx.bias) if ctx.needs_input_grad[4] else None
+    return (x_grad, None, None, None, bias_grad, *[None] * 7)
+
+
+trellis_matmul.register_autograd(_backward, setup_context=_keep)
+
+
+def launch(
+    x: Tensor, weight: Tensor, scales: Tensor, peaks: Tensor, bias: Tensor | None, out: Tensor, rows: int, columns: int,
+    bits: int, window: int, code: str, length: int, config: Config | None,
+) -> None:  # fmt: skip
+    """Fills `out` `[M, N]`. `config`: None for the default one."""
+    from quant.kernels.trellis_product import trellis_kernel
+    from quant.kernels.tune import tuned  # it needs this module
+
+    tokens = len(out)
+    if not out.numel():
+        return
+    x = x if x.stride(1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
+    config = config or tuned(x.device, tokens, rows, columns, bits, f"{code}-{KINDS[x.dtype]}", CHUNK)
+    config = config or choose(tokens, rows, columns, processor(x.device)[0])
+    grid = (-(-rows // config.bn), config.splits, -(-tokens // config.bm))
+    partial, counters = out, out
+    if config.splits > 1:
+        partial = torch.empty((config.splits, tokens, rows), dtype=torch.float32, device=x.device)
+        counters = fresh_counters(grid[0] * grid[2], x.device)
+    count, (whole, total) = chunks(columns), units(rows, length)
+    with torch.cuda.device_of(x):
+        trellis_kernel[grid](
+            x, weight, scales, peaks, scale_table(x.device), out if bias is None else bias, out, partial, counters,
+            tokens, rows, columns, x.stride(0), count, -(-count // config.splits), total, whole, MASK,
+            **constants(bits, window, code, length, x.device),
+            BM=config.bm, BU=config.bn // UNIT, SPLITS=config.splits, EVEN=columns % CHUNK == 0, BIAS=bias is not None,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def constants(bits: int, window: int, code: str, length: int, device: torch.device) -> dict[str, Any]:
+    """What the kernels are compiled for beside their blocks."""
+    return {"BITS": bits, "WINDOW": window, "CODE": code, "LENGTH": length, "NATIVE": device.type == "cuda"}
+
+
+@cache
+def scale_table(device: torch.device) -> Tensor:
+    """The scale of each of the 256 codes where the peak is 1, float32."""
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
+    return scale_values(codes, torch.ones(256, device=device))
+
+
+@torch.library.custom_op("bitwright::trellis_dequantize", mutates_args=())
+def trellis_dequantize(
+    weight: Tensor, scales: Tensor, peaks: Tensor, rows: int, columns: int, bits: int, window: int, code: str,
+    length: int, dtype: torch.dtype, start: int, stop: int,
+) -> Tensor:  # fmt: skip
+    """See `dequantize`."""
+    from quant.kernels.trellis_product import decode_kernel
+
+    out = torch.empty((stop - start, columns), dtype=dtype, device=weight.device)
+    if out.numel():
+        whole, total = units(rows, length)
+        grid = (-(-(-(-stop // UNIT) - start // UNIT) // 8), chunks(columns))
+        with torch.cuda.device_of(weight):
+            decode_kernel[grid](
+                weight, scales, peaks, scale_table(weight.device), out, start, stop, columns, total, whole, MASK,
+                **constants(bits, window, code, length, weight.device), BU=8, num_warps=1, enable_fp_fusion=True,
+            )  # fmt: skip
+    return out
+
+
+@trellis_dequantize.register_fake
+def _(weight: Tensor, *rest: Any) -> Tensor:
+    columns, dtype, start, stop = rest[3], rest[8], rest[9], rest[10]
+    return weight.new_empty((stop - start, columns), dtype=dtype)

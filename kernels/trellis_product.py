@@ -1,0 +1,284 @@
+"""The Triton kernels that multiply by trellis weights in kernel order (`trellis_order.py`), and that decode them.
+
+`out[M, N] = x[M, K] @ W[N, K]^T` for few tokens: each program has 16 units, 256 rows, and a part of K, and decodes its
+weights once per BM tokens. The states of one row of every unit, `[units, columns]`, are an operand of a tensor core as
+they are: 16 accumulators, one per row of a unit, and no value ever changes its thread.
+
+A state is two shifts away from its register, and a value three or four instructions from its state (SASS, sm_90):
+
+    inst   one multiply-add, one mask, and there lie two float16: the halves of one weight, side by side like two
+           columns. They stay apart, each is multiplied by the same `x`, and the tensor core adds them, in float32. So
+           the sum is not rounded to float16 as the table's is: up to `2^-11 |value|` apart, which tolerances include.
+    mac    one multiply-add and one sum of four bytes (dp4a), an integer from 0 to 1020: the float16 of those bits is
+           the subnormal number `integer 2^-24`. Two are put into a register
+    sum    the same with a mask before the sum; 0 to 252
+
+What integers carry beside the value, 510 or 126, comes off at the end, times the sum of `x`; the scale of a row comes
+on there too. The left shift is written as a multiplication: shifts and masks share one half of a multiprocessor's
+units, and integer products go to the other. The first mask of `inst` is an argument and the second a product with it;
+an instruction holds one constant, and the assembler would load the other again and again.
+
+The tensor core takes float16 only. A bfloat16 `x` is scaled by a power of two, per token and program, so that the
+largest is between 2^14 and 2^15; that is exact for all that are not `2^29` times smaller.
+"""
+
+# pyright: basic, reportGeneralTypeIssues=false, reportCallIssue=false
+# ruff: noqa: RET505, RUF005, SIM108
+# Triton's language has no types that pyright could follow, and its branches on constants are chosen when it compiles
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quant.kernels.uniform import collected, is_last, leave, stored
+
+FLIP = tl.constexpr(0x7E99C4A0)  # times `inst`'s first mask is its second, 0x3b603b60, modulo 2^32
+
+
+@triton.jit
+def _piece(weight, start, units, inside):
+    """Words uint32 `[units, 4 lanes, 4]` of one piece."""
+    at = units[:, None, None] * 16 + tl.arange(0, 4)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    words = tl.load(weight + start + at, mask=inside[:, None, None], other=0, eviction_policy="evict_first")
+    return words.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _middle(low, high):
+    return low >> 16 | high << 16
+
+
+@triton.jit
+def _streams(weight, start, size, units, after, inside, SIDE: tl.constexpr, BITS: tl.constexpr):
+    """32 bits of the streams from every half word on, BITS registers `[units, 4 lanes, 4]`; `after`: the units that
+    come after `units`, `size`: words of a piece."""
+    if BITS == 1:
+        word = _piece(weight, start, units, inside)
+        then = _piece(weight, start, after, inside)
+        if SIDE == 0:
+            return ((word & 0xFFFF) | then << 16,)
+        else:
+            return (word >> 16 | (then & 0xFFFF0000),)
+    else:
+        word = _piece(weight, start + SIDE * size, units, inside)
+        then = _piece(weight, start + SIDE * size, after, inside)
+        if BITS == 2:
+            return word, _middle(word, then)
+        elif BITS == 4:
+            more = _piece(weight, start + (2 + SIDE) * size, units, inside)
+            return word, _middle(word, more), more, _middle(more, then)
+        else:
+            odd = _piece(weight, start + 2 * size, units, inside)
+            if SIDE == 0:
+                return word, _middle(word, odd), (odd & 0xFFFF) | then << 16
+            else:
+                return word, word >> 16 | (odd & 0xFFFF0000), _middle(odd, then)
+
+
+@triton.jit
+def _word(stream, mask, flip, SHIFT: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
+    """What a code makes of the state at bit SHIFT of its register: the two halves of `inst`, else the integer."""
+    if NATIVE:
+        LEFT: tl.constexpr = 1 << (32 - WINDOW - SHIFT)
+        top = tl.inline_asm_elementwise(
+            "mul.lo.u32 $0, $1, $2;", "=r,r,r", [stream, LEFT], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        top = stream << (32 - WINDOW - SHIFT)
+    state = top >> (32 - WINDOW)
+    if CODE == "inst":
+        return ((state * 89226354 + 64248484) & mask) ^ flip
+    else:
+        if CODE == "mac":
+            word = state * 34038481 + 76625530
+        else:
+            word = (state * 89226354 + 64248484) & 0x3F3F3F3F
+        if NATIVE:
+            return tl.inline_asm_elementwise(
+                "dp4a.u32.u32 $0, $1, $2, $3;", "=r,r,r,r", [word, 0x01010101, 0], dtype=tl.uint32, is_pure=True, pack=1
+            )
+        else:
+            pairs = (word & 0x00FF00FF) + (word >> 8 & 0x00FF00FF)
+            return (pairs & 0xFFFF) + (pairs >> 16)
+
+
+@triton.jit
+def _operand(word, BU: tl.constexpr, CODE: tl.constexpr):
+    """Words as float16 `[BU, 32]` (`inst`, columns twice) or `[BU, 16]`, in the order of `_inputs`: four neighbouring
+    columns of a thread are in four registers of the tensor core's operand, or the halves of two."""
+    low = word.to(tl.uint16).to(tl.float16, bitcast=True)
+    if CODE == "inst":
+        high = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+        return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1, 3)), (BU, 32))
+    else:
+        return tl.reshape(tl.permute(tl.reshape(low, (BU, 4, 2, 2)), (0, 2, 1, 3)), (BU, 16))
+
+
+@triton.jit
+def _inputs(some, BM: tl.constexpr, CODE: tl.constexpr):
+    """`x` `[4 lanes, 4, BM]` in the order of `_operand`."""
+    if CODE == "inst":
+        return tl.reshape(tl.permute(tl.join(some, some), (1, 0, 3, 2)), (32, BM))
+    else:
+        return tl.reshape(tl.permute(tl.reshape(some, (4, 2, 2, BM)), (1, 0, 2, 3)), (16, BM))
+
+
+@triton.jit
+def _one(parts, COUNT: tl.constexpr):
+    """COUNT tensors as one, their number the last dimensions, all of size 2, highest bit first."""
+    if COUNT == 1:
+        return parts[0]
+    else:
+        half = ()
+        for j in tl.static_range(COUNT // 2):
+            half = half + (tl.join(parts[j], parts[j + COUNT // 2]),)
+        return _one(half, COUNT // 2)
+
+
+@triton.jit
+def _rows(acc, sums, up, FIRST: tl.constexpr, BM: tl.constexpr, BU: tl.constexpr, CODE: tl.constexpr):
+    """Rows FIRST to FIRST + 8 of all units, `[BU * 8, BM]`, but for their scales."""
+    parts = ()
+    for j in tl.static_range(8):
+        parts = parts + (acc[FIRST + j],)
+    product = tl.reshape(tl.permute(_one(parts, 8), (0, 2, 3, 4, 1)), (BU * 8, BM))
+    if CODE != "inst":
+        BASE: tl.constexpr = 510.0 if CODE == "mac" else 126.0
+        product = product * 16777216.0 - BASE * sums[None, :]
+    down = ((254 << 23) - up.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # 1 / up
+    return product * down[None, :]
+
+
+@triton.jit
+def _places(FIRST: tl.constexpr, BM: tl.constexpr, BU: tl.constexpr, M, N):
+    """Of `_rows`: rows, tokens, where they are in the output, and which of them there are."""
+    count = tl.arange(0, BU * 8)
+    rows = (tl.program_id(0) * BU + count // 8) * 16 + FIRST + count % 8
+    tokens = tl.program_id(2) * BM + tl.arange(0, BM)
+    return rows, tokens, tokens[None, :].to(tl.int64) * N + rows[:, None], (rows < N)[:, None] & (tokens < M)[None, :]
+
+
+@triton.jit
+def _upscale(places, columns, begin, end, K, live, BM: tl.constexpr):
+    """A power of two per token, `[BM]`, that puts the largest `x` between 2^14 and 2^15."""
+    largest = tl.zeros((4, 4, BM), tl.float32)
+    for chunk in range(begin, end):
+        for side in tl.static_range(2):
+            k = chunk * 32 + side * 4
+            some = tl.load(places + k, mask=live[None, None, :] & (k + columns < K), other=0.0)
+            largest = tl.maximum(largest, tl.abs(some.to(tl.float32)))
+    exponent = tl.max(tl.max(largest, 0), 0).to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(exponent, 15), 254)
+    return (268 - exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def row_scales(scales, peaks, table, rows, inside, LENGTH: tl.constexpr):
+    """Float32: `table[code] peak`, as `trellis.scale_values` does it."""
+    code = tl.load(scales + rows, mask=inside, other=255).to(tl.int32)
+    return tl.load(table + code) * tl.load(peaks + rows // LENGTH, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _neighbours(units, whole, LENGTH: tl.constexpr):
+    """The units that come after `units`; `whole`: units of whole sequences, each of which is a circle."""
+    TURN: tl.constexpr = LENGTH // 16
+    return tl.where((units % TURN == TURN - 1) & (units < whole), units + 1 - TURN, units + 1)
+
+
+@triton.jit(do_not_specialize=("M", "count", "each", "total", "whole", "mask"))
+def trellis_kernel(
+    x, weight, scales, peaks, table, bias, out, partial, counters,
+    M, N, K, stride, count, each, total, whole, mask,
+    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, LENGTH: tl.constexpr,
+    BM: tl.constexpr, BU: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """`x` `[M, K]` with rows `stride` apart; `count` chunks of K, `each` of them per split; `total` units, `whole` of
+    them of whole sequences. NATIVE: not in the interpreter, which has no assembler."""
+    units = tl.program_id(0) * BU + tl.arange(0, BU)
+    begin = tl.program_id(1) * each
+    end = tl.minimum(begin + each, count)
+    tokens = tl.program_id(2) * BM + tl.arange(0, BM)
+    live, inside = tokens < M, units * 16 < N
+    after = _neighbours(units, whole, LENGTH)
+    size = total * 16
+    mask = mask.to(tl.uint32, bitcast=True)
+    flip = mask * FLIP
+    columns = tl.arange(0, 4)[:, None, None] * 8 + tl.arange(0, 4)[None, :, None]
+    places = x + tl.program_id(2).to(tl.int64) * BM * stride + (tl.arange(0, BM)[None, None, :] * stride + columns)
+    SCALED: tl.constexpr = x.dtype.element_ty == tl.bfloat16
+    up = tl.full((BM,), 1.0, tl.float32)
+    if SCALED:
+        up = _upscale(places, columns, begin, end, K, live, BM)
+    sums = tl.zeros((4, 4, BM), tl.float32)
+    acc = ()
+    for _ in tl.static_range(16):
+        acc = acc + (tl.zeros((BU, BM), tl.float32),)
+    for chunk in range(begin, end):
+        start = tl.cast(chunk, tl.int64) * (BITS * size)
+        for side in tl.static_range(2):
+            k = chunk * 32 + side * 4
+            here = live[None, None, :] if EVEN else live[None, None, :] & (k + columns < K)
+            some = tl.load(places + k, mask=here, other=0.0)
+            if SCALED:
+                some = (some.to(tl.float32) * up[None, None, :]).to(tl.float16)
+            if CODE != "inst":
+                sums += some.to(tl.float32)
+            inputs = _inputs(some, BM, CODE)
+            streams = _streams(weight, start, size, units, after, inside, side, BITS)
+            fresh = ()
+            for j in tl.static_range(16):
+                word = _word(streams[j * BITS // 16], mask, flip, j * BITS % 16, WINDOW, CODE, NATIVE)
+                fresh = fresh + (tl.dot(_operand(word, BU, CODE), inputs, acc[j], out_dtype=tl.float32),)
+            acc = fresh
+    total_x = tl.sum(tl.sum(sums, 0), 0)
+    last = SPLITS == 1
+    if SPLITS > 1:
+        for part in tl.static_range(2):  # half of the rows at a time: registers
+            rows, tokens, at, here = _places(part * 8, BM, BU, M, N)
+            leave(_rows(acc, total_x, up, part * 8, BM, BU, CODE), partial, at, here, M, N)
+        last = is_last(counters, SPLITS)
+    if last:
+        for part in tl.static_range(2):
+            rows, tokens, at, here = _places(part * 8, BM, BU, M, N)
+            if SPLITS > 1:
+                product = collected(partial, at, here, M, N, SPLITS)
+            else:
+                product = _rows(acc, total_x, up, part * 8, BM, BU, CODE)
+            product *= row_scales(scales, peaks, table, rows, rows < N, LENGTH)[:, None]
+            stored(product, x, bias, out, out, rows, tokens, rows < N, tokens < M, N, False, BIAS, False)
+
+
+@triton.jit(do_not_specialize=("first", "stop", "total", "whole", "mask"))
+def decode_kernel(
+    weight, scales, peaks, table, out, first, stop, K, total, whole, mask,
+    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, LENGTH: tl.constexpr, BU: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """`out` `[stop - first, K]`: these rows of the weight, as `PackedTrellis.dequantize` gives them bit for bit; one
+    program per BU units and chunk."""
+    units = first // 16 + tl.program_id(0) * BU + tl.arange(0, BU)
+    chunk = tl.program_id(1)
+    inside = units * 16 < stop
+    after = _neighbours(units, whole, LENGTH)
+    start = chunk.to(tl.int64) * (BITS * total * 16)
+    mask = mask.to(tl.uint32, bitcast=True)
+    flip = mask * FLIP
+    columns = chunk * 32 + tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 4)[None, :]
+    for side in tl.static_range(2):
+        streams = _streams(weight, start, total * 16, units, after, inside, side, BITS)
+        for j in tl.static_range(16):
+            word = _word(streams[j * BITS // 16], mask, flip, j * BITS % 16, WINDOW, CODE, NATIVE)
+            if CODE == "inst":
+                low = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+                high = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+                value = (low + high).to(tl.float16).to(tl.float32)
+            else:
+                value = word.to(tl.float32) - (510.0 if CODE == "mac" else 126.0)
+            rows = units * 16 + j
+            fits = (rows >= first) & (rows < stop)
+            scale = row_scales(scales, peaks, table, rows, fits, LENGTH)[:, None, None]
+            places = out + (rows - first)[:, None, None].to(tl.int64) * K + (columns + side * 4)[None, :, :]
+            here = fits[:, None, None] & (columns + side * 4 < K)[None, :, :]
+            tl.store(places, (value * scale).to(out.dtype.element_ty), mask=here)

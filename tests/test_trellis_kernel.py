@@ -1,0 +1,326 @@
+"""The trellis kernels against the reference, on ragged sizes with poisoned outputs; and what compiles for GPUs."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quant.kernels import arranged, trellis_launch
+from quant.kernels.dispatch import explain, matmul
+from quant.kernels.hadamard import random_signs
+from quant.kernels.launch import Config
+from quant.kernels.layouts import LAYOUTS, PackedTrellis
+from quant.kernels.rotated import IDENTITY, PackedRotated, Rotation
+from quant.kernels.spec import DTYPES, LowRank, Rotated, Spec, Trellis
+from quant.kernels.trellis_order import ArrangedTrellis, arrange, chunks, plain, units
+from quant.linear import PackedLinear
+from tests.ahead import SHARED_LIMIT, Compiled, compile_for
+from tests.rerun import rerun
+
+GUARD = 64  # elements before and after a buffer
+CODES = ("inst", "mac", "sum")
+
+
+def weight(rows: int, columns: int, spec: Trellis, seed: int = 0) -> PackedTrellis:
+    """Any bits are a trellis."""
+    source = torch.Generator().manual_seed(seed)
+    promised = spec.tensors((rows, columns))
+    made = {
+        "weight": torch.randint(0, 256, promised["weight"].shape, dtype=torch.uint8, generator=source),
+        "scales": torch.randint(0, 80, promised["scales"].shape, dtype=torch.uint8, generator=source),
+        "peaks": torch.rand(promised["peaks"].shape, generator=source).half(),
+    }
+    made["scales"][::7] = 255
+    return PackedTrellis.from_tensors(spec, (rows, columns), made)
+
+
+def some(tokens: int, columns: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    return torch.randn((tokens, columns), generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def bound(x: Tensor, packed: PackedTrellis, exact: Tensor) -> Tensor:
+    """Of the error of one output: the rounding of the result (twice for bfloat16, which the interpreter cuts off); that
+    of the table's float16, which the kernel does not do; and a float32 roundoff for each of the sums, whose terms are a
+    half of a value, or a value and what it carries."""
+    code, columns = packed.spec.code, packed.shape[1]
+    largest = {"inst": 2.0, "mac": 1020.0 + 510.0, "sum": 252.0 + 126.0}[code]
+    roundoff = torch.finfo(x.dtype).eps * (1 if x.dtype == torch.bfloat16 else 0.5)
+    length = x.double().abs()
+    allowed = roundoff * exact.abs() + 2.0**-24 * (2 * columns + 32) * largest * length.sum(1)[:, None] * (
+        packed.row_scales().double()
+    )
+    return allowed + (2.0**-11 * length @ packed.dequantize(torch.float64).abs().T if code == "inst" else 0.0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 150), columns=st.integers(1, 70), bits=st.integers(1, 4), window=st.integers(8, 16),
+    length=st.sampled_from([32, 64, 96, 256]),
+)  # fmt: skip
+def test_kernel_order_and_back(rows: int, columns: int, bits: int, window: int, length: int) -> None:
+    packed = weight(rows, columns, Trellis(bits=bits, window=window, length=length))
+    held = arrange(packed)
+    for name, tensor in plain(held).tensors().items():
+        assert torch.equal(tensor, packed.tensors()[name])
+    assert torch.equal(held.dequantize(torch.float32, 0, rows), packed.dequantize())
+    if rows % length == 0 and rows > length:
+        for begin, end in pairwise(range(0, rows + 1, length)):
+            assert torch.equal(arrange(packed, begin, end).dequantize(), packed.dequantize()[begin:end])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_kernel_order_is_what_its_description_says(bits: int) -> None:
+    """Every state of every row, from the words, for whole sequences and a ragged one."""
+    packed = weight(64 + 21, 35, Trellis(bits=bits, window=13, length=32))
+    held = arrange(packed)
+    whole, total = units(85, 32)
+    words = held.weight.view(chunks(35), bits, total, 4, 4).long() & 0xFFFFFFFF
+    assert (whole, total) == (4, 7)
+
+    def half(unit: int, column: int, number: int) -> int:
+        chunk, lane, side, i = column // 32, column % 32 // 8, column % 8 // 4, column % 4
+        if number == bits - 1 and bits % 2:
+            return int(words[chunk, number, unit, lane, i]) >> 16 * side & 0xFFFF
+        return int(words[chunk, number // 2 * 2 + side, unit, lane, i]) >> 16 * (number % 2) & 0xFFFF
+
+    for row in range(85):
+        number, place = divmod(row, 32)
+        unit, j = divmod(row, 16)
+        after = unit - 1 if unit < whole and unit % 2 else unit + 1
+        at, shift = divmod(bits * j, 16)
+        for column in range(0, 35, 5):
+            then = half(unit, column, at + 1) if at + 1 < bits else half(after, column, 0)
+            state = (half(unit, column, at) | then << 16) >> shift & (1 << 13) - 1
+            assert state == int(packed.states(number)[column, place])
+
+
+def test_only_whole_sequences_are_cut_out() -> None:
+    with pytest.raises(ValueError, match="rows 16 to 64 of sequences of 32; whole ones are expected"):
+        arrange(weight(64, 4, Trellis(length=32)), 16)
+
+
+def test_configurations() -> None:
+    assert trellis_launch.choose(1, 8192, 8192, 132) == Config(8, 256, 1, 3, 32)
+    assert trellis_launch.choose(16, 64, 32, 132).splits == 1  # one chunk cannot be split
+    assert trellis_launch.choose(17, 28672, 8192, 132).bm == 16
+    for columns in (100, 256, 1000, 8192, 28672):
+        config = trellis_launch.choose(1, 4096, columns, 132)
+        each = -(-chunks(columns) // config.splits)
+        assert (config.splits - 1) * each < chunks(columns) <= config.splits * each  # no split is without work
+
+
+def test_rows_of_the_table_say_what_they_multiply() -> None:
+    x, held = some(1, 60, torch.float16), arrange(weight(4, 60, Trellis()))
+    lines = explain(x, held).splitlines()
+    assert lines[0] == "triton: refuses, the weight is a trellis"
+    assert "triton-trellis: refuses, x is on cpu: Triton kernels run on CUDA devices" in lines[1]
+    assert lines[2] == "torch: runs"
+    assert torch.equal(matmul(x, held), x @ plain(held).dequantize(torch.float16).T)
+
+
+def test_operators_have_shape_rules() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, words = torch.empty((5, 512), dtype=torch.float16), torch.empty(16 * 2 * 16 * 16, dtype=torch.int32)
+        held = words, torch.empty(256, dtype=torch.uint8), torch.empty(1, dtype=torch.float16)
+        sizes = 256, 512, 2, 12, "inst", 256
+        out = torch.ops.bitwright.trellis_matmul(x, *held, None, *sizes, torch.float16)
+        assert (out.shape, out.dtype) == ((5, 256), torch.float16)
+        part = torch.ops.bitwright.trellis_dequantize(*held, *sizes, torch.bfloat16, 8, 40)
+        assert (part.shape, part.dtype) == ((32, 512), torch.bfloat16)
+
+
+@pytest.mark.slow
+def test_under_the_interpreter() -> None:
+    rerun(__file__, "interpreted")
+
+
+@pytest.mark.slow
+def test_ahead_of_time() -> None:
+    rerun(__file__, "compiled")
+
+
+def guarded(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A poisoned matrix and the buffer with its guard bands."""
+    buffer = torch.full((shape[0] * shape[1] + 2 * GUARD,), torch.nan, dtype=dtype)
+    buffer[:GUARD] = buffer[-GUARD:] = 7.0
+    return buffer[GUARD:-GUARD].view(shape), buffer
+
+
+CASES = [
+    (1, 70, 100, 32, 12, "inst", torch.float16, Config(8, 256, 1, 1, 2)),
+    (2, 300, 64, 256, 16, "mac", torch.bfloat16, Config(8, 256, 1, 1, 1)),
+    (3, 33, 70, 64, 8, "sum", torch.float16, Config(8, 256, 1, 1, 3)),
+    (16, 40, 33, 32, 16, "inst", torch.bfloat16, Config(16, 256, 1, 1, 2)),
+    (17, 31, 40, 32, 12, "mac", torch.float16, Config(16, 256, 1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("bits", "case"), [(b, c) for n, c in enumerate(CASES) for b in ((1, 2, 3, 4), (2, 3))[n > 2]])
+def interpreted_matmul(bits: int, case: tuple[Any, ...]) -> None:
+    tokens, rows, columns, length, window, code, dtype, config = case
+    packed = weight(rows, columns, Trellis(bits=bits, window=window, code=code, length=length))
+    held, x = arrange(packed), some(tokens, columns, dtype) * torch.tensor(0.5) ** (torch.arange(tokens) % 8)[:, None]
+    x, bias = x.to(dtype), some(1, rows, dtype, 2)[0]
+    exact = x.double() @ packed.dequantize(torch.float64).T
+    allowed = bound(x, packed, exact)
+    found = list[Tensor]()
+    for extra in (None, bias, None)[: 3 if config.splits > 2 else 2]:
+        out, buffer = guarded((tokens, rows), dtype)
+        parts = held.weight, held.scales, held.peaks, extra, out
+        trellis_launch.launch(x, *parts, rows, columns, bits, window, code, length, config)
+        expected = exact if extra is None else exact + bias.double()
+        error = (out.double() - expected).abs()
+        assert bool((error <= allowed + 2 * torch.finfo(dtype).eps * expected.abs()).all()), float(error.max())
+        assert bool((buffer[:GUARD] == 7).all() and (buffer[-GUARD:] == 7).all())
+        found.append(out)
+    assert all(torch.equal(again, found[0]) for again in found[2:])
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def interpreted_dequantize(bits: int, code: Any) -> None:
+    packed = weight(85, 33, Trellis(bits=bits, window=8 + 2 * bits, code=code, length=32))
+    held = arrange(packed)
+    assert torch.equal(held.dequantize(torch.float32), packed.dequantize())
+    assert torch.equal(held.dequantize(torch.float16, 5, 36), packed.dequantize(torch.float16, 5, 36))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of infinity times 0
+def interpreted_bfloat16_of_any_size() -> None:
+    """From almost the smallest normal numbers to the largest, and zeros; infinities come out as what is not finite."""
+    packed = weight(20, 40, Trellis(length=32, code="sum"))
+    held, x = arrange(packed), some(5, 40, torch.bfloat16)
+    x *= torch.tensor([2.0**-118, 2.0**110, 0.0, 1.0, torch.inf], dtype=torch.bfloat16)[:, None]
+    found = trellis_launch.matmul(x, held)
+    exact = x.double() @ packed.dequantize(torch.float64).T
+    small = 2.0**-126  # results below are flushed or rounded coarsely
+    assert bool(((found.double() - exact).abs()[:4] <= (bound(x, packed, exact) + small)[:4]).all())
+    assert not torch.isfinite(found[4, 1:7]).any()
+
+
+def interpreted_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded and left to torch, in slices; inputs of any strides; gradients."""
+    packed = weight(70, 40, Trellis(length=32))
+    held, x, bias = arrange(packed), some(6, 40, torch.float16), some(1, 70, torch.float16, 2)[0]
+    expected = trellis_launch.matmul(x, held, bias)
+    assert torch.equal(trellis_launch.matmul(x.view(2, 3, 40), held, bias), expected.view(2, 3, 70))
+    assert torch.equal(trellis_launch.matmul(x.T.contiguous().T, held, bias), expected)
+    assert trellis_launch.matmul(x[:0], held).shape == (0, 70)
+    with pytest.raises(ValueError, match="last dimension must be 40"):
+        trellis_launch.matmul(x[:, :39], held)
+    assert "float32" in str(trellis_launch.refuses(x.float(), held))
+    monkeypatch.setattr(trellis_launch, "UNPACK_FROM", 0)
+    many = trellis_launch.matmul(x.requires_grad_(), held, bias.requires_grad_())
+    exact = x.double() @ packed.dequantize(torch.float16).double().T + bias
+    assert bool(
+        ((many - exact).abs() <= 2.0**-8 * (x.double().abs() @ packed.dequantize(torch.float64).abs().T + 1)).all()
+    )
+    upstream = some(6, 70, torch.float16, 3)
+    grads = torch.autograd.grad(many, (x, bias), upstream)
+    torch.testing.assert_close(grads[0], upstream @ packed.dequantize(torch.float16))
+    torch.testing.assert_close(grads[1], upstream.sum(0))
+
+
+def wrapped(spec: Spec, rows: int, columns: int) -> dict[str, Tensor]:
+    """Random tensors of a trellis with rotations and a branch around it."""
+    made = {name: torch.zeros(t.shape, dtype=DTYPES[t.dtype]) for name, t in spec.tensors((rows, columns)).items()}
+    made |= weight(rows, columns, spec.core).tensors()  # pyright: ignore[reportArgumentType]
+    made |= {name: some(*part.shape, part.dtype) / 8 for name, part in made.items() if name.startswith("lora")}
+    if "rotation" in made:
+        base = weight(rows, columns, spec.core)  # pyright: ignore[reportArgumentType]
+        sides = [Rotation(block, random_signs(n, 1)) for block, n in ((4, columns), (8, rows))]
+        inner = spec.base if isinstance(spec, LowRank) else spec
+        assert isinstance(inner, Rotated)
+        outputs = sides[1] if inner.outputs else IDENTITY
+        own = PackedRotated.around(inner, base, sides[0], outputs)
+        made |= own.tensors()
+    return made
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Trellis(bits=3, length=32),
+        Rotated(Trellis(bits=2, length=32), outputs=True, block=8),
+        Rotated(Trellis(bits=2, length=32), outputs=False, block=8),
+        LowRank(Rotated(Trellis(bits=2, length=32), outputs=True, block=8), rank=2),
+    ],
+)
+def interpreted_module(spec: Spec) -> None:
+    """A packed linear in kernel order multiplies through the table and saves what the checkpoint held."""
+    rows, columns = 72, 36
+    module, stored = PackedLinear(spec, rows, columns, bias=True), wrapped(spec, rows, columns)
+    packed = LAYOUTS[spec.layout].from_tensors(spec, (rows, columns), stored)
+    module.load_state_dict({**stored, "bias": torch.zeros(rows)})
+    x = some(5, columns, torch.float16)
+    module.half()
+    assert module.slots()[0].arranged
+    assert explain(x, module.operand).splitlines()[1] == "triton-trellis: runs"
+    exact = x.double() @ packed.dequantize(torch.float32).double().T
+    size = 2.0**-8 * x.double().norm(dim=1)[:, None] * packed.dequantize().double().norm(dim=1).max()
+    assert bool(((module(x).double() - exact).abs() <= size).all())  # x, its rotation and sums rounded to float16
+    for name, tensor in stored.items():
+        assert torch.equal(module.state_dict()[name], tensor)
+    assert torch.equal(module.unpack(torch.float32).weight, packed.dequantize())
+    assert torch.isfinite(torch.autograd.grad(module(x.requires_grad_()).sum(), x)[0]).all()
+
+
+def interpreted_experts_are_arranged_one_by_one() -> None:
+    spec = Rotated(Trellis(bits=2, length=32), outputs=True, block=8)
+    tensors = wrapped(spec, 128, 36)
+    packed = LAYOUTS["rotated"].from_tensors(spec, (128, 36), tensors)
+    for expert in range(2):
+        held = arranged.kernel_order(packed, 64 * expert, 64 * expert + 64)
+        found = arranged.weight_of(spec, (64, 36), held)
+        assert torch.equal(found.dequantize(), packed.dequantize()[64 * expert : 64 * expert + 64])
+        back = arranged.checkpoint_order(spec, (64, 36), held)
+        assert torch.equal(back.dequantize(), found.dequantize())
+
+
+def interpreted_a_product_is_one_graph() -> None:
+    packed, x = weight(40, 36, Trellis(length=32)), some(3, 36, torch.float16)
+    module = PackedLinear(packed.spec, 40, 36, bias=False)
+    module.load_state_dict(packed.tensors())
+    assert isinstance(module.half().operand, ArrangedTrellis)
+    whole: Any = torch.compile(module, backend="aot_eager", fullgraph=True)
+    assert torch.equal(whole(x), module(x))
+
+
+SHAPES = [(2, "inst", 12, "fp16", 1), (3, "inst", 16, "bf16", 16)]
+HOPPER = [(4, "mac", 16, "bf16", 16), (1, "sum", 8, "fp16", 8)]
+
+
+@pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
+@pytest.mark.parametrize("case", SHAPES)
+def compiled_for(capability: int, case: tuple[Any, ...]) -> None:
+    made = compiled(capability, *case)
+    assert made.fits(), (made.registers, made.spilled, made.shared)
+    assert any(op.startswith(("LDG", "LDGSTS")) and "128" in op and "STRONG" not in op for op in made.ops), made.ops
+
+
+@pytest.mark.parametrize("case", HOPPER)
+def compiled_for_hopper(case: tuple[Any, ...]) -> None:
+    assert compiled(90, *case).fits()
+
+
+def compiled(capability: int, bits: int, code: str, window: int, kind: str, tokens: int) -> Compiled:
+    """The default configuration for a matrix of 8192 x 8192."""
+    from quant.kernels.trellis_product import trellis_kernel
+
+    config = trellis_launch.choose(tokens, 8192, 8192, 132)
+    types = dict.fromkeys(("x", "bias", "out"), f"*{kind}")
+    types |= {"weight": "*i32", "scales": "*u8", "peaks": "*fp16", "table": "*fp32", "partial": "*fp32"}
+    types |= {"counters": "*i32"}
+    types |= dict.fromkeys(("M", "N", "K", "stride", "count", "each", "total", "whole", "mask"), "i32")
+    constants = trellis_launch.constants(bits, window, code, 256, torch.device("cuda")) | {
+        "BM": config.bm, "BU": config.bn // 16, "SPLITS": config.splits, "EVEN": True, "BIAS": True,
+    }  # fmt: skip
+    return compile_for(capability, trellis_kernel, types, constants, config.warps, config.stages)
