@@ -9,8 +9,9 @@ keeps it (QTIP, arXiv 2406.11235, algorithm 4). `improve` starts from a path: it
 some place, so its result can only be better.
 
 On a CPU the loops are compiled by numba: a million weights per second and core at L = 12 and K = 2, half of that time
-for the seam. `reference` does the same float32 operations in torch, in the same order: the same states, on any device.
-Sequences do not know of each other, so threads and batches do not change the result.
+for the seam. On a GPU Triton does it (`viterbi_kernel.py`). `reference` does the same float32 operations in torch, in
+the same order: the same states, on any device. Sequences do not know of each other, so threads and batches do not
+change the result.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from quant.kernels.available import runs_triton
 
 FREE = -1
 FAR = 1e30
@@ -73,7 +76,11 @@ def _seam(state: Tensor, values: Tensor, bits: int) -> Tensor:
 def _best(x: Tensor, weight: Tensor, values: Tensor, bits: int, seam: Tensor) -> Tensor:
     """States int32 `[n, T]` of the best path whose seam is `seam` int32 `[n]`, -1 for any."""
     if x.device.type != "cpu":
-        return reference(x, weight, values, bits, seam)
+        if not runs_triton(x):
+            return reference(x, weight, values, bits, seam)
+        from quant.kernels.viterbi_kernel import best
+
+        return best(x, weight, values, bits, seam)
     states = torch.empty(x.shape, dtype=torch.int32)
     run: Any = _compiled(bits)
     arrays = (x.contiguous(), weight.contiguous(), seam.to(torch.int32), states)

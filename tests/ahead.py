@@ -36,8 +36,9 @@ class Compiled:
 
 
 def compile_for(
-    capability: int, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int
-) -> Compiled:
+    capability: int, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int,
+    fusion: bool = True,
+) -> Compiled:  # fmt: skip
     """`types`: Triton's type of each run-time argument ("*fp16", "i32"); pointers and the sizes N, K and stride count
     as divisible by 16, as they are for every real model."""
     from triton import compile as compile_triton
@@ -52,9 +53,8 @@ def compile_for(
         if name in types and (types[name].startswith("*") or name in ("N", "K", "stride"))
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    made = compile_triton(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}
-    )
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
+    made = compile_triton(source, target=GPUTarget("cuda", capability, 32), options=options)
     return read(capability, made.asm["cubin"], made.asm["ttgir"], made.metadata.shared)
 
 

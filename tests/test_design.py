@@ -17,7 +17,7 @@ import quant
 
 ROOT = Path(__file__).parent.parent
 MAPPED = ("kernels", "eval", "recipes")
-LIMIT = {"quant": 6050, "kernels": 2990, "eval": 1350, "recipes": 50}
+LIMIT = {"quant": 6050, "kernels": 3150, "eval": 1350, "recipes": 50}
 """Lines of code; docstrings, comments and blank lines come on top."""
 
 

@@ -1,0 +1,54 @@
+"""The Triton search for paths against the one in torch, state by state; and what compiles for GPUs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quant.kernels import viterbi
+from tests.ahead import SHARED_LIMIT, compile_for
+from tests.rerun import rerun
+
+
+@pytest.mark.slow
+def test_under_the_interpreter() -> None:
+    rerun(__file__, "interpreted")
+
+
+@pytest.mark.slow
+def test_ahead_of_time() -> None:
+    rerun(__file__, "compiled")
+
+
+@pytest.mark.parametrize("largest", [13, 3])
+@pytest.mark.parametrize(("bits", "window", "length"), [(1, 5, 9), (2, 8, 14), (3, 9, 8), (4, 8, 7), (2, 10, 1)])
+def interpreted_the_states_of_torch(
+    bits: int, window: int, length: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With costs in registers and in memory, whatever the seam, with many ties, and in more than one launch."""
+    from quant.kernels import viterbi_kernel
+
+    monkeypatch.setattr(viterbi_kernel, "LARGEST", largest)
+    monkeypatch.setattr(viterbi_kernel, "CHUNK", 1 << window - 1)
+    monkeypatch.setattr(viterbi_kernel, "MEMORY", 20 << window if largest == 3 else 1 << 28)
+    source = torch.Generator().manual_seed(bits)
+    x, weight = torch.randn((3, length), generator=source), torch.rand((3, length), generator=source)
+    seam = torch.tensor([viterbi.FREE, 0, (1 << window - bits) - 1], dtype=torch.int32)
+    for table in (torch.randn(1 << window, generator=source), torch.randint(-2, 3, (1 << window,)).float()):
+        expected = viterbi.reference(x, weight, table, bits, seam)
+        assert torch.equal(viterbi_kernel.best(x, weight, table, bits, seam), expected)
+
+
+@pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
+@pytest.mark.parametrize(("bits", "window"), [(2, 12), (3, 16)])
+def compiled_for(capability: int, bits: int, window: int) -> None:
+    from quant.kernels import viterbi_kernel as kernels
+
+    types = dict.fromkeys(("x", "weight", "values"), "*fp32") | {"seam": "*i32", "came": "*u8", "states": "*i32"}
+    constants, small = {"STATES": 1 << window, "BITS": bits}, window <= kernels.LARGEST
+    if not small:
+        types, constants = types | {"scratch": "*fp32"}, constants | {"GROUPS": kernels.CHUNK >> bits}
+    kernel = kernels.small_kernel if small else kernels.large_kernel
+    made = compile_for(capability, kernel, types | {"length": "i32"}, constants, 8, 3, fusion=False)
+    assert made.fits(), (made.registers, made.spilled, made.shared)
+    assert not any(op.startswith("FFMA") for op in made.ops)  # rounded after every operation, as in torch
