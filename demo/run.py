@@ -114,9 +114,10 @@ def markdown(rows: list[dict[str, Any]], group_size: int, seconds: float) -> str
     host = machine()
     lines += [
         "",
-        f"`make demo`: grids in groups of {group_size}, balanced is a trellis; bits per quantized weight as found on disk; bytes of all weights, the "
-        "bfloat16 embedding included; perplexity of a small model on held-out python-docs, windows of 512 tokens; "
-        f"KL in nats per token to the float model. {host.cpu}, {host.cores} cores; {used}; {seconds:.0f} s in all.",
+        f"`make demo`: grids in groups of {group_size}, balanced is a trellis; bits per quantized weight as found on "
+        "disk; bytes of all weights, the bfloat16 embedding included; perplexity of a small model on held-out "
+        "python-docs, windows of 512 tokens; KL in nats per token to the float model. "
+        f"{host.cpu}, {host.cores} cores; {used}; {seconds:.0f} s in all.",
     ]
     return "\n".join(lines) + "\n"
 
