@@ -16,7 +16,7 @@
 
 So the scales of each kind have rank 1. A kernel scales the inputs by `column` and parts them by the mask, once for all
 rows; what is left is a product of signs and one of 4 bits. The paper's row offset `mu` is not stored: at its 8 bits per
-row it took off 1 to 3 % of the error, and as many bits in salient columns take off more.
+row it took off 1 to 4 % of the error, and as many bits in salient columns take off more.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ column one, first from `|W|`, row and column in turn. After feedback and each sw
 closed form, as a parabola each, and then all columns' together: with `A` the values over their column's scale, the best
 `c` solves `((AT A) * H) c = diag(AT W H)`. What the paper trains with gradients, block by block, is left to recovery.
 
-Descent is worth more here than anywhere: feedback alone has twice the error, as a sign moves by so much.
+Descent is worth more here than anywhere, as a sign moves by so much: feedback alone has 1.2 to 2 times the error.
 """
 
 from __future__ import annotations
