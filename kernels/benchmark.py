@@ -1,7 +1,7 @@
-"""Speed of the uniform kernels: `python -m quant.kernels.benchmark [--quick] [--check]`.
+"""Speed of the kernels for uniform and trellis weights: `python -m quant.kernels.benchmark [--quick] [--check]`.
 
-First the gate: ragged shapes of all bit widths against float64; if one is wrong, nothing is timed. Then the copy
-bandwidth and the bfloat16 matmul rate of this GPU, which give each product its limit (`roofline.py`), and then the
+First the gate: ragged shapes of all bit widths and codes against float64; if one is wrong, nothing is timed. Then the
+copy bandwidth and the bfloat16 matmul rate of this GPU, which give each product its limit (`roofline.py`), and then the
 products, the most important first. Each is checked before it is timed, beside torch's own product of 16-bit weights
 (cuBLAS), torch's 4-bit kernel and gemlite, where they exist. Results are written after every few rows, so a run that is
 killed leaves what it measured; one that reaches `--seconds` stops by itself and says how much it left out.
@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import launch, measure
+from quant.kernels import launch, measure, trellis_launch
 from quant.kernels.available import INTERPRET, runs_triton
 from quant.kernels.measure import HALVES, SHAPES, Case
-from quant.kernels.order import Arranged
 from quant.kernels.roofline import work
-from quant.kernels.spec import Uniform
+from quant.kernels.spec import Trellis, Uniform
 
 TOKENS, BITS, GROUP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096), (4, 2, 3, 8), 128
+TRELLISES = (2, 3, 4)
+"""Bits of the trellises that are timed, of the default code and window."""
 PEERS = ("bf16", "int4pack", "gemlite")
 SHOWN = (
     "model",
@@ -36,6 +37,7 @@ SHOWN = (
     "K",
     "M",
     "bits",
+    "code",
     "us",
     "GB/s",
     "limit us",
@@ -76,7 +78,14 @@ def gate(apply: Callable[..., Iterator[Any]]) -> int:
         for bits in ((1, 2, 3, 4, 5, 6, 7, 8) if cuda else (2, 3, 4, 8))
         for tokens, group, kind in ((1, 128, "bf16"), (3, -1, "fp16"), (17, 32, "bf16"), (65, 16, "fp16"))
     ]
-    cases += [Case(300, *size, Uniform(bits=4))] * cuda  # unpacked and left to cuBLAS
+    cases += [
+        Case(tokens, *size, Trellis(bits=bits, window=window, code=code), kind)  # pyright: ignore[reportArgumentType]
+        for tokens, bits, window, code, kind in (
+            (1, 2, 12, "inst", "bf16"), (3, 1, 8, "sum", "fp16"),
+            (17, 3, 16, "mac", "bf16"), (9, 4, 12, "inst", "fp16"),
+        )
+    ]  # fmt: skip
+    cases += [Case(300, *size, spec) for spec in (Uniform(bits=4), Trellis())] * cuda  # unpacked and left to cuBLAS
     failed = [line for line in apply(measure.wrong, cases, [device] * len(cases)) if line]
     print(f"gate: {len(cases) - len(failed)} of {len(cases)} products are right", *failed, sep="\n", flush=True)
     return int(bool(failed))
@@ -90,11 +99,11 @@ def rows(quick: bool) -> list[tuple[str, str, Case]]:
         return min(2, list(SHAPES).index(row[0])) + (0 if tokens in (1, 16) else 1 if tokens in (4, 64, 256) else 2)
 
     made = [
-        (model, layer, Case(tokens, rows, columns, Uniform(bits=bits, group_size=GROUP)))
+        (model, layer, Case(tokens, rows, columns, spec))
         for model, layers in SHAPES.items()
         for layer, rows, columns in layers
         for tokens in TOKENS
-        for bits in BITS
+        for spec in (*(Uniform(bits=b, group_size=GROUP) for b in BITS), *(Trellis(bits=b) for b in TRELLISES))
     ]
     return [row for row in sorted(made, key=rank) if not quick or rank(row) <= 2]
 
@@ -139,7 +148,8 @@ def timed(case: Case, data: Mapping[str, Any], peers: dict[tuple[Any, ...], floa
     limit = need.limit(data["bytes/s copied"], data["flop/s bf16"])
     packed = measure.weights(N, K, spec, measure.copies(need.weight))
     seconds = ours(x, packed, limit)
-    row: dict[str, Any] = {"N": N, "K": K, "M": M, "bits": spec.bits, "us": seconds * 1e6}
+    code = spec.code if isinstance(spec, Trellis) else "uniform"
+    row: dict[str, Any] = {"N": N, "K": K, "M": M, "bits": spec.bits, "code": code, "us": seconds * 1e6}
     row |= {"GB/s": need.nbytes / seconds / 1e9, "limit us": limit * 1e6, "of limit": limit / seconds}
     if 64 <= M <= 1024:
         row["other us"] = other(x, packed, limit) * 1e6
@@ -158,23 +168,24 @@ def timed(case: Case, data: Mapping[str, Any], peers: dict[tuple[Any, ...], floa
     return row
 
 
-def ours(x: Tensor, packed: Sequence[Arranged], least: float) -> float:
-    """Seconds of `launch.matmul`."""
-    return measure.clock(lambda i: launch.matmul(x, packed[i]), len(packed), least)
+def ours(x: Tensor, packed: Sequence[Any], least: float) -> float:
+    """Seconds of the product of our kernels."""
+    return measure.clock(lambda i: measure.multiply(x, packed[i], None), len(packed), least)
 
 
-def other(x: Tensor, packed: Sequence[Arranged], least: float) -> float:
+def other(x: Tensor, packed: Sequence[Any], least: float) -> float:
     """Seconds of the way not taken, from which `UNPACK_FROM` is to be set: unpacked and left to cuBLAS where `launch`
     takes the kernel, and the reverse."""
-    chosen = launch.UNPACK_FROM
+    module = trellis_launch if isinstance(packed[0].spec, Trellis) else launch
+    chosen = module.UNPACK_FROM
     try:
-        launch.UNPACK_FROM = len(x) + 1 if len(x) >= chosen else 0
+        module.UNPACK_FROM = len(x) + 1 if len(x) >= chosen else 0
         return ours(x, packed, least)
     finally:
-        launch.UNPACK_FROM = chosen
+        module.UNPACK_FROM = chosen
 
 
-def peer(name: str, x: Tensor, rows: int, spec: Uniform, least: float) -> float | None:
+def peer(name: str, x: Tensor, rows: int, spec: Uniform | Trellis, least: float) -> float | None:
     """Seconds of another kernel on the same product; None where there is none."""
     columns = x.shape[1]
     count = measure.copies(work(len(x), rows, columns, None if name == "bf16" else spec).weight)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import launch
+from quant.kernels import launch, order, trellis_launch, trellis_order
 from quant.kernels.launch import Config
-from quant.kernels.layouts import PackedUniform
-from quant.kernels.order import Arranged, arrange, tiles
-from quant.kernels.spec import DTYPES, Uniform
+from quant.kernels.layouts import PackedTrellis, PackedUniform
+from quant.kernels.order import Arranged, tiles
+from quant.kernels.spec import DTYPES, Trellis, Uniform
+from quant.kernels.trellis_order import ArrangedTrellis, chunks, units
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 PART = 1024  # rows; a check looks at the first and the last so many, to spare memory
@@ -51,7 +52,7 @@ class Case:
     tokens: int
     rows: int
     columns: int
-    spec: Uniform
+    spec: Uniform | Trellis
     kind: str = "bf16"
     config: Config | None = None
 
@@ -59,18 +60,16 @@ class Case:
 def wrong(case: Case, device: str = "cuda") -> str | None:
     """None where the kernel's result on random numbers is that of float64 within rounding, else what is wrong."""
     torch.manual_seed(0)
-    rows, columns, spec, dtype = case.rows, case.columns, case.spec, HALVES[case.kind]
-    groups = (rows, spec.groups(columns))
-    codes = torch.randint(0, 2**spec.bits, (rows, columns), dtype=torch.uint8, device=device)
-    zeros = torch.randint(0, 2**spec.bits, groups, dtype=torch.uint8, device=device)
-    scales = (torch.randn(groups, device=device) / 2**spec.bits).to(DTYPES[spec.scale_dtype])
-    packed = PackedUniform.from_codes(spec, (rows, columns), codes, scales, None if spec.symmetric else zeros)
+    rows, columns, dtype = case.rows, case.columns, HALVES[case.kind]
+    make = random_trellis if isinstance(case.spec, Trellis) else random_uniform
+    packed = make(case.spec, rows, columns, device)  # pyright: ignore[reportArgumentType]
     x = torch.randn((case.tokens, columns), device=device).to(dtype)
     try:
         found = multiply(x, arrange(packed), case.config).double()
     except Exception as error:  # any, so that one configuration that does not compile does not end a run
         return f"{case}: {type(error).__name__}: {str(error)[:300]}"
     worst = 0.0
+    scales = packed.scales.double().abs().amax(1) if isinstance(packed, PackedUniform) else packed.row_scales().double()
     for start, stop in {(0, min(rows, PART)), (max(0, rows - PART), rows)}:
         weight = packed.dequantize(torch.float64, start, stop)
         exact = x.double() @ weight.T
@@ -79,42 +78,76 @@ def wrong(case: Case, device: str = "cuda") -> str | None:
     return None if worst <= 1 else f"{case}: off by {worst:.3g} times what rounding explains"
 
 
+def random_uniform(spec: Uniform, rows: int, columns: int, device: str) -> PackedUniform:
+    groups = (rows, spec.groups(columns))
+    codes = torch.randint(0, 2**spec.bits, (rows, columns), dtype=torch.uint8, device=device)
+    zeros = torch.randint(0, 2**spec.bits, groups, dtype=torch.uint8, device=device)
+    scales = (torch.randn(groups, device=device) / 2**spec.bits).to(DTYPES[spec.scale_dtype])
+    return PackedUniform.from_codes(spec, (rows, columns), codes, scales, None if spec.symmetric else zeros)
+
+
+def random_trellis(spec: Trellis, rows: int, columns: int, device: str) -> PackedTrellis:
+    """Any bits are states."""
+    shapes = {name: tensor.shape for name, tensor in spec.tensors((rows, columns)).items()}
+    weight = torch.randint(0, 256, shapes["weight"], dtype=torch.uint8, device=device)
+    scales = torch.randint(0, 64, shapes["scales"], dtype=torch.uint8, device=device)
+    peaks = torch.rand(shapes["peaks"], device=device).half()
+    return PackedTrellis(spec, (rows, columns), weight, scales, peaks)
+
+
+def arrange(packed: PackedUniform | PackedTrellis) -> Arranged | ArrangedTrellis:
+    return order.arrange(packed) if isinstance(packed, PackedUniform) else trellis_order.arrange(packed)
+
+
 def rounding(case: Case, x: Tensor, weight: Tensor, exact: Tensor, scales: Tensor) -> Tensor:
-    """How far a right result may lie from `exact` `[M, n]`, for rows `weight` `[n, K]` with `scales` `[n, G]`.
+    """How far a right result may lie from `exact` `[M, n]`, for rows `weight` `[n, K]` with largest scales `[n]`.
 
-    Of K terms (a code, what bfloat16 carries beside it, the zero point) with float32 roundoffs that are independent,
-    and those of the weight where it is rounded itself, eight standard deviations; the worst case, all roundoffs of one
-    sign, grows with K instead of its root (Higham and Mary, SIAM J. Sci. Comput. 41, 2019) and would let anything pass.
+    Of K terms (a code, what it carries beside it, the zero point) with float32 roundoffs that are independent, and
+    those of the weight where it is rounded itself or was in the table, eight standard deviations; the worst case, all
+    roundoffs of one sign, grows with K instead of its root (Higham and Mary, SIAM J. Sci. Comput. 41, 2019) and would
+    let anything pass.
     """
-    bits, columns, eps = case.spec.bits, case.columns, torch.finfo(x.dtype).eps
-    largest = 2.0**bits * 2 + (2176 if bits == 8 else 128) * (case.kind == "bf16")
+    spec, columns, eps = case.spec, case.columns, torch.finfo(x.dtype).eps
     squares = x.double().square()
-    allowed = 2.0**-21 * columns**0.5 * largest * squares.sum(1, keepdim=True).sqrt() * scales.double().abs().amax(1)
+    if isinstance(spec, Trellis):
+        largest = {"inst": 2.0, "mac": 1530.0, "sum": 378.0}[spec.code]
+        rounded = 2.0**-11 * (spec.code == "inst") + eps * (case.tokens >= trellis_launch.UNPACK_FROM)
+    else:
+        largest = 2.0**spec.bits * 2 + (2176 if spec.bits == 8 else 128) * (case.kind == "bf16")
+        rounded = eps * (case.tokens >= launch.UNPACK_FROM or spec.group_width(columns) % 32 > 0)
+    allowed = 2.0**-21 * columns**0.5 * largest * squares.sum(1, keepdim=True).sqrt() * scales
     allowed += eps * exact.abs()  # twice the rounding of the result: Triton's interpreter cuts bfloat16 off
-    if case.tokens >= launch.UNPACK_FROM or case.spec.group_width(columns) % 32:
-        allowed += 8 * eps * (squares @ weight.square().T).sqrt()
-    return allowed
+    return allowed + 8 * rounded * (squares @ weight.square().T).sqrt()
 
 
-def multiply(x: Tensor, arranged: Arranged, config: Config | None) -> Tensor:
-    """`launch.matmul`, or its kernel with one configuration."""
+def multiply(x: Tensor, arranged: Arranged | ArrangedTrellis, config: Config | None) -> Tensor:
+    """`matmul` of its kernels, or the kernel with one configuration."""
     if config is None:
-        return launch.matmul(x, arranged)
+        return launch.matmul(x, arranged) if isinstance(arranged, Arranged) else trellis_launch.matmul(x, arranged)
     out = torch.full((len(x), arranged.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
     run(x, arranged, config, out)
     return out
 
 
-def run(x: Tensor, arranged: Arranged, config: Config, out: Tensor) -> None:
+def run(x: Tensor, arranged: Arranged | ArrangedTrellis, config: Config, out: Tensor) -> None:
     spec, columns = arranged.spec, arranged.shape[1]
+    if isinstance(arranged, ArrangedTrellis):
+        trellis_launch.run(x, arranged, config, out)
+        return
+    assert isinstance(spec, Uniform)
     launch.launch(
         x, None, arranged.weight, arranged.scales, arranged.zeros, None, None, out, columns, spec.bits,
         spec.group_width(columns), config,
     )  # fmt: skip
 
 
-def weights(rows: int, columns: int, spec: Uniform, count: int) -> list[Arranged]:
-    """Random weights in kernel order on the GPU: any bits are codes."""
+def weights(rows: int, columns: int, spec: Uniform | Trellis, count: int) -> Sequence[Arranged | ArrangedTrellis]:
+    """Random weights in kernel order on the GPU: any bits are codes, or states."""
+    if isinstance(spec, Trellis):
+        size = (count, chunks(columns) * spec.bits * units(rows, spec.length)[1] * 16)
+        words = torch.randint(-(2**31), 2**31 - 1, size, dtype=torch.int32, device="cuda")
+        held = random_trellis(spec, rows, 1, "cuda")
+        return [ArrangedTrellis(spec, (rows, columns), w, held.scales.clone(), held.peaks.clone()) for w in words]
     size = (count, tiles(columns) * 8 * spec.bits * rows)
     words = torch.randint(-(2**31), 2**31 - 1, size, dtype=torch.int32, device="cuda")
     groups = (count, spec.groups(columns), rows)

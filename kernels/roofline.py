@@ -9,6 +9,11 @@ second (read and written bytes both counted) and a processor that multiplies at 
           + G N (2 + 1)             a scale of 2 bytes per group of each row, and a zero point of 1 (asymmetric only)
           + 2 (M K + M N)           activations and outputs of 16 bits
 
+of a uniform weight; of a trellis (`trellis_order.py`) its first two lines are
+
+    bytes = ceil(K / 32) U 64 b     packed codes: U units of 16 rows, N / 16 where sequences are whole
+          + N + 2 S                 a scale of a byte per row, and one of 2 bytes for each of S sequences
+
 A plain 16-bit weight has `2 N K` in place of the first two lines. While tokens are few the first term decides: the time
 is that of the weight's bytes, and b bits in groups of g are at most `16 / (b + 24 / g)` times as fast as 16 bits (3.8
 for 4 bits in groups of 128, 5.0 for 3, 7.3 for 2). The terms meet at about `M = (R / B) (b + 24 / g) / 16` tokens; from
@@ -20,7 +25,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quant.kernels.order import TILE, tiles
-from quant.kernels.spec import Uniform
+from quant.kernels.spec import Trellis, Uniform
+from quant.kernels.trellis_order import chunks, units
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,13 @@ class Work:
         return max(self.nbytes / bandwidth, self.flops / rate)
 
 
-def work(tokens: int, rows: int, columns: int, spec: Uniform | None, itemsize: int = 2) -> Work:
+def work(tokens: int, rows: int, columns: int, spec: Uniform | Trellis | None, itemsize: int = 2) -> Work:
     """Of `x` `[tokens, columns]` times a weight `[rows, columns]`, `itemsize` bytes per activation and output. `spec`:
     how the weight is packed, in kernel order; None for a plain one of `itemsize` bytes."""
     if spec is None:
         weight = rows * columns * itemsize
+    elif isinstance(spec, Trellis):
+        weight = chunks(columns) * units(rows, spec.length)[1] * 64 * spec.bits + rows + 2 * -(-rows // spec.length)
     else:
         weight = tiles(columns) * TILE // 8 * spec.bits * rows
         weight += spec.groups(columns) * rows * (2 if spec.symmetric else 3)

@@ -34,6 +34,18 @@ def choose(tokens: int, rows: int, columns: int, processors: int) -> Config:
     return Config(bm, 16 * UNIT, 1, 3, even_splits(columns, min(32, processors * 8 // programs), CHUNK))
 
 
+def candidates(tokens: int, rows: int, columns: int, processors: int) -> list[Config]:
+    """Configurations worth timing: a warp per program, whose registers hold 256 rows of 16 tokens or 512 of 8."""
+    default = choose(tokens, rows, columns, processors)
+    made = list[Config]()
+    for bn in (256, 512)[: 2 if default.bm == 8 else 1]:
+        programs = -(-rows // bn) * -(-tokens // default.bm)
+        wanted = [max(1, processors * warps // programs) for warps in (2, 4, 8, 16)]
+        splits = {even_splits(columns, min(64, count), CHUNK) for count in wanted}
+        made += [Config(default.bm, bn, 1, stages, count) for stages in (1, 2, 3, 4) for count in sorted(splits)]
+    return made
+
+
 def refuses(x: Tensor, arranged: ArrangedTrellis) -> str | None:
     """Why the kernels do not take these arguments; None where they do."""
     reason = missing(x)
@@ -144,6 +156,11 @@ def launch(
             BM=config.bm, BU=config.bn // UNIT, SPLITS=config.splits, EVEN=columns % CHUNK == 0, BIAS=bias is not None,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
+
+
+def run(x: Tensor, arranged: ArrangedTrellis, config: Config, out: Tensor) -> None:
+    """Fills `out` `[M, N]` with one configuration."""
+    launch(x, *_held(arranged), None, out, *_sizes(arranged), config)
 
 
 def constants(bits: int, window: int, code: str, length: int, device: torch.device) -> dict[str, Any]:

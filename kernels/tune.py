@@ -1,4 +1,4 @@
-"""The fastest block sizes for this GPU: `python -m quant.kernels.tune [--minutes 20] [--bits 4 2]`.
+"""The fastest block sizes for this GPU: `python -m quant.kernels.tune [--minutes 20] [--bits 4 2] [--trellis 2]`.
 
 For each shape, number of tokens and bits the candidates that should fit into registers and shared memory are compiled
 (in several processes), checked, and timed as in `measure.py`; then the best blocks once more with K split differently.
@@ -113,6 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--minutes", type=float, default=20, help="nothing begins later than this")
     options.add_argument("--bits", type=int, nargs="+", default=[4, 2, 3, 8])
+    options.add_argument("--trellis", type=int, nargs="*", default=[2, 3, 4], help="bits of trellises")
+    options.add_argument("--code", choices=("inst", "mac", "sum"), default="inst", help="of the trellises")
     options.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 8, 32, 64, 128], help=f"of {BUCKETS}")
     options.add_argument("--kind", choices=("bf16", "fp16"), default="bf16")
     options.add_argument("--out", type=Path, default=cache_folder(), help="folder of the JSON file")
@@ -123,12 +125,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.progress import Progress
 
     from quant.kernels import measure
+    from quant.kernels.spec import Trellis, Uniform
 
+    specs = [(Uniform(bits=bits), args.kind) for bits in args.bits]
+    specs += [(Trellis(bits=bits, code=args.code), f"{args.code}-{args.kind}") for bits in args.trellis]
     todo = {
-        key(tokens, rows, columns, bits, args.kind): (tokens, rows, columns, bits)
+        key(tokens, rows, columns, spec.bits, kind): (tokens, rows, columns, spec)
         for layers in measure.SHAPES.values()
         for tokens in args.tokens
-        for bits in args.bits
+        for spec, kind in specs
         for _, rows, columns in layers
     }
     file = args.out / file_name(torch.cuda.get_device_name())
@@ -149,14 +154,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @torch.no_grad()
 def fastest(
-    tokens: int, rows: int, columns: int, bits: int, kind: str, apply: Callable[..., Iterator[Any]]
+    tokens: int, rows: int, columns: int, spec: Any, kind: str, apply: Callable[..., Iterator[Any]]
 ) -> tuple[Config, float, float]:
     """The best configuration, its seconds, and those of the default one. `apply`: a `map`, for the checks."""
-    from quant.kernels import launch, measure
-    from quant.kernels.spec import Uniform
+    from quant.kernels import launch, measure, trellis_launch
+    from quant.kernels.spec import Trellis
 
     properties = torch.cuda.get_device_properties(0)
-    spec, count = Uniform(bits=bits), properties.multi_processor_count
+    bits, count = spec.bits, properties.multi_processor_count
     sizes = (tokens, rows, columns)
     nbytes = rows * columns * bits // 8
     packed = measure.weights(rows, columns, spec, measure.copies(nbytes))
@@ -173,10 +178,14 @@ def fastest(
                 call = lambda i, config=config: measure.run(x, packed[i], config, out)  # noqa: E731
                 times[config] = measure.clock(call, len(packed), nbytes / 4e12)  # how many calls, no more
 
-    default = launch.choose(*sizes, count, bits, kind, launch.processor(x.device)[1])
-    measured([default, *candidates(*sizes, bits, count, properties.shared_memory_per_block_optin)])
-    best = sorted(times, key=times.__getitem__)[:2]
-    measured(spread(config, warps, *sizes, count) for config in best for warps in (2, 4, 16, 32))
+    if isinstance(spec, Trellis):
+        default = trellis_launch.choose(*sizes, count)
+        measured([default, *trellis_launch.candidates(*sizes, count)])
+    else:
+        default = launch.choose(*sizes, count, bits, kind, launch.processor(x.device)[1])
+        measured([default, *candidates(*sizes, bits, count, properties.shared_memory_per_block_optin)])
+        best = sorted(times, key=times.__getitem__)[:2]
+        measured(spread(config, warps, *sizes, count) for config in best for warps in (2, 4, 16, 32))
     chosen = min(times, key=times.__getitem__)
     return chosen, times[chosen], times[default]
 

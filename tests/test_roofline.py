@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant.kernels import benchmark, measure, tune
+from quant.kernels import benchmark, measure, trellis_launch, tune
 from quant.kernels.launch import Config
 from quant.kernels.layouts import PackedUniform
 from quant.kernels.order import arrange
 from quant.kernels.roofline import work
-from quant.kernels.spec import Uniform
+from quant.kernels.spec import Trellis, Uniform
 from tests.rerun import rerun
 
 NAME = "nvidia-h200_torch-2.11.0_triton-3.6.0.json"
@@ -30,6 +30,14 @@ def test_bytes_are_those_in_memory(symmetric: bool) -> None:
         need = work(2, 5, columns, spec)
         assert need.weight == arrange(packed).nbytes
         assert (need.inputs, need.outputs, need.flops) == (4 * columns, 20, 20 * columns)
+
+
+def test_bytes_of_a_trellis_are_those_in_memory() -> None:
+    for bits, rows, columns in [(2, 512, 64), (3, 300, 70), (1, 16, 32)]:
+        packed = measure.random_trellis(Trellis(bits=bits), rows, columns, "cpu")
+        assert work(1, rows, columns, packed.spec).weight == measure.arrange(packed).nbytes
+    whole = work(1, 8192, 8192, Trellis(bits=2)).weight
+    assert work(1, 8192, 8192, None).weight / whole == pytest.approx(8, rel=1e-3)
 
 
 def test_limit_and_ratios() -> None:
@@ -52,8 +60,8 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
 def test_the_most_important_rows_come_first() -> None:
     every, quick = benchmark.rows(False), benchmark.rows(True)
     assert every[: len(quick)] == quick
-    assert len(set(every)) == len(every) == 11 * 4 * sum(map(len, measure.SHAPES.values()))
-    assert {(row[0], row[2].tokens) for row in every[:32]} == {("Llama-3-70B", 1), ("Llama-3-70B", 16)}
+    assert len(set(every)) == len(every) == 11 * 7 * sum(map(len, measure.SHAPES.values()))
+    assert {(row[0], row[2].tokens) for row in every[:56]} == {("Llama-3-70B", 1), ("Llama-3-70B", 16)}
 
 
 def test_a_table_is_written_of_what_was_measured(tmp_path: Path) -> None:
@@ -62,7 +70,7 @@ def test_a_table_is_written_of_what_was_measured(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "kernels.json").read_text())["rows"] == [row]
     table = (tmp_path / "kernels.md").read_text()
     assert "- not measured: 3" in table
-    assert "| Llama-3-8B | down | 8 | 16 | 1 | 4 | 12.35 |" in table
+    assert "| Llama-3-8B | down | 8 | 16 | 1 | 4 |  | 12.35 |" in table
 
 
 def test_candidates_fit_and_leave_no_split_without_work() -> None:
@@ -80,6 +88,16 @@ def test_candidates_fit_and_leave_no_split_without_work() -> None:
     assert tune.fits(Config(8, 64, 1, 1, 8), 8, 227 * 1024)
     assert tune.fits(Config(64, 64, 4, 3, 1), 4, 99 * 1024)
     assert not tune.fits(Config(64, 64, 4, 3, 1), 4, 80 * 1024)
+
+
+def test_candidates_for_a_trellis_leave_no_split_without_work() -> None:
+    for tokens in (1, 16, 64):
+        for columns in (300, 8192, 28672):
+            found = trellis_launch.candidates(tokens, 8192, columns, 132)
+            assert 8 <= len(found) == len(set(found)) <= 64
+            assert all(config.bn * config.bm <= 4096 and config.warps == 1 for config in found)  # registers
+            count = -(-columns // 32)
+            assert all((config.splits - 1) * -(-count // config.splits) < count for config in found)
 
 
 def test_tuned_finds_nearby_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +139,7 @@ def interpreted_gate(monkeypatch: pytest.MonkeyPatch) -> None:
         out[1, 7] += 0.05 * out[1, 7].abs() + 0.02 * out.abs().max()
         return out
 
+    assert measure.wrong(measure.Case(2, 40, 70, Trellis(length=32), "fp16"), "cpu") is None
     monkeypatch.setattr(measure, "multiply", damaged)
     assert "times what rounding explains" in str(measure.wrong(case, "cpu"))
     monkeypatch.setattr(measure, "multiply", lambda x, arranged, config: right(x, arranged, config) * torch.nan)
