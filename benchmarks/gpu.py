@@ -119,7 +119,8 @@ def made(rows: int, columns: int, bits: int | None) -> Weight:
     """Random, of about unit gain, on the GPU."""
     if bits is None:
         return torch.randn((rows, columns), device="cuda", dtype=torch.bfloat16) * columns**-0.5
-    found: Arranged = measure.weights(rows, columns, quant.Uniform(bits=bits, group_size=GROUP), 1)[0]
+    found = measure.weights(rows, columns, quant.Uniform(bits=bits, group_size=GROUP), 1)[0]
+    assert isinstance(found, Arranged)
     assert found.zeros is not None
     return found.weight, found.scales * (columns**-0.5 / 2**bits), found.zeros, columns, bits
 

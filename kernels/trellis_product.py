@@ -33,14 +33,18 @@ import triton.language as tl
 from quant.kernels.uniform import collected, is_last, leave, stored
 
 FLIP = tl.constexpr(0x7E99C4A0)  # times `inst`'s first mask is its second, 0x3b603b60, modulo 2^32
+PAIRS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
+"""How the compiler wants `inst`'s operands: two registers of a lane side by side before Triton 3.8 (`kWidth = 4` where
+operands are joined), one since. The other order is right too, but takes more instructions for `inst` of 2 bits: 3235
+instead of 2451 with Triton 3.7, 3571 instead of 3179 with 3.6, which shuffles words of its loads all the same."""
 
 
 @triton.jit
 def _piece(weight, start, units, inside):
-    """Words uint32 `[units, 4 lanes, 4]` of one piece."""
+    """Words uint32 `[units, 4 lanes, 2, 2]` of one piece."""
     at = units[:, None, None] * 16 + tl.arange(0, 4)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
     words = tl.load(weight + start + at, mask=inside[:, None, None], other=0, eviction_policy="evict_first")
-    return words.to(tl.uint32, bitcast=True)
+    return tl.reshape(words.to(tl.uint32, bitcast=True), (units.shape[0], 4, 2, 2))
 
 
 @triton.jit
@@ -50,7 +54,7 @@ def _middle(low, high):
 
 @triton.jit
 def _streams(weight, start, size, units, after, inside, SIDE: tl.constexpr, BITS: tl.constexpr):
-    """32 bits of the streams from every half word on, BITS registers `[units, 4 lanes, 4]`; `after`: the units that
+    """32 bits of the streams from every half word on, BITS registers `[units, 4 lanes, 2, 2]`; `after`: the units that
     come after `units`, `size`: words of a piece."""
     if BITS == 1:
         word = _piece(weight, start, units, inside)
@@ -108,17 +112,26 @@ def _operand(word, BU: tl.constexpr, CODE: tl.constexpr):
     columns of a thread are in four registers of the tensor core's operand, or the halves of two."""
     low = word.to(tl.uint16).to(tl.float16, bitcast=True)
     if CODE == "inst":
-        high = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
-        return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1, 3)), (BU, 32))
+        both = tl.join(low, (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True))
+        if PAIRS:
+            both = tl.permute(both, (0, 2, 1, 3, 4))
+        else:
+            both = tl.permute(both, (0, 2, 3, 1, 4))
+        return tl.reshape(both, (BU, 32))
     else:
-        return tl.reshape(tl.permute(tl.reshape(low, (BU, 4, 2, 2)), (0, 2, 1, 3)), (BU, 16))
+        return tl.reshape(tl.permute(low, (0, 2, 1, 3)), (BU, 16))
 
 
 @triton.jit
 def _inputs(some, BM: tl.constexpr, CODE: tl.constexpr):
     """`x` `[4 lanes, 4, BM]` in the order of `_operand`."""
     if CODE == "inst":
-        return tl.reshape(tl.permute(tl.join(some, some), (1, 0, 3, 2)), (32, BM))
+        both = tl.join(some, some)
+        if PAIRS:
+            both = tl.permute(tl.reshape(both, (4, 2, 2, BM, 2)), (1, 0, 2, 4, 3))
+        else:
+            both = tl.permute(both, (1, 0, 3, 2))
+        return tl.reshape(both, (32, BM))
     else:
         return tl.reshape(tl.permute(tl.reshape(some, (4, 2, 2, BM)), (1, 0, 2, 3)), (16, BM))
 
@@ -270,6 +283,7 @@ def decode_kernel(
         streams = _streams(weight, start, total * 16, units, after, inside, side, BITS)
         for j in tl.static_range(16):
             word = _word(streams[j * BITS // 16], mask, flip, j * BITS % 16, WINDOW, CODE, NATIVE)
+            word = tl.reshape(word, (BU, 4, 4))
             if CODE == "inst":
                 low = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
                 high = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)

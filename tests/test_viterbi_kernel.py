@@ -39,8 +39,9 @@ def interpreted_the_states_of_torch(
         assert torch.equal(viterbi_kernel.best(x, weight, table, bits, seam), expected)
 
 
-@pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
-@pytest.mark.parametrize(("bits", "window"), [(2, 12), (3, 16)])
+@pytest.mark.parametrize(
+    ("capability", "bits", "window"), [*((capability, 2, 12) for capability in sorted(SHARED_LIMIT)), (90, 3, 16)]
+)
 def compiled_for(capability: int, bits: int, window: int) -> None:
     from quant.kernels import viterbi_kernel as kernels
 
