@@ -6,13 +6,11 @@ out of memory or disk; 130 interrupted. An error is one sentence on stderr.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -23,8 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from quant.calibration.texts import resolve
 from quant.checkpoint.card import add_evaluation
 from quant.errors import BitwrightError, ResourceError, SettingsError
+from quant.eval import options
 from quant.eval.evaluate import evaluate
-from quant.eval.report import Report
+from quant.eval.painter import is_diffusion
+from quant.eval.report import Report, write_json
 from quant.eval.subject import Subject, open_subject, packed_by_us
 from quant.eval.table import console_for, continuations, table
 
@@ -44,47 +44,47 @@ _EPILOG = """
 `quant-eval out/4bit --against models/original --card` : the figures go into the checkpoint's model card, too
 
 `quant-eval out/encoder-4bit --against models/encoder` : cosines of hidden states
+
+`quant-eval out/dit-4bit out/dit-2bit --against models/dit --judge judge.safetensors --sheet sheet.png` : a diffusion
+transformer draws the same seeds as its original
 """
 
 
 @app.command(epilog=_EPILOG)
 def command(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub names; packed or not.")],
-    against: Annotated[
-        str | None, typer.Option(metavar="ORIGINAL", help="The original: adds KL divergence, agreement, cosines.")
-    ] = None,
-    text: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME|FILE", help="python-docs[:calibration|train], wikitext2[:validation|train], a file."
-        ),
-    ] = "python-docs",
-    window: Annotated[
-        int | None, typer.Option(help="Tokens per window.", show_default="min(512, model maximum)")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Strided windows this far apart.", show_default="non-overlapping")
-    ] = None,
-    max_windows: Annotated[
-        int | None, typer.Option(help="Only the first so many windows (lines for encoders).")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.")] = "float32",
-    prompts: Annotated[int, typer.Option(help="Prompts from the text to continue greedily.", min=1)] = 3,
-    no_generate: Annotated[bool, typer.Option("--no-generate", help="No continuations.")] = False,
-    json_to: Annotated[
-        str | None, typer.Option("--json", metavar="FILE|-", help="All figures and settings; - is stdout.")
-    ] = None,
-    plot_to: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Size against perplexity.")] = None,
-    card: Annotated[bool, typer.Option("--card", help="Put the figures into README.md of packed checkpoints.")] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="The table alone: no progress, no continuations shown.")
-    ] = False,
+    models: options.Models,
+    against: options.Against = None,
+    text: options.TextName = "python-docs",
+    window: options.Window = None,
+    stride: options.Stride = None,
+    max_windows: options.MaxWindows = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    prompts: options.Prompts = 3,
+    no_generate: options.NoGenerate = False,
+    images: options.Images = 256,
+    steps: options.Steps = 50,
+    guidance: options.Guidance = 1.0,
+    seed: options.Seed = 0,
+    judge: options.JudgeFile = None,
+    real: options.Real = None,
+    clip: options.Clip = None,
+    sheet: options.Sheet = None,
+    json_to: options.Json = None,
+    plot_to: options.Plot = None,
+    card: options.Card = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Say how good a checkpoint is: perplexity, divergence from the original, bits, speed and memory."""
+    """Say how good a checkpoint is: perplexity or images, distance from the original, bits, speed and memory."""
     with _errors():
         _calm()
-        _writable(json_to, plot_to)
+        _writable(json_to, plot_to, sheet)
+        if any(is_diffusion(name) for name in [*models, *([against] if against else [])]):
+            from quant.eval.show import Showing, show  # diffusion transformers are drawn with, not read
+
+            rule = {"images": images, "steps": steps, "guidance": guidance, "seed": seed}
+            show(models, against, rule, Showing(text, judge, real, clip, sheet, plot_to, json_to, device, dtype, quiet))
+            return
         settings = {"text": resolve(text), "window": window, "stride": stride, "max_windows": max_windows}
         settings |= {"device": device, "dtype": dtype}
         original, reports = _judge(models, against, 0 if no_generate else prompts, quiet, settings)
@@ -98,7 +98,8 @@ def command(
             plot(reports, original, plot_to)
             out.print(f"plot: {plot_to}", soft_wrap=True)
         if json_to:
-            _write_json(json_to, original, reports)
+            data = {"original": None if original is None else original.to_dict()}
+            write_json(json_to, {**data, "models": [report.to_dict() for report in reports]})
         for report in reports if card else []:
             if report.path and packed_by_us(Path(report.path)):
                 add_evaluation(report.path, report.to_dict())
@@ -174,23 +175,6 @@ def _writable(*targets: str | Path | None) -> None:
     for target in targets:
         if target is not None and target != "-" and not Path(target).absolute().parent.is_dir():
             raise SettingsError(f"{target}: its folder does not exist; create it first.")
-
-
-def _write_json(target: str, original: Report | None, reports: list[Report]) -> None:
-    data = {
-        "format": 1,
-        "command": ["quant-eval", *sys.argv[1:]],
-        "original": None if original is None else original.to_dict(),
-        "models": [report.to_dict() for report in reports],
-    }
-    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(target).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise SettingsError(f"json {target}: cannot be written ({error.strerror}).") from error
 
 
 if __name__ == "__main__":

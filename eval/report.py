@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from quant.errors import SettingsError
 from quant.eval.compare import Divergence
 from quant.eval.encoder import HiddenStates
 from quant.eval.footprint import Memory, Size, Speed
@@ -73,7 +77,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values only; a number that is not finite becomes None."""
         means = {"perplexity_ratio": self.ratio, "common_prefix": self.common_prefix, "repetition": self.repetition}
-        return _plain({**asdict(self), **means})
+        return plain({**asdict(self), **means})
 
 
 def _mean(values: list[Any]) -> float | None:
@@ -81,11 +85,29 @@ def _mean(values: list[Any]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Lists and dictionaries of JSON; a number that is not finite becomes None."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def write_json(target: str, figures: dict[str, Any]) -> None:
+    """Writes figures with the command that made them; `-` is standard output.
+
+    Raises:
+        SettingsError: the file cannot be written.
+    """
+    data = {"format": 1, "command": ["quant-eval", *sys.argv[1:]], **figures}
+    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(target).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"json {target}: cannot be written ({error.strerror}).") from error
