@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test bench lint clean
+.PHONY: demo demo-dit test bench lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python demo/run.py
+
+demo-dit: $(VENV)/.ready
+	$(BIN)/python demo/run_dit.py
 
 test: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -27,8 +30,8 @@ $(VENV)/.ready: pyproject.toml requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
-	$(BIN)/python -m pip install --quiet --editable ".[test,encoder]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,encoder,diffusers,demo]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo/out build dist *.egg-info
+	rm -rf $(VENV) demo/out demo/out-dit build dist *.egg-info
