@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from quant.blocks import BlockSolver, Solved, float_weights
 from quant.calibration.activations import Activations
 from quant.calibration.replay import Replay
+from quant.calibration.samples import moved
 from quant.checkpoint.shards import sizes
 from quant.checkpoint.writer import arrangement, promised_pieces, quantized_sites
 from quant.memory import peak_bytes
@@ -71,7 +72,7 @@ def estimate(prepared: Prepared) -> Estimate:
     sites = quantized_sites(prepared)
     weights = sum(site.shape[0] * site.shape[1] for site, _ in sites.values())
     packed = sum(spec.nbytes(site.shape) for site, spec in sites.values())
-    files = sizes(arrangement(prepared, promised_pieces(prepared)))
+    files = sizes(arrangement(prepared, promised_pieces(prepared)), prepared.source.stem)
     cuda = prepared.settings.device.startswith("cuda")
     dtype = getattr(torch, prepared.settings.dtype)
     with threads(prepared.threads):
@@ -109,7 +110,7 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
     outside, _ = outside_blocks(skeleton, chain)
     skeleton.load(outside)
     device = prepared.settings.device
-    batch = {key: value.to(device) for key, value in prepared.samples.batches[0].items()}
+    batch = moved(prepared.samples.batches[0], device)
     solved: list[Solved] = []
     with tempfile.TemporaryDirectory() as folder, Replay(skeleton.model, chain) as replay:
         store = Activations(1, Path(folder), prepared.settings.spill_bytes, device)
@@ -120,6 +121,12 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
         if chain[0] != largest.name:
             skeleton.unload(first)
         index = chain.index(largest.name)
+        if type(skeleton.model.get_submodule(chain[0])) is not type(skeleton.model.get_submodule(largest.name)):
+            for before in range(1, index):  # what the first block gives is not what the largest takes
+                between = skeleton.names_under(chain[before])
+                skeleton.load(between)
+                store[0] = replay.output(before, batch, store[0])
+                skeleton.unload(between)
         if index == 0:
             store[0] = None
         names = skeleton.names_under(largest.name)

@@ -21,7 +21,7 @@ import torch
 from quant.blocks import BlockSolver, Solved, fill, float_weights
 from quant.calibration.activations import Activations
 from quant.calibration.replay import Replay
-from quant.calibration.samples import Batch
+from quant.calibration.samples import Batch, moved
 from quant.checkpoint.journal import FOLDER, Journal, Mode, complete, finished_report
 from quant.checkpoint.provenance import provenance
 from quant.checkpoint.verify import compare_logits
@@ -161,8 +161,7 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
 def _on_device(prepared: Prepared) -> list[Batch]:
     """The calibration batches, none for a data-free recipe, and after them the probe."""
     used = prepared.samples.batches if prepared.recipe.calibration is not None else ()
-    device = prepared.settings.device
-    return [*({key: value.to(device) for key, value in batch.items()} for batch in used), prepared.probe()]
+    return [*(moved(batch, prepared.settings.device) for batch in used), prepared.probe()]
 
 
 def _activations(prepared: Prepared, folder: Path, kind: str, count: int) -> Activations:

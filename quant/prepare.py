@@ -6,23 +6,32 @@ The pipeline runs what is prepared here; the dry run rehearses it; the writer an
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from quant.calibration.samples import Batch, Samples, draw, noise
+from quant.calibration import trajectory
+from quant.calibration.samples import Batch, Samples, draw, moved, noise
+from quant.calibration.trajectory import cast
 from quant.errors import SettingsError
 from quant.machine import check_device, versions
+from quant.models.arguments import build
+from quant.models.diffusion import DiffusionSkeleton
 from quant.models.skeleton import Skeleton
 from quant.models.source import Source, find
+from quant.models.stream import Forward
 from quant.models.walk import Walk, walk
 from quant.plan import Plan, make_plan
 from quant.progress import Progress
 from quant.recipe import Recipe
+from quant.threads import threads
 
 TRACE_TOKENS = 16
+TRACE_ROWS = 2
 PROBE_TOKENS = 64
 SPILL_BYTES = 2 * 1024**3
 
@@ -62,7 +71,9 @@ class Prepared:
         return self.settings.threads or torch.get_num_threads()
 
     def probe(self) -> Batch:
-        """What the verification runs on: the first window's first tokens."""
+        """What the verification runs on: the first window's first tokens, or a sample of its own."""
+        if self.samples.probe is not None:
+            return moved(self.samples.probe, self.settings.device)
         first = self.samples.batches[0]
         return {key: value[:1, :PROBE_TOKENS].to(self.settings.device) for key, value in first.items()}
 
@@ -92,13 +103,45 @@ def prepare(model: str, recipe: Recipe, settings: Settings | None = None, progre
     settings, progress = settings or Settings(), progress or Progress()
     progress.step("reading the model")
     source = find(model)
-    skeleton = Skeleton(source, dtype=getattr(torch, settings.dtype), device=settings.device)
-    skeleton.model.config.use_cache = False
-    trace = {"input_ids": torch.zeros((1, TRACE_TOKENS), dtype=torch.int64)}
-    found = walk(skeleton.model, trace, only=recipe.only, skip=recipe.skip)
+    skeleton = skeleton_of(source, settings)
+    found = walk(skeleton.model, _trace(skeleton), only=recipe.only, skip=recipe.skip)
+    skeleton.lent = found.lent
     plan = make_plan(recipe, found, settings.plan)
-    progress.step("reading the calibration text")
-    samples = (
-        noise(skeleton.config) if recipe.calibration is None else draw(recipe.calibration, source, skeleton.config)
-    )
+    samples = _samples(skeleton, found, recipe, settings, progress)
     return Prepared(source, skeleton, found, plan, samples, recipe, settings)
+
+
+def skeleton_of(
+    source: Source,
+    settings: Settings,
+    put: Callable[[nn.Module], None] | None = None,
+    lent: frozenset[str] = frozenset(),
+) -> Skeleton:
+    """The skeleton of a model of either kind. `put`: see `Skeleton`; `lent`: known of it already."""
+    kind = DiffusionSkeleton if source.is_diffusion else Skeleton
+    skeleton = kind(source, dtype=getattr(torch, settings.dtype), device=settings.device, prepare=put)
+    skeleton.lent = lent
+    return skeleton
+
+
+def _trace(skeleton: Skeleton) -> Batch:
+    """What the pass that finds the layers runs on."""
+    if isinstance(skeleton, DiffusionSkeleton):
+        return cast(build(skeleton.model, skeleton.form.layout, skeleton.form.traced, TRACE_ROWS), skeleton.dtype)
+    return {"input_ids": torch.zeros((1, TRACE_TOKENS), dtype=torch.int64)}
+
+
+def _samples(skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, progress: Progress) -> Samples:
+    if not isinstance(skeleton, DiffusionSkeleton):
+        progress.step("reading the calibration text")
+        if recipe.calibration is None:
+            return noise(skeleton.config)
+        return draw(recipe.calibration, skeleton.source, skeleton.config)
+    if recipe.calibration is None:
+        return trajectory.noise(skeleton)
+    progress.step("following the model from noise to image")
+    with (
+        threads(settings.threads or torch.get_num_threads()),
+        Forward(skeleton, found.chain, settings.spill_bytes) as forward,
+    ):
+        return trajectory.follow(skeleton, forward, recipe)

@@ -29,6 +29,7 @@ IMPORTANCES: tuple[type[Any], ...] = (Attention,)
 
 
 MOST_SAMPLES = 1_000_000
+MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,26 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Trajectory:
+    """For a diffusion transformer: its `calibration.samples` samples go `steps` steps of the model's own scheduler,
+    under classifier-free `guidance` (1: none), and `keep` of each one's steps are calibrated on."""
+
+    steps: int = 20
+    keep: int = 4
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "keep"):
+            if not 1 <= getattr(self, name) <= MOST_STEPS:
+                raise SettingsError(f"trajectory.{name} is {getattr(self, name)}; give 1 to {MOST_STEPS}")
+
+    def kept(self, sample: int, steps: int) -> set[int]:
+        """The steps that are kept of one sample: spread evenly, and shifted from sample to sample."""
+        keep = min(self.keep, steps)
+        return {(sample + place * steps // keep) % steps for place in range(keep)}
+
+
+@dataclass(frozen=True)
 class Experts:
     """Experts that saw fewer than `minimum_tokens` get the Hessian of all experts of their stack as a prior, counted as
     that many tokens. Each such expert is named in the report."""
@@ -69,12 +90,14 @@ class Recipe:
     its outputs back to the float path's; None: nothing. `importance`: how much each token counts in a Hessian; None:
     all the same. `average`: at most so many bits per weight over all sites, overhead included, by giving some of them
     one bit more than `spec` (see `plan.py`); None: `spec` everywhere. `calibration` None: data-free, no text is read.
+    `trajectory`: where the inputs of a diffusion transformer come from; it reads no text.
     `only`, `skip`: glob patterns over site names.
     """
 
     spec: Spec = field(default_factory=Uniform)
     solver: Any = field(default_factory=Feedback)
     calibration: Calibration | None = field(default_factory=Calibration)
+    trajectory: Trajectory = field(default_factory=Trajectory)
     experts: Experts = field(default_factory=Experts)
     sequential: bool = True
     match: Literal["quantized", "float"] = "quantized"
@@ -99,6 +122,7 @@ class Recipe:
         for name in ("recovery", "importance"):
             data[name] = data[name] and {"kind": type(data[name]).__name__, **asdict(data[name])}
         data["calibration"] = None if self.calibration is None else asdict(self.calibration)
+        data["trajectory"] = asdict(self.trajectory)
         data["experts"] = asdict(self.experts)
         return json.loads(json.dumps(data))
 
@@ -114,7 +138,7 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     for name, known in (("solver", SOLVERS), ("recovery", RECOVERIES), ("importance", IMPORTANCES)):
         if name in values and (name == "solver" or values[name] is not None):
             values[name] = _chosen(known, _mapping(values[name], name), name)
-    for name, kind in (("calibration", Calibration), ("experts", Experts)):
+    for name, kind in (("calibration", Calibration), ("trajectory", Trajectory), ("experts", Experts)):
         if values.get(name) is not None:
             values[name] = _build(kind, _mapping(values[name], name), name)
     return _build(Recipe, values, "recipe")

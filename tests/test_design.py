@@ -17,7 +17,7 @@ import quant
 
 ROOT = Path(__file__).parent.parent
 MAPPED = ("kernels", "eval", "recipes")
-LIMIT = {"quant": 6050, "kernels": 3150, "eval": 1350, "recipes": 50}
+LIMIT = {"quant": 7100, "kernels": 3250, "eval": 2400, "recipes": 50}
 """Lines of code; docstrings, comments and blank lines come on top."""
 
 
@@ -61,7 +61,10 @@ def test_imports_point_one_way() -> None:
     assert crossings("quant", ("quant.eval", "quant.recipes")) == []
     assert crossings("eval", ("quant.solvers", "quant.recipes", "quant.pipeline")) == []
     for folder in ("quant", *MAPPED, "tests", "demo", "benchmarks"):
-        assert crossings(folder, ("kernels", "eval", "recipes", "pickle", "diffusers")) == []
+        assert crossings(folder, ("kernels", "eval", "recipes", "pickle")) == []
+    assert crossings("quant", ("diffusers",)) == ["quant/models/diffusion.py imports diffusers"]
+    for folder in MAPPED:
+        assert crossings(folder, ("diffusers",)) == []
 
 
 def test_the_import_check_sees_a_crossing(tmp_path: Path) -> None:

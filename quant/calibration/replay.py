@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -38,6 +39,8 @@ class Replay:
         self._active = 0
         self._given: Any = None  # what block `_active` gets from the one before it
         self._filler: Any = None  # what the blocks before that answer; its numbers never arrive anywhere
+        self._gave: dict[tuple[Any, ...], Any] = {}  # shapes of a block's output, where not all have the same
+        self._shapes: tuple[Any, ...] = ()  # of the batch under way
         self._result: Any = None
         self._reached = False
         self._only_arguments = False
@@ -65,7 +68,7 @@ class Replay:
             if index == self._active - 1:
                 return self._given
             if index < self._active:
-                return self._filler
+                return self._fill(index)
             if index > self._active:
                 raise ModelError(
                     f"{self.names[index]}: called before {self.names[self._active]}, after which it came in the traced "
@@ -73,9 +76,18 @@ class Replay:
                 )
             self._reached = True
             self._result = (args, kwargs) if self._only_arguments else forward(*args, **kwargs)
+            if not self._only_arguments:
+                self._gave[(index, *self._shapes)] = _shapes(self._result)
             raise Stop
 
         return stand_in
+
+    def _fill(self, index: int) -> Any:
+        """Something of the shapes that block `index` gave when it ran; blocks of one kind share it."""
+        gave = self._gave.get((index, *self._shapes))
+        if gave is None or gave == _shapes(self._filler):
+            return self._filler
+        return pytree.tree_map_only(Shape, lambda x: torch.zeros(x.size, dtype=x.dtype, device=x.device), gave)
 
     def output(self, index: int, batch: Mapping[str, Any], previous: Any, number: int | None = None) -> Any:
         """Block `index`'s output on a batch, given the output of the block before it (None for the first). `number`:
@@ -100,12 +112,12 @@ class Replay:
 
     def head(self, batch: Mapping[str, Any], last: Any) -> Any:
         """The whole model's output, given the output of the last block."""
-        with self._answering(len(self.names), last):
+        with self._answering(len(self.names), batch, last):
             return self.model(**batch)
 
     def _run(self, index: int, batch: Mapping[str, Any], previous: Any) -> Any:
         self._result, self._reached = None, False
-        with self._answering(index, previous), suppress(Stop):
+        with self._answering(index, batch, previous), suppress(Stop):
             self.model(**batch)
         result, self._result = self._result, None
         if not self._reached:
@@ -115,14 +127,28 @@ class Replay:
         return result
 
     @contextmanager
-    def _answering(self, index: int, previous: Any) -> Generator[None]:
+    def _answering(self, index: int, batch: Mapping[str, Any], previous: Any) -> Generator[None]:
         self._active = index
+        self._shapes = tuple(x.shape for x in pytree.tree_leaves(dict(batch)) if isinstance(x, torch.Tensor))
         self._given = copy(previous)
         self._filler = copy(previous) if index > 1 else None
         try:
             yield
         finally:
             self._given = self._filler = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a tensor looks like without its numbers."""
+
+    size: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _shapes(tree: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda x: Shape(x.shape, x.dtype, x.device), tree)
 
 
 def copy(tree: Any) -> Any:

@@ -13,32 +13,43 @@ from typing import Any
 
 import torch
 import transformers
+from torch.utils import _pytree as pytree
 
 from quant.calibration.texts import encode, resolve
 from quant.errors import CalibrationError, ModelError
 from quant.models.source import Source
 from quant.recipe import Calibration
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
+"""Keyword arguments of a model's forward."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """`batches`: keyword arguments of the model's forward. `text`, `sha256`: what they were cut from; `tokens`: how
-    many."""
+    """`text`, `sha256`: what the batches were cut from; `tokens`: how many. `probe`: what the verification runs on,
+    where it is not a part of the first batch."""
 
     batches: tuple[Batch, ...]
     text: str
     sha256: str
     tokens: int
+    probe: Batch | None = None
 
     def tokens_sha256(self) -> str:
         """What the model will be given: it tells two tokenizers apart where the text does not."""
         digest = hashlib.sha256()
         for batch in self.batches:
-            for name, tensor in sorted(batch.items()):
-                digest.update(f"{name}{list(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes())
+            for name, value in sorted(batch.items()):
+                for x in pytree.tree_leaves(value):
+                    said = list(x.shape) if isinstance(x, torch.Tensor) else x
+                    digest.update(f"{name}{said}".encode())
+                    if isinstance(x, torch.Tensor):
+                        digest.update(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def moved(batch: Batch, device: str) -> Batch:
+    return pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), batch)
 
 
 def load_tokenizer(source: Source) -> Any:

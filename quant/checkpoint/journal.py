@@ -31,7 +31,7 @@ from quant.checkpoint.manifest import (
     verify,
     weight_files,
 )
-from quant.checkpoint.shards import INDEX, Atomic, Piece, disk_error, read_pieces, write_text
+from quant.checkpoint.shards import STEMS, Atomic, Piece, disk_error, index_name, read_pieces, write_text
 from quant.errors import CheckpointError, ResumeError
 
 FOLDER = JOURNAL
@@ -209,7 +209,7 @@ def _written_files(out: Path) -> list[str]:
     weights: list[str] = []
     with suppress(CheckpointError):
         weights = weight_files(out)
-    return ["config.json", "generation_config.json", INDEX, *weights]
+    return ["config.json", "generation_config.json", *map(index_name, STEMS), *weights]
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any], what: str) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from quant.checkpoint.shards import INDEX, NAMES, Piece, read_pieces, sha256
+from quant.checkpoint.shards import NAMES, STEMS, Piece, index_name, read_pieces, sha256
 from quant.errors import CheckpointError
 from quant.kernels.spec import Spec, SpecError, spec_from_dict
 from quant.linear import stored_name
@@ -203,9 +203,10 @@ def listed_files(folder: Path) -> dict[str, str]:
 
 def weight_files(folder: Path) -> list[str]:
     """Names of the files that hold the tensors, chosen as transformers chooses: one file goes before an index."""
-    index = folder / INDEX
-    if (folder / "model.safetensors").is_file() or not index.exists():
-        return ["model.safetensors"]
+    stem = next((s for s in STEMS if (folder / f"{s}.safetensors").is_file()), None)
+    index = folder / next((index_name(s) for s in STEMS if (folder / index_name(s)).exists()), "")
+    if stem is not None or index == folder:
+        return [f"{stem or STEMS[0]}.safetensors"]
     try:
         names: Any = json.loads(index.read_bytes())["weight_map"].values()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -25,7 +25,7 @@ from quant.errors import CheckpointError, ResourceError
 BUFFER = 4 * 1024 * 1024
 ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "uint8": "U8"}
-INDEX = "model.safetensors.index.json"
+STEMS = ("model", "diffusion_pytorch_model")  # how weight files begin: of transformers, of diffusers
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,19 @@ def group(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
     return [arrange(shard) for shard in shards]
 
 
-def file_names(count: int) -> list[str]:
+def index_name(stem: str) -> str:
+    return f"{stem}.safetensors.index.json"
+
+
+def file_names(count: int, stem: str) -> list[str]:
     if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def index_text(shards: Sequence[Sequence[Piece]]) -> str:
-    """The content of `model.safetensors.index.json`."""
-    names = file_names(len(shards))
+def index_text(shards: Sequence[Sequence[Piece]], stem: str) -> str:
+    """The content of the index of several files."""
+    names = file_names(len(shards), stem)
     weight_map = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
     total = sum(piece.nbytes for shard in shards for piece in shard)
     return (
@@ -121,14 +125,14 @@ def index_text(shards: Sequence[Sequence[Piece]]) -> str:
     )
 
 
-def sizes(shards: Sequence[Sequence[Piece]]) -> dict[str, int]:
+def sizes(shards: Sequence[Sequence[Piece]], stem: str) -> dict[str, int]:
     """Exact bytes of every file that these shards will make, the index included."""
     made = {
         name: len(header(shard)) + sum(piece.nbytes for piece in shard)
-        for name, shard in zip(file_names(len(shards)), shards, strict=True)
+        for name, shard in zip(file_names(len(shards), stem), shards, strict=True)
     }
     if len(shards) > 1:
-        made[INDEX] = len(index_text(shards).encode())
+        made[index_name(stem)] = len(index_text(shards, stem).encode())
     return made
 
 

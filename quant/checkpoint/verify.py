@@ -15,10 +15,9 @@ from torch import nn
 from quant.checkpoint.loader import put_site
 from quant.checkpoint.manifest import verify
 from quant.errors import CheckpointError
-from quant.models.skeleton import Skeleton
 from quant.models.source import Source
 from quant.models.stream import stream
-from quant.prepare import Prepared
+from quant.prepare import Prepared, skeleton_of
 
 # relative to the largest logit. The weights are the same numbers; only the order of a sum may differ (a packed matrix
 # is multiplied in row chunks): a few units of roundoff, times the square root of the depth.
@@ -35,8 +34,7 @@ def compare_logits(out: Path, prepared: Prepared, expected: torch.Tensor) -> dic
 
     settings = prepared.settings
     dtype = getattr(torch, settings.dtype)
-    skeleton = Skeleton(Source(out, str(out)), dtype=dtype, device=settings.device, prepare=put)
-    skeleton.model.config.use_cache = False
+    skeleton = skeleton_of(Source(out, str(out)), settings, put, prepared.skeleton.lent)
     got = stream(skeleton, prepared.walk.chain, prepared.probe())
     worst = float((got - expected).abs().max())
     scale = float(expected.abs().max())

@@ -19,12 +19,13 @@ from quant.checkpoint.journal import Journal
 from quant.checkpoint.manifest import CHECKSUMS, FOR_PEOPLE, quantization_config, seal, stored_tensors
 from quant.checkpoint.report import render
 from quant.checkpoint.shards import (
-    INDEX,
     NAMES,
+    STEMS,
     Piece,
     disk_error,
     file_names,
     group,
+    index_name,
     index_text,
     read_pieces,
     write,
@@ -37,7 +38,7 @@ from quant.prepare import Prepared
 from quant.version import VERSION
 
 COPIED = (".json", ".txt", ".model", ".jinja")
-MADE = ("config.json", INDEX, "recipe.json", "plan.json", "report.json", CHECKSUMS)
+MADE = ("config.json", *map(index_name, STEMS), "recipe.json", "plan.json", "report.json", CHECKSUMS)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any
     for index in range(len(prepared.walk.chain)):
         packed |= journal.pieces(index)
     shards = arrangement(prepared, packed)
-    names = file_names(len(shards))
+    stem = prepared.source.stem
+    names, index = file_names(len(shards), stem), index_name(stem)
     copied = [
         path
         for path in sorted(prepared.source.folder.iterdir())
@@ -107,12 +109,12 @@ def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any
     ]
     sealed_names = [*names, *(path.name for path in copied), "recipe.json", "plan.json"]
     if len(shards) > 1:
-        sealed_names.append(INDEX)
+        sealed_names.append(index)
     journal.claim([*sealed_names, "config.json", *FOR_PEOPLE])
     for name, shard in zip(names, shards, strict=True):
         write(out / name, shard)
     if len(shards) > 1:
-        write_text(out / INDEX, index_text(shards))
+        write_text(out / index, index_text(shards, stem))
     try:
         for path in copied:
             shutil.copyfile(path, out / path.name)
@@ -130,5 +132,5 @@ def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any
         stored[stored_name(s, key)].nbytes for s, spec in sites.values() for key in spec.tensors(s.shape)
     )
     weights = sum(site.shape[0] * site.shape[1] for site, _ in sites.values())
-    files = {name: (out / name).stat().st_size for name in [*names, *([INDEX] if len(shards) > 1 else [])]}
+    files = {name: (out / name).stat().st_size for name in [*names, *([index] if len(shards) > 1 else [])]}
     return Written(out, files, 8 * packed_bytes / max(1, weights))

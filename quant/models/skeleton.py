@@ -17,7 +17,6 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -28,9 +27,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from quant.errors import ModelError
+from quant.models.allocation import LargeOnMeta
 from quant.models.source import Source, first_line
-
-LARGEST_BUFFER = 2**24  # elements; the largest in use are tables of positions, [131072, 128]
 
 
 def read_config(source: Source) -> Any:
@@ -73,20 +71,25 @@ class Skeleton:
         self.source = source
         self.dtype = dtype
         self.device = device
-        config = read_config(source)
-        if prepare is not None:
-            del config.quantization_config
-        elif getattr(config, "quantization_config", None) is not None:
-            raise ModelError(
-                f"{source.name}: already quantized ({_method(config.quantization_config)}); give the float model that "
-                "it was made from"
-            )
-        self.config = config
-        self.model = build(model_class(source, config), config, dtype, source.name)
+        self.lent: frozenset[str] = frozenset()
+        self.config: Any = None
+        self.model: Any = self.open(packed=prepare is not None)
         if prepare is not None:
             prepare(self.model)
         self.place_buffers()
         self.remap()
+
+    def open(self, *, packed: bool) -> Any:
+        """The model with its parameters on meta. `packed`: whether a quantized checkpoint is what is expected."""
+        config = read_config(self.source)
+        if packed:
+            del config.quantization_config
+        else:
+            refuse_quantized(self.source, getattr(config, "quantization_config", None))
+        self.config = config
+        model = build(model_class(self.source, config), config, self.dtype, self.source.name)
+        model.config.use_cache = False
+        return model
 
     def place_buffers(self) -> None:
         for module in self.model.modules():
@@ -121,7 +124,11 @@ class Skeleton:
         self.converted = frozenset(converted)
         self.tied = self._tie()
         found = {name for names in self.targets.values() for name in names}
-        missing = [name for name in state if name not in found and self.tied.get(name) not in found]
+        self.check_complete(name for name in state if name not in found and self.tied.get(name) not in found)
+
+    def check_complete(self, names: Iterable[str]) -> None:
+        """Raises `ModelError` if there are parameters that no stored tensor fills."""
+        missing = list(names)
         if missing:
             raise ModelError(
                 f"{self.source.name}: {len(missing)} parameters have no stored weights, first {missing[0]}; the "
@@ -153,26 +160,9 @@ class Skeleton:
         keys = [key for key, targets in self.targets.items() if wanted.intersection(targets)]
         along = {name for key in keys for name in self.targets[key]} - wanted  # split out of the same stored tensor
         along = {name for name in along if self._get(name).device.type == "meta"}
-        with self.source.open(keys) as slices, _quiet():
-            info, _ = convert_and_load_state_dict_in_model(
-                self.model,
-                slices,
-                LoadStateDictConfig(
-                    dtype=self.dtype,
-                    dtype_plan=self.model._get_dtype_plan(self.dtype),
-                    weight_mapping=self.mapping,
-                    device_map={"": self.device},
-                ),
-            )
+        with self.source.open(keys) as slices:
+            self.fill(slices)
         self.unload(along)
-        for name, stored, expected in info.mismatched_keys:
-            raise ModelError(
-                f"{self.source.name}: {name} is stored as {list(stored)}, and the architecture in config.json takes "
-                f"{list(expected)}; config and weights do not belong together"
-            )
-        for name, report in info.conversion_errors.items():  # a traceback, the message, then which operation it was
-            why = report.strip().splitlines()[-2:][0]
-            raise ModelError(f"{self.source.name}: {name}: its stored parts do not fit together ({why})")
         for name in wanted:
             parameter = self._get(name)
             if not _finite(parameter):
@@ -184,6 +174,31 @@ class Skeleton:
         for name, origin in self.tied.items():
             if origin in wanted:
                 self._put(name, self._get(origin))
+
+    def fill(self, slices: dict[str, Any]) -> None:
+        """Puts stored tensors where they belong."""
+        with _quiet():
+            info, _ = convert_and_load_state_dict_in_model(
+                self.model,
+                slices,
+                LoadStateDictConfig(
+                    dtype=self.dtype,
+                    dtype_plan=self.model._get_dtype_plan(self.dtype),
+                    weight_mapping=self.mapping,
+                    device_map={"": self.device},
+                ),
+            )
+        for name, stored, expected in info.mismatched_keys:
+            raise self.mismatch(name, stored, expected)
+        for name, report in info.conversion_errors.items():  # a traceback, the message, then which operation it was
+            why = report.strip().splitlines()[-2:][0]
+            raise ModelError(f"{self.source.name}: {name}: its stored parts do not fit together ({why})")
+
+    def mismatch(self, name: str, stored: Iterable[int], expected: Iterable[int]) -> ModelError:
+        return ModelError(
+            f"{self.source.name}: {name} is stored as {list(stored)}, and the architecture in config.json takes "
+            f"{list(expected)}; config and weights do not belong together"
+        )
 
     def unload(self, names: Iterable[str]) -> None:
         """Returns parameters to the meta device. The memory of tied ones is free once all their names are."""
@@ -212,35 +227,26 @@ class Skeleton:
             )
 
     def names_under(self, *prefixes: str) -> list[str]:
-        """State names inside the modules of these names (`""` is the whole model)."""
-        return [name for name in self.model.state_dict() if any(_inside(name, prefix) for prefix in prefixes)]
+        """State names inside the modules of these names (`""` is the whole model), but for what is `lent`: parts of
+        blocks that the model calls from outside them, which come and go with what is outside."""
+        lent = () if prefixes == ("",) else self.lent
+        return [
+            name
+            for name in self.model.state_dict()
+            if any(_inside(name, prefix) for prefix in prefixes) and not any(_inside(name, part) for part in lent)
+        ]
 
 
 def build(cls: Any, config: Any, dtype: torch.dtype, name: str) -> Any:
     """An instance of `cls` with meta parameters and real buffers. Experts run one by one, so that each can be seen."""
     try:
-        with init_empty_weights(include_buffers=False), _LargeOnMeta(), _quiet():
+        with init_empty_weights(include_buffers=False), LargeOnMeta(), _quiet():
             model = cls._from_config(config, dtype=dtype, experts_implementation="eager")
     except Exception as error:  # a model's constructor may raise anything
         raise ModelError(
             f"{name}: transformers cannot build this model from its config.json ({first_line(error)})"
         ) from None
     return model.eval()
-
-
-class _LargeOnMeta(TorchFunctionMode):
-    """Nothing larger than any buffer is ever allocated: `init_empty_weights` moves a parameter to meta only once it is
-    made, and one stack of experts may be larger than the machine's memory."""
-
-    factories = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self.factories:
-            probe = func(*args, **{**kwargs, "device": "meta"})
-            if probe.numel() > LARGEST_BUFFER:
-                return probe
-        return func(*args, **kwargs)
 
 
 def _inside(name: str, prefix: str) -> bool:
@@ -255,8 +261,12 @@ def _finite(tensor: torch.Tensor) -> bool:
     return bool(low.isfinite() and high.isfinite())
 
 
-def _method(config: Any) -> str:
-    return str(config.get("quant_method", "?") if isinstance(config, dict) else getattr(config, "quant_method", "?"))
+def refuse_quantized(source: Source, config: Any) -> None:
+    """Raises `ModelError` if there is a `quantization_config`."""
+    if config is None:
+        return
+    method = config.get("quant_method", "?") if isinstance(config, dict) else getattr(config, "quant_method", "?")
+    raise ModelError(f"{source.name}: already quantized ({method}); give the float model that it was made from")
 
 
 class _quiet:

@@ -21,7 +21,10 @@ from safetensors import SafetensorError, safe_open
 from quant.errors import ModelError
 
 SAMPLE_BYTES = 64 * 1024
+PIPELINE = "model_index.json"  # what makes a folder a diffusers pipeline
 NEEDED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")  # the last for its licence
+DIFFUSION_STEM = "diffusion_pytorch_model"
+COMPONENT = "transformer"  # of a diffusers pipeline: what is quantized
 DUPLICATES = ("*/*.safetensors", "consolidated*.safetensors")  # the same weights in other people's layouts
 
 
@@ -35,22 +38,35 @@ class Entry:
 
 
 class Source:
-    """A safetensors checkpoint folder. `entries` maps each stored name to its place, in sorted order."""
+    """A safetensors checkpoint folder. `entries` maps each stored name to its place, in sorted order. `inside`: which
+    component it is of the pipeline in the parent folder; "" if it stands alone."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, inside: str = "") -> None:
         self.folder = folder
         self.name = name
+        self.inside = inside
         self.config: dict[str, Any] = read_json(folder / "config.json")
+        self.stem = DIFFUSION_STEM if self.is_diffusion else "model"
         self.files = self._weight_files()
         self.entries: dict[str, Entry] = {}
         for file in self.files:
             self._read_header(file)
         self.entries = dict(sorted(self.entries.items()))
 
+    @property
+    def is_diffusion(self) -> bool:
+        """Whether it is for diffusers, not transformers."""
+        return "_class_name" in self.config
+
+    @property
+    def home(self) -> Path:
+        """The pipeline's folder, or its own."""
+        return self.folder.parent if self.inside else self.folder
+
     def _weight_files(self) -> list[str]:
-        index = self.folder / "model.safetensors.index.json"
-        if (self.folder / "model.safetensors").is_file():  # as transformers does: before an index, and alone
-            names = ["model.safetensors"]
+        index = self.folder / f"{self.stem}.safetensors.index.json"
+        if (self.folder / f"{self.stem}.safetensors").is_file():  # as transformers does: before an index, and alone
+            names = [f"{self.stem}.safetensors"]
         elif index.exists():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
@@ -147,21 +163,35 @@ def find(model: str) -> Source:
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a user who does not exist
         raise ModelError(f"{model}: not a folder ({first_line(error)})") from None
     if found:
-        return Source(folder.resolve(), str(model).rstrip("/"))
+        return _at(folder.resolve(), str(model).rstrip("/"))
     if there or model.startswith((".", "/", "~")):
         raise ModelError(f"{model}: not a folder; give the folder that holds config.json and the .safetensors files")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Source(
-            Path(snapshot_download(model, allow_patterns=list(NEEDED), ignore_patterns=list(DUPLICATES))), model
-        )
+        folder = Path(snapshot_download(model, allow_patterns=list(NEEDED), ignore_patterns=list(DUPLICATES)))
+        if (folder / PIPELINE).is_file():
+            folder = Path(snapshot_download(model, allow_patterns=list(NEEDED)))
+        return _at(folder, model)
     except (OSError, HFValidationError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{model}: no folder of this name here, and the hub did not give it ({first_line(error)}). "
             "Give the path of a local folder, or download the model where there is a network and copy it here."
         ) from None
+
+
+def _at(folder: Path, name: str) -> Source:
+    """The model in a folder: its own, or the transformer of a pipeline."""
+    if not (folder / PIPELINE).is_file() or (folder / "config.json").is_file():
+        return Source(folder, name)
+    if not (folder / COMPONENT / "config.json").is_file():
+        parts = sorted(key for key, value in read_json(folder / PIPELINE).items() if isinstance(value, list))
+        raise ModelError(
+            f"{folder}: a diffusers pipeline without a transformer (it has {', '.join(parts)}); bitwright quantizes "
+            "diffusion transformers, not UNets"
+        )
+    return Source(folder / COMPONENT, name, COMPONENT)
 
 
 def read_json(path: Path) -> dict[str, Any]:

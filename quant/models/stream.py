@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from quant.calibration.replay import Replay
+from quant.calibration.samples import Batch, moved
 from quant.memory import give_back
 from quant.models.skeleton import Skeleton
 
@@ -25,23 +26,54 @@ def outside_blocks(skeleton: Skeleton, chain: Sequence[str]) -> tuple[list[str],
     return [name for name in outside if name not in head], head
 
 
-@torch.no_grad()
-def stream(skeleton: Skeleton, chain: Sequence[str], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def stream(skeleton: Skeleton, chain: Sequence[str], batch: Mapping[str, Any]) -> torch.Tensor:
     """The model's logits (or hidden states) on one batch, each block loaded for its turn."""
+    return stream_all(skeleton, chain, [batch])[0]
+
+
+@torch.no_grad()
+def stream_all(skeleton: Skeleton, chain: Sequence[str], batches: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
+    """As `stream` on several batches, each block loaded once for all of them."""
     outside, head = outside_blocks(skeleton, chain)
     skeleton.load(outside)
-    output: Any = None
+    outputs: list[Any] = [None] * len(batches)
     with Replay(skeleton.model, chain) as replay:
         for index, name in enumerate(chain):
             names = skeleton.names_under(name)
             skeleton.load(names)
-            output = replay.output(index, batch, output)
+            for number, batch in enumerate(batches):
+                outputs[number] = replay.output(index, batch, outputs[number])
             skeleton.unload(names)
             give_back()
         skeleton.load(head)
-        result = first_tensor(replay.head(batch, output))
+        results = [first_tensor(replay.head(batch, x)) for batch, x in zip(batches, outputs, strict=True)]
     skeleton.unload([*outside, *head])
-    return result
+    return results
+
+
+class Forward:
+    """A context in which the float model can be called on many batches again and again: in memory if its weights take
+    at most `limit` bytes, else streamed block by block each time."""
+
+    def __init__(self, skeleton: Skeleton, chain: Sequence[str], limit: int) -> None:
+        self.skeleton, self.chain = skeleton, chain
+        self.whole = skeleton.source.nbytes() <= limit
+
+    def __enter__(self) -> Forward:
+        if self.whole:
+            self.skeleton.load(self.skeleton.names_under(""))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.whole:
+            self.skeleton.unload(self.skeleton.names_under(""))
+
+    @torch.no_grad()
+    def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        batches = [moved(batch, self.skeleton.device) for batch in batches]
+        if self.whole:
+            return [first_tensor(self.skeleton.model(**batch)) for batch in batches]
+        return stream_all(self.skeleton, self.chain, batches)
 
 
 def first_tensor(output: Any) -> torch.Tensor:

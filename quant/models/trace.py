@@ -22,6 +22,8 @@ from torch.utils import _pytree as pytree
 from quant.calibration.replay import Replay, cacheless, copy
 from quant.errors import ModelError
 from quant.models.candidates import candidates, is_linear
+from quant.models.conditioning import Conditioning
+from quant.models.products import SUMS, main, product
 from quant.models.routers import Routers
 from quant.models.source import first_line
 from quant.models.weightless import noise, same, weightless
@@ -42,7 +44,9 @@ class Trace:
     """`chain`: blocks that ran once, in call order; `repeated`: those that ran more often, with the count; `uses`: each
     block's products in call order; `outside`: parameters multiplied outside all blocks; `tied`: the further names of
     tied parameters, with the first name, which stands for them everywhere else; `routers`: weights of linears whose
-    outputs choose experts; `read`: weights of linears that code around them looks at (`x.to(linear.weight.dtype)`)."""
+    outputs choose experts; `read`: weights of linears that code around them looks at (`x.to(linear.weight.dtype)`);
+    `modulations`, `embedders`: weights that see what the tokens are conditioned on (see `conditioning`), or come before
+    all blocks; `lent`: modules inside blocks that the model calls from outside them as well."""
 
     chain: tuple[str, ...]
     repeated: dict[str, int]
@@ -51,6 +55,9 @@ class Trace:
     tied: dict[str, str]
     routers: frozenset[str]
     read: frozenset[str]
+    modulations: frozenset[str]
+    embedders: frozenset[str]
+    lent: frozenset[str]
 
     @cached_property
     def users(self) -> dict[str, set[str]]:
@@ -70,7 +77,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
     """
     batch = pytree.tree_map_only(torch.Tensor, lambda x: x.cpu(), dict(batch))
     with torch.no_grad(), cacheless(model), weightless(model) as first_name:
-        watch = _Watch(model, first_name)
+        watch = _Watch(model, first_name, samples(batch))
         try:
             with watch.hooked(), watch:
                 whole = main(model(**batch)).clone()
@@ -93,44 +100,21 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
         tied=tied,
         routers=frozenset(watch.routers.found),
         read=frozenset(watch.read),
+        modulations=frozenset(watch.conditioning.modulations),
+        embedders=frozenset(watch.conditioning.embedders | watch.before),
+        lent=frozenset(watch.lent),
     )
 
 
-_PRODUCTS = (
-    torch.matmul,
-    torch.bmm,
-    torch.mm,
-    torch.Tensor.matmul,
-    torch.Tensor.bmm,
-    torch.Tensor.mm,
-    torch.Tensor.__matmul__,
-)
-_SUMS = (torch.addmm, torch.baddbmm)
-
-
-def product(func: Any, args: Any) -> tuple[torch.Tensor, torch.Tensor, bool] | None:
-    """`(x, weight, transposed)` if this torch call is `x @ weight^T` (linear) or `x @ weight` (Conv1D, stacks)."""
-    if func is nn.functional.linear:
-        return args[0], args[1], False
-    if func in _SUMS:
-        return args[1], args[2], True
-    if func in _PRODUCTS and all(isinstance(arg, torch.Tensor) for arg in args[:2]):
-        return args[0], args[1], True
-    return None
-
-
-def main(output: Any) -> torch.Tensor:
-    """What a pass is run for: the first floating tensor of its output (logits, hidden states)."""
-    for x in pytree.tree_leaves(output):
-        if isinstance(x, torch.Tensor) and x.is_floating_point():
-            return x
-    raise ValueError("its output holds no floating-point tensor")
+def samples(batch: Mapping[str, Any]) -> int:
+    """How many samples a diffusion model's batch has; 0 for other models."""
+    return len(batch["hidden_states"]) if "timestep" in batch else 0
 
 
 class _Watch(TorchFunctionMode):
     """Records blocks and products, and answers each product with noise."""
 
-    def __init__(self, model: nn.Module, first_name: Mapping[str, str]) -> None:
+    def __init__(self, model: nn.Module, first_name: Mapping[str, str], rows: int) -> None:
         super().__init__()
         self.model = model
         self.parameters = {  # by the address of the one row that each keeps
@@ -147,6 +131,9 @@ class _Watch(TorchFunctionMode):
         self.linear: tuple[str, torch.Tensor | None] | None = None  # the one running: its weight's name, its input
         self.answer: torch.Tensor | None = None
         self.routers = Routers(model)
+        self.conditioning = Conditioning(rows)
+        self.before: set[str] = set()  # multiplied by outside all blocks, before the first of them
+        self.lent: set[str] = set()
         self.read: set[str] = set()
         self.alive: list[torch.Tensor] = []  # a block's inputs are kept until it ends, so that no two share an address
 
@@ -157,6 +144,9 @@ class _Watch(TorchFunctionMode):
             module = self.model.get_submodule(name)
             hooks.append(module.register_forward_pre_hook(self._enter_block(name)))
             hooks.append(module.register_forward_hook(self._leave_block(name)))
+            for inside, part in module.named_modules(prefix=name):
+                if inside != name:
+                    hooks.append(part.register_forward_pre_hook(self._enter_part(inside)))
         for name, module in self.model.named_modules():
             if is_linear(module):
                 hooks.append(
@@ -176,11 +166,19 @@ class _Watch(TorchFunctionMode):
 
         return hook
 
+    def _enter_part(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any) -> None:
+            if self.block is None:
+                self.lent.add(name)
+
+        return hook
+
     def _leave_block(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             self.block = None
             self.alive.clear()
             self.routers.clear()
+            self.conditioning.clear()
             self.outputs[name] = copy(output) if self.calls[name] == 1 else None
 
         return hook
@@ -215,6 +213,7 @@ class _Watch(TorchFunctionMode):
             result = func(*args, **kwargs)
             if self.recording:
                 self.routers.other(func, (args, kwargs), result)
+                self.conditioning.other((args, kwargs), result)
                 self._look(func, args)
             return result
         flipped = weight.stride(-1) == 0 and weight.shape[-1] > 1  # the stored row is the dimension that has a stride
@@ -222,11 +221,13 @@ class _Watch(TorchFunctionMode):
         if self.recording:
             self._record(name, parameter, x, weight.mT if flipped else weight, by_columns != flipped)
             self.answer = answer
-        given = args[0] if func in _SUMS else args[2] if func is nn.functional.linear and args[2:] else None
+        given = args[0] if func in SUMS else args[2] if func is nn.functional.linear and args[2:] else None
         bias = kwargs.get("bias", given)
         result = answer if bias is None else answer + bias
         if self.recording and parameter.dim() == 2:
             self.routers.product(name, result)
+            if self.block is not None:
+                self.conditioning.product(name, x, result)
         return result
 
     def _look(self, func: Any, args: Any) -> None:
@@ -245,6 +246,7 @@ class _Watch(TorchFunctionMode):
     def _record(self, name: str, whole: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> None:
         if self.block is None:
             self.outside.add(name)
+            self.before.update({name} if self.conditioning.rows and not self.calls else ())
             return
         oddity = None
         if weight.shape[-2:] != whole.shape[-2:]:

@@ -17,8 +17,8 @@ from torch import nn
 
 from quant.errors import ModelError
 from quant.models.candidates import is_linear, matrices
+from quant.models.products import product as product
 from quant.models.trace import Trace, Use, trace
-from quant.models.trace import product as product
 
 SMALLEST = 8  # fewer outputs than this (a shared expert's gate has one) save nothing
 
@@ -29,7 +29,8 @@ class Site:
 
     `name`: the module's name for a linear (`model.layers.0.mlp.down_proj`), the parameter's for a stack of experts
     (`model.layers.0.mlp.experts.gate_up_proj`). `out`, `inputs`: sizes of one matrix. `transposed`: stored `[in, out]`
-    (GPT-2's Conv1D, some expert stacks). `experts`: matrices in the stack, 0 for a plain linear.
+    (GPT-2's Conv1D, some expert stacks). `experts`: matrices in the stack, 0 for a plain linear. `modulation`: it makes
+    the scales and shifts of a diffusion block (adaLN) from the timestep, one row per sample.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Site:
     transposed: bool = False
     experts: int = 0
     bias: bool = False
+    modulation: bool = False
 
     @property
     def parameter(self) -> str:
@@ -65,11 +67,12 @@ class Block:
 @dataclass(frozen=True)
 class Walk:
     """`chain`: names of all blocks in call order; `blocks`: those with sites; `left`: every other weight matrix by
-    parameter name, with the reason it stays float."""
+    parameter name, with the reason it stays float; `lent`: modules in blocks that the rest of the model calls too."""
 
     chain: tuple[str, ...]
     blocks: tuple[Block, ...]
     left: dict[str, str] = field(default_factory=dict[str, str])
+    lent: frozenset[str] = frozenset()
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -95,7 +98,7 @@ def walk(model: nn.Module, batch: Mapping[str, Any], *, only: Sequence[str] = ()
     if not blocks:
         reasons = "; ".join(f"{name}: {left[name]}" for name in matrices(model)[:4]) or "it has no linear layers"
         raise ModelError(f"{type(model).__name__}: nothing to quantize ({reasons})")
-    return Walk(seen.chain, blocks, left)
+    return Walk(seen.chain, blocks, left, seen.lent)
 
 
 class _Pick:
@@ -128,7 +131,7 @@ def _stages(
         uses.setdefault(use.parameter, []).append(use)
     stages: dict[Any, list[Site]] = {}
     for parameter, times in uses.items():
-        site = _site(model, times[0])
+        site = _site(model, times[0], parameter in seen.modulations)
         reason = _unfit(seen, block, site, times) or _not_worth_it(seen, site) or pick.reason(site.name)
         if reason is not None:
             left.setdefault(parameter, reason)
@@ -137,7 +140,7 @@ def _stages(
     return tuple(tuple(stage) for stage in stages.values())
 
 
-def _site(model: nn.Module, use: Use) -> Site:
+def _site(model: nn.Module, use: Use, modulation: bool) -> Site:
     path, _, leaf = use.parameter.rpartition(".")
     owner = model.get_submodule(path)
     parameter: torch.Tensor = getattr(owner, leaf)
@@ -145,12 +148,15 @@ def _site(model: nn.Module, use: Use) -> Site:
     out, inputs = (columns, rows) if use.transposed else (rows, columns)
     if parameter.dim() == 3:
         return Site(use.parameter, "experts", out, inputs, use.transposed, parameter.shape[0])
-    return Site(path, "linear", out, inputs, use.transposed, bias=getattr(owner, "bias", None) is not None)
+    bias = getattr(owner, "bias", None) is not None
+    return Site(path, "linear", out, inputs, use.transposed, bias=bias, modulation=modulation)
 
 
 def _unfit(seen: Trace, block: str, site: Site, times: list[Use]) -> str | None:
     """Why a matrix that the block multiplies by cannot become a packed one."""
     parameter = times[0].parameter
+    if parameter in seen.embedders:
+        return "an embedder of the timestep or the label, inside a block; embedders stay float"
     others = sorted(name for name in seen.users[parameter] if name != block)
     if parameter in seen.outside:
         others.append("the model outside its blocks")
@@ -192,6 +198,8 @@ def _explain_the_rest(model: nn.Module, blocks: Sequence[Block], seen: Trace, le
             left[name] = f"its block {repeated[name]} runs {seen.repeated[repeated[name]]} times in one forward pass"
         elif isinstance(owner, nn.Embedding):
             left[name] = "an embedding"
+        elif name in seen.embedders and name in seen.outside:
+            left[name] = "an embedder: multiplied by before the first block"
         elif name in seen.outside:
             left[name] = "outside the blocks (a head or a projection)"
         elif is_linear(owner):

@@ -1,0 +1,213 @@
+"""Calibration inputs of a diffusion transformer: its own way from noise to image, so no data set is needed.
+
+Samples start from seeded noise and follow the float model's trajectory under the model's own scheduler (as VQ4DiT's
+calibration does, arXiv 2408.17131, section 3.3). Of each, some steps are kept, spread evenly, and shifted from sample
+to sample, so that all timesteps are seen equally often. What is kept are the transformer's own keyword arguments; from
+there on they are batches like any other. A batch holds one timestep.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quant.calibration.samples import Batch, Samples
+from quant.calibration.texts import resolve
+from quant.checkpoint.shards import sha256
+from quant.errors import CalibrationError, SettingsError
+from quant.models.arguments import UNBATCHED, build, own_size
+from quant.models.diffusion import DiffusionSkeleton, scheduler
+from quant.models.source import first_line
+from quant.models.stream import Forward
+from quant.recipe import Calibration, Recipe, Trajectory
+
+CAST = ("hidden_states", "encoder_hidden_states", "pooled_projections", "encoder_hidden_states_image")
+
+
+@dataclass
+class Way:
+    """Samples on their way: `given`, the arguments that stay; `x` float32, the latents; `steps` to go; `null`: the
+    arguments of the unconditional half under guidance, or None."""
+
+    given: dict[str, Any]
+    x: Tensor
+    schedule: Any
+    null: dict[str, Any] | None
+
+
+def follow(skeleton: DiffusionSkeleton, forward: Forward, recipe: Recipe) -> Samples:
+    """The calibration inputs that a recipe asks for.
+
+    Raises:
+        CalibrationError: the file with prompts or tensors does not fit, or the latents leave the range of numbers.
+    """
+    calibration, trajectory = recipe.calibration, recipe.trajectory
+    assert calibration is not None
+    if recipe.importance is not None:
+        raise SettingsError("importance weighs the tokens of a text; set it to null for a diffusion transformer")
+    schedule = scheduler(skeleton.source)
+    way, name, digest = _start(skeleton, calibration, trajectory, schedule)
+    batches = _walk(forward, way, calibration, trajectory, getattr(torch, str(skeleton.dtype).partition(".")[2]))
+    steps = f"{trajectory.steps} steps of {type(schedule).__name__}" if schedule else "noise at all timesteps"
+    kept = f"{min(trajectory.keep, trajectory.steps)} kept of each sample"
+    text = f"{name}; {steps}, {kept}, guidance {trajectory.guidance:g}, seed {calibration.seed}"
+    tokens = sum(len(batch["hidden_states"]) for batch in batches)
+    return Samples(tuple(batches), text, digest, tokens, rows(batches[len(batches) // 2], torch.tensor([0])))
+
+
+def noise(skeleton: DiffusionSkeleton) -> Samples:
+    """For recipes that read nothing: the verification alone runs on one sample of noise."""
+    given = build(skeleton.model, skeleton.form.layout, skeleton.form.traced, 1)
+    return Samples((cast(given, skeleton.dtype),), "none (data-free)", "", 1, cast(given, skeleton.dtype))
+
+
+def _start(
+    skeleton: DiffusionSkeleton, calibration: Calibration, trajectory: Trajectory, schedule: Any
+) -> tuple[Way, str, str]:
+    generator = torch.Generator().manual_seed(calibration.seed)
+    count = calibration.samples
+    given = build(skeleton.model, skeleton.form.layout, own_size(skeleton.config), count, generator)
+    told, name, digest = _told(calibration, given)
+    given |= told
+    null = None
+    if trajectory.guidance != 1:
+        if "class_labels" not in given:
+            raise CalibrationError(
+                f"trajectory.guidance is {trajectory.guidance:g}, and {type(skeleton.model).__name__} takes no class "
+                "labels: guidance by text needs the pipeline's text encoder; leave it at 1"
+            )
+        null = {**given, "class_labels": torch.full_like(given["class_labels"], skeleton.config["num_embeds_ada_norm"])}
+    if schedule is not None:
+        _set(schedule, trajectory.steps)
+    x = given.pop("hidden_states").float()
+    return Way(given, x * getattr(schedule, "init_noise_sigma", 1.0), schedule, null), name, digest
+
+
+def _told(calibration: Calibration, given: Mapping[str, Any]) -> tuple[dict[str, Any], str, str]:
+    """What the calibration file says of the arguments, repeated to fit; its name and sha256."""
+    count, path = calibration.samples, Path(calibration.text)
+    conditions = "random class labels" if "class_labels" in given else "seeded noise as text embeddings"
+    if calibration.text == Calibration.text:
+        return {}, conditions if len(given) > 2 else "no condition", ""
+    if path.suffix != ".safetensors":
+        text = resolve(calibration.text)
+        lines = [line.strip() for line in text.text.splitlines() if line.strip()]
+        if "class_labels" not in given or not all(line.isdecimal() for line in lines):
+            raise CalibrationError(
+                f"calibration {text.name}: prompts need the pipeline's text encoder; give class labels, one a line, to "
+                "a model that takes them, or a .safetensors file with the text embeddings (encoder_hidden_states, ...)"
+            )
+        labels = torch.tensor([int(lines[n % len(lines)]) for n in range(count)])
+        return {"class_labels": labels}, f"labels of {text.name}", text.sha256
+    try:
+        tensors = load_file(path)
+        digest = sha256(path)
+    except (OSError, SafetensorError) as error:
+        raise CalibrationError(f"calibration {path}: cannot be read ({first_line(error)})") from None
+    for key, tensor in tensors.items():
+        have = given.get(key)
+        if not isinstance(have, Tensor) or tensor.dim() != have.dim() or tensor.shape[-1:] != have.shape[-1:]:
+            wanted = {name: list(value.shape) for name, value in given.items() if isinstance(value, Tensor)}
+            raise CalibrationError(
+                f"calibration {path}: {key} {list(tensor.shape)} is none of the model's arguments {wanted}"
+            )
+    repeated = {key: x if key in UNBATCHED else x[torch.arange(count) % len(x)] for key, x in tensors.items()}
+    return repeated, f"tensors of {path.name}", digest
+
+
+def _walk(
+    forward: Forward, way: Way, calibration: Calibration, trajectory: Trajectory, dtype: torch.dtype
+) -> list[Batch]:
+    """All samples together, a step at a time; returns what was kept."""
+    batches: list[Batch] = []
+    count, parts = len(way.x), torch.arange(len(way.x)).split(calibration.batch_size)
+    schedule = way.schedule
+    times = schedule.timesteps if schedule is not None else torch.linspace(999, 1, trajectory.steps).round()
+    for number, time in enumerate(times):
+        x = (
+            way.x
+            if schedule is None or not hasattr(schedule, "scale_model_input")
+            else schedule.scale_model_input(way.x, time)
+        )
+        given = cast({"hidden_states": x, **way.given, "timestep": _time(time, way.given).expand(count).clone()}, dtype)
+        null = None if way.null is None else {**given, "class_labels": way.null["class_labels"]}
+        kept = torch.tensor([n for n in range(count) if number in trajectory.kept(n, len(times))], dtype=torch.int64)
+        for some in kept.split(calibration.batch_size) if len(kept) else ():
+            part = rows(given, some)
+            batches.append(part if null is None else joined(part, rows(null, some)))
+        if schedule is None:
+            way.x = torch.randn(x.shape, generator=torch.Generator().manual_seed(calibration.seed + 1 + number))
+        elif number + 1 < len(times):
+            said = torch.cat(forward([rows(given, part) for part in parts])).float().cpu()
+            if null is not None:
+                free = torch.cat(forward([rows(null, part) for part in parts])).float().cpu()
+                said = free + trajectory.guidance * (said - free)
+            way.x = _step(schedule, said, time, way.x, calibration.seed)
+        if not bool(way.x.isfinite().all()):
+            raise CalibrationError(f"the latents are not finite after step {number + 1}; try --dtype float32")
+    return batches
+
+
+def _step(schedule: Any, said: Tensor, time: Tensor, x: Tensor, seed: int) -> Tensor:
+    if said.shape != x.shape:  # a model that also predicts its variance: the mean comes first
+        axis = next(axis for axis in range(1, x.dim()) if said.shape[axis] != x.shape[axis])
+        if said.shape[axis] < x.shape[axis]:
+            raise CalibrationError(
+                f"the model answers latents {list(x.shape)} with {list(said.shape)}: it takes a condition beside its "
+                "latents; calibrate it with --recipe rtn, or inside its pipeline"
+            )
+        said = said.narrow(axis, 0, x.shape[axis])
+    options: dict[str, Any] = {}
+    if "generator" in inspect.signature(schedule.step).parameters:
+        options["generator"] = torch.Generator().manual_seed(seed)
+    return schedule.step(said, time, x, **options).prev_sample
+
+
+def _set(schedule: Any, steps: int) -> None:
+    dynamic = bool(schedule.config.get("use_dynamic_shifting"))
+    schedule.set_timesteps(steps, **({"mu": 1.0} if dynamic else {}))
+
+
+def _time(time: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """Models of packed latents take a share of 1; all others the scheduler's own number."""
+    return time.float() / 1000 if "img_ids" in given or "img_shapes" in given else time
+
+
+def cast(given: Mapping[str, Any], dtype: torch.dtype) -> Batch:
+    """The arguments that have the model's dtype in it."""
+    return {key: value.to(dtype) if key in CAST else value for key, value in given.items()}
+
+
+def rows(given: Mapping[str, Any], which: Tensor) -> Batch:
+    """Some samples of a batch."""
+    count = len(given["hidden_states"])
+
+    def cut(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: cut(name, part) for name, part in value.items()}  # pyright: ignore
+        if isinstance(value, list) and len(value) == count:  # pyright: ignore[reportUnknownArgumentType]
+            return [value[n] for n in which.tolist()]
+        return value[which] if isinstance(value, Tensor) and key not in UNBATCHED and value.dim() else value
+
+    return {key: cut(key, value) for key, value in given.items()}
+
+
+def joined(first: Batch, second: Batch) -> Batch:
+    """Two batches as one: the guided and the unguided half run together."""
+
+    def both(key: str, a: Any, b: Any) -> Any:
+        if isinstance(a, dict):
+            return {name: both(name, a[name], b[name]) for name in a}  # pyright: ignore
+        if isinstance(a, list):
+            return a + b
+        return torch.cat([a, b]) if isinstance(a, Tensor) and key not in UNBATCHED and a.dim() else a
+
+    return {key: both(key, first[key], second[key]) for key in first}

@@ -1,0 +1,39 @@
+"""What counts as a matrix product, and which of a pass's results it is run for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+PRODUCTS = (
+    torch.matmul,
+    torch.bmm,
+    torch.mm,
+    torch.Tensor.matmul,
+    torch.Tensor.bmm,
+    torch.Tensor.mm,
+    torch.Tensor.__matmul__,
+)
+SUMS = (torch.addmm, torch.baddbmm)
+
+
+def product(func: Any, args: Any) -> tuple[torch.Tensor, torch.Tensor, bool] | None:
+    """`(x, weight, transposed)` if this torch call is `x @ weight^T` (linear) or `x @ weight` (Conv1D, stacks)."""
+    if func is nn.functional.linear:
+        return args[0], args[1], False
+    if func in SUMS:
+        return args[1], args[2], True
+    if func in PRODUCTS and all(isinstance(arg, torch.Tensor) for arg in args[:2]):
+        return args[0], args[1], True
+    return None
+
+
+def main(output: Any) -> torch.Tensor:
+    """What a pass is run for: the first floating tensor of its output (logits, hidden states)."""
+    for x in pytree.tree_leaves(output):
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            return x
+    raise ValueError("its output holds no floating-point tensor")
