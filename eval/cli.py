@@ -66,6 +66,7 @@ def command(
     steps: options.Steps = 50,
     guidance: options.Guidance = 1.0,
     seed: options.Seed = 0,
+    batch: options.Batch = 64,
     judge: options.JudgeFile = None,
     real: options.Real = None,
     clip: options.Clip = None,
@@ -82,7 +83,7 @@ def command(
         if any(is_diffusion(name) for name in [*models, *([against] if against else [])]):
             from quant.eval.show import Showing, show  # diffusion transformers are drawn with, not read
 
-            rule = {"images": images, "steps": steps, "guidance": guidance, "seed": seed}
+            rule = {"images": images, "steps": steps, "guidance": guidance, "seed": seed, "batch": batch}
             show(models, against, rule, Showing(text, judge, real, clip, sheet, plot_to, json_to, device, dtype, quiet))
             return
         settings = {"text": resolve(text), "window": window, "stride": stride, "max_windows": max_windows}
@@ -150,7 +151,9 @@ def _errors() -> Generator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
-        _fail(ResourceError("out of memory; try a smaller --window, --dtype bfloat16, or leave --against out."))
+        _fail(
+            ResourceError("out of memory; try a smaller --window or --batch, --dtype bfloat16, or leave --against out.")
+        )
     except BitwrightError as error:
         _fail(error)
     except KeyboardInterrupt:

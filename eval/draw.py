@@ -167,11 +167,14 @@ def _prompted(painter: Painter, rule: Rule, chunk: range, kept: int) -> tuple[to
     latents: list[torch.Tensor] = []
     times: list[float] = []
 
-    def after_step(_: Any, __: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        x = tensors["latents"]
+    def keep(t: Any, x: torch.Tensor) -> dict[str, Any]:
         times.append(float(t))
         latents.append(x[: _room(x, rule, kept)].detach().float().cpu())
         return {}
+
+    watching: dict[str, Any] = {"callback_on_step_end": lambda _, __, t, tensors: keep(t, tensors["latents"])}
+    if "callback_on_step_end" not in inspect.signature(painter.pipeline.__call__).parameters:
+        watching = {"callback": lambda _, t, x: keep(t, x)}  # PixArt's pipelines have the older one
 
     made = painter.pipeline(
         prompt=[rule.prompts[number] for number in numbers],
@@ -179,8 +182,7 @@ def _prompted(painter: Painter, rule: Rule, chunk: range, kept: int) -> tuple[to
         guidance_scale=rule.guidance,
         generator=[torch.Generator().manual_seed(rule.seed + i) for i in chunk],
         output_type="pt",
-        callback_on_step_end=after_step,
-        callback_on_step_end_tensor_inputs=["latents"],
+        **watching,
     )
     out = made.images if hasattr(made, "images") else made.frames
     out = out if isinstance(out, torch.Tensor) else torch.stack(list(out))

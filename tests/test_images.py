@@ -262,3 +262,53 @@ def test_a_trace_stops_at_its_limit(painter: Painter, monkeypatch: pytest.Monkey
     drawn: Drawn = draw(painter, RULE)
     assert drawn.trace.latents.shape == (4, 5, 1, 8, 8)
     assert drawn.trace.noise.shape == (4, 5, 1, 8, 8)
+
+
+def test_a_pipeline_draws_its_prompts(painter: Painter) -> None:
+    """Flux with random weights, its text encoders replaced by noise that the prompt seeds."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    class Wordless(diffusers.FluxPipeline):
+        def encode_prompt(self, prompt: list[str], **_: object) -> tuple[torch.Tensor, ...]:
+            seeds = [torch.Generator().manual_seed(sum(each.encode())) for each in prompt]
+            long = torch.stack([torch.randn(4, 8, generator=each) for each in seeds])
+            short = torch.stack([torch.randn(8, generator=each) for each in seeds])
+            return long, short, torch.zeros(4, 3)
+
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 2, 2),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        latent_channels=1, block_out_channels=(8,), norm_num_groups=2, shift_factor=0.0
+    ).eval()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipeline = Wordless(scheduler, vae, None, None, None, None, transformer.eval())
+    pipeline.default_sample_size, pipeline.vae_scale_factor = 8, 1
+    pipeline.image_processor = VaeImageProcessor(vae_scale_factor=2)
+    pipeline.set_progress_bar_config(disable=True)
+    flux = Painter("flux", transformer, scheduler, None, pipeline)
+    with pytest.raises(SettingsError, match="wants prompts"):
+        draw(flux, RULE)
+    rule = replace(RULE, images=3, batch=2, prompts=("a cat", "a dog"))
+    drawn = draw(flux, rule)
+    assert drawn.asked.tolist() == [0, 1, 0]
+    assert drawn.images.shape == (3, 3, 8, 8)
+    assert drawn.trace.latents.shape[:2] == (4, 3)
+    coarse = copy.deepcopy(transformer)
+    for parameter in coarse.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=NOISE)
+    other = replace(flux, pipeline=Wordless(scheduler, vae, None, None, None, None, coarse), name="coarse")
+    for name in ("default_sample_size", "vae_scale_factor", "image_processor"):
+        setattr(other.pipeline, name, getattr(pipeline, name))
+    other.pipeline.set_progress_bar_config(disable=True)
+    far = {"far": lambda a, b: (a - b).abs().flatten(1).mean(1)}
+    (picture,) = judge_images([other], against=flux, rule=rule, distances=far).pictures
+    assert picture.psnr is not None
+    assert 0 < picture.psnr < 100
+    assert picture.distances["far"] > 0
+    assert [step.noise for step in picture.steps] == [None] * 4
+    assert all(step.latent > 0 for step in picture.steps)
+    with pytest.raises(SettingsError, match="nothing to compare"):
+        judge_images([painter], against=flux, rule=rule)
