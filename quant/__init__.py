@@ -1,7 +1,7 @@
 """bitwright: post-training quantization of language models, from a float checkpoint to a packed low-bit one.
 
 `quantize(model, out, recipe)` makes a checkpoint, `load(out)` gives a transformers model that runs it. Importing this
-package also teaches transformers' own `from_pretrained` to read such checkpoints.
+package also teaches `from_pretrained` of transformers and of diffusers to read such checkpoints.
 """
 
 import os
@@ -11,12 +11,15 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from quant.checkpoint.loader import load
+from quant.checkpoint.pipelines import announce as _announce
 from quant.errors import BitwrightError
 from quant.kernels.spec import Uniform
 from quant.pipeline import quantize
 from quant.prepare import Settings
 from quant.recipe import Calibration, Recipe, load_recipe
 from quant.version import VERSION as __version__
+
+_announce()
 
 __all__ = [
     "BitwrightError",

@@ -15,13 +15,12 @@ import torch
 import transformers
 from torch.utils import _pytree as pytree
 
+from quant.calibration.batch import Batch as Batch
+from quant.calibration.batch import moved as moved
 from quant.calibration.texts import encode, resolve
 from quant.errors import CalibrationError, ModelError
 from quant.models.source import Source
 from quant.recipe import Calibration
-
-Batch = dict[str, Any]
-"""Keyword arguments of a model's forward."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,6 @@ class Samples:
                     if isinstance(x, torch.Tensor):
                         digest.update(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-
-
-def moved(batch: Batch, device: str) -> Batch:
-    return pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), batch)
 
 
 def load_tokenizer(source: Source) -> Any:

@@ -21,6 +21,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quant.checkpoint import pipelines
 from quant.checkpoint.manifest import METHOD, PackedSite, read_config, read_sites
 from quant.checkpoint.manifest import verify as verify_folder
 from quant.errors import BitwrightError, CheckpointError, ResourceError, SettingsError, out_of_memory
@@ -157,7 +158,7 @@ def load(
     dequantize: bool = False,
     verify: bool = True,
 ) -> Any:
-    """A packed checkpoint as a transformers model, in eval mode.
+    """A packed checkpoint as a transformers model, or the transformer of a diffusers pipeline, in eval mode.
 
     `checkpoint`: a local folder or a hub name. `device`: where all of it goes, "auto", or a map from modules to devices
     (`device_map` in transformers). `dtype` of what is not packed and of the computation: by default float32 on a CPU
@@ -168,18 +169,20 @@ def load(
         CheckpointError: the folder is not a sound packed checkpoint; says which file or tensor.
         ResourceError: out of memory.
     """
-    folder = _folder(str(checkpoint))
+    folder = pipelines.component(_folder(str(checkpoint)))
     config = read_config(folder)
     read_sites(config.get("quantization_config"), str(folder))
     if verify:
         verify_folder(folder)
-    names = [n for n in config.get("architectures") or [] if isinstance(n, str) and hasattr(transformers, n)]
-    if not names:
-        raise CheckpointError(f"{folder}: architectures {config.get('architectures')} are unknown to transformers here")
     if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise SettingsError(f"dtype {dtype!r} is unknown; give float32, float16, bfloat16 or auto")
         dtype = getattr(torch, dtype)
+    if "_class_name" in config:
+        return pipelines.load(folder, device=device, dtype=dtype, dequantize=dequantize)
+    names = [n for n in config.get("architectures") or [] if isinstance(n, str) and hasattr(transformers, n)]
+    if not names:
+        raise CheckpointError(f"{folder}: architectures {config.get('architectures')} are unknown to transformers here")
     spread = {"": device} if isinstance(device, str) and device != "auto" else device
     options: dict[str, Any] = {} if device == "cpu" else {"device_map": spread}
     token = _verified.set(True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from quant.calibration.batch import Batch, moved
 from quant.calibration.replay import Replay
-from quant.calibration.samples import Batch, moved
 from quant.memory import give_back
 from quant.models.skeleton import Skeleton
 

@@ -1,0 +1,207 @@
+"""Packed transformers in diffusers: `from_pretrained` of a model or a whole pipeline once `quant` is imported.
+
+diffusers keeps its quantizers in a table of a module; there is no function to add one. Importing that module takes
+seconds, so `import quant` leaves word with Python's import system instead: the entry is made when diffusers is
+imported, before or after. Loading is then as in transformers: the folder is verified, packed modules are put in place
+on the meta device, and diffusers fills them; values that it has cast on the way are taken as they were stored.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping
+from enum import Enum
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from quant.checkpoint.manifest import METHOD, read_config, read_sites, stored_tensors, verify
+from quant.errors import BitwrightError, CheckpointError, ResourceError, out_of_memory
+from quant.held import Holder
+from quant.models.diffusion import named, quiet
+from quant.models.source import COMPONENT, PIPELINE, first_line
+
+TABLES = "diffusers.quantizers.auto"
+
+
+class Method(str, Enum):  # noqa: UP042 (diffusers formats it as a str)
+    """diffusers asks a method for its `.value`."""
+
+    BITWRIGHT = METHOD
+
+
+def announce() -> None:
+    """Makes the entry in diffusers' tables, now or as soon as diffusers is imported."""
+    module = sys.modules.get(TABLES)
+    if module is not None:
+        register(module)
+    elif not any(isinstance(finder, _Announcement) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Announcement())
+
+
+class _Announcement(MetaPathFinder):
+    """Steps in once, when the module with the tables is looked for."""
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != TABLES:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Registering(spec.loader)
+        return spec
+
+
+class _Registering(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        register(module)
+
+
+def register(tables: Any) -> None:
+    """Adds our config and quantizer to diffusers' tables, given their module."""
+    if METHOD in tables.AUTO_QUANTIZER_MAPPING:
+        return
+    base = sys.modules["diffusers.quantizers.base"].DiffusersQuantizer
+    config = type("BitwrightDiffusersConfig", (_Config, tables.QuantizationConfigMixin), {})
+    tables.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = config
+    tables.AUTO_QUANTIZER_MAPPING[METHOD] = type("BitwrightDiffusersQuantizer", (_Quantizer, base), {})
+
+
+class _Config:
+    """`quantization_config` as read from config.json; see `manifest` for the keys."""
+
+    def __init__(self, **entries: Any) -> None:
+        self.quant_method = Method.BITWRIGHT
+        entries.pop("quant_method", None)
+        self.entries = entries
+
+    def to_dict(self) -> dict[str, Any]:
+        kept = {key: value for key, value in self.entries.items() if key != "checksums"}  # a new folder, a new seal
+        return {"quant_method": METHOD, **kept}
+
+    to_diff_dict = to_dict
+
+
+class _Quantizer:
+    """Puts packed modules in place before diffusers loads the tensors, and checks them after."""
+
+    requires_calibration = True
+    use_keep_in_fp32_modules = True
+    is_serializable = True
+    is_trainable = False
+    is_compileable = True
+    quantization_config: Any
+    folder: Path | None = None
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """The one call that is told where the files are."""
+        self.folder = Path(checkpoint_files[0]).parent
+        if self.quantization_config.entries.get("checksums"):
+            verify(self.folder)
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        from quant.checkpoint.loader import put_site
+
+        for packed in read_sites(self.quantization_config.to_dict(), str(self.folder or "checkpoint")).values():
+            put_site(model, packed)
+
+    def check_if_quantized_param(
+        self, model: Any, param_value: torch.Tensor, param_name: str, state_dict: Any, **options: Any
+    ) -> bool:
+        path, _, leaf = param_name.rpartition(".")
+        owner = model.get_submodule(path)
+        if not isinstance(owner, Holder) or leaf not in owner._buffers:
+            return False
+        expected, stored = owner.get_buffer(leaf), state_dict[param_name]
+        if (stored.shape, stored.dtype) != (expected.shape, expected.dtype):
+            raise CheckpointError(
+                f"{param_name} is {stored.dtype} {list(stored.shape)}; {expected.dtype} {list(expected.shape)} was "
+                "expected; copy the checkpoint again"
+            )
+        return True
+
+    def create_quantized_param(
+        self, model: Any, param_value: torch.Tensor, param_name: str, target_device: Any, state_dict: Any,
+        *rest: Any, **options: Any,
+    ) -> None:  # fmt: skip
+        path, _, leaf = param_name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = state_dict[param_name].to(target_device)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from quant.checkpoint.loader import check_values
+
+        empty = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
+        if empty and not getattr(model, "hf_device_map", None):
+            raise CheckpointError(f"{self.folder}: missing keys: {empty[:3]}; copy the checkpoint again")
+        check_values(model)
+        for module in model.modules():
+            if isinstance(module, Holder):
+                module.settle()
+        return model
+
+    def _dequantize(self, model: Any) -> Any:
+        from quant.checkpoint.loader import unpack_model
+
+        model = unpack_model(model, model.dtype)
+        model.register_to_config(quantization_config=None)
+        return model
+
+
+def component(folder: Path) -> Path:
+    """The folder of the packed transformer in a pipeline's folder, or the folder itself."""
+    pipeline = (folder / PIPELINE).is_file() and not (folder / "config.json").is_file()
+    return folder / COMPONENT if pipeline else folder
+
+
+def load(folder: Path, *, device: str | Mapping[str, Any], dtype: torch.dtype | str | None, dequantize: bool) -> Any:
+    """The transformer in `folder`; see `loader.load`, which has read its config."""
+    cls = named(read_config(folder).get("_class_name"), "ModelMixin", folder)
+    options: dict[str, Any] = {} if isinstance(device, str) and device != "auto" else {"device_map": device}
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else "auto"
+    try:
+        with quiet():
+            model = cls.from_pretrained(
+                folder, torch_dtype=stored_dtype(folder) if dtype == "auto" else dtype, use_safetensors=True, **options
+            )
+        if not options:
+            model.to(device)
+    except BitwrightError:
+        raise
+    except Exception as error:  # whatever diffusers, safetensors and torch make of a damaged folder
+        reason = first_line(error)
+        if out_of_memory(error):
+            raise ResourceError(
+                f"{folder}: out of memory while it was loaded ({reason}); free some, or choose a narrower dtype"
+            ) from None
+        raise CheckpointError(f"{folder}: diffusers cannot load it ({reason})") from error
+    return model.dequantize() if dequantize else model
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Of the float tensors, that which holds most of their bytes."""
+    sizes = {"F32": 0, "F16": 0, "BF16": 0}
+    packed = {name for site in verify_sites(folder) for name in site}
+    for name, piece in stored_tensors(folder).items():
+        if name not in packed and piece.dtype in sizes:
+            sizes[piece.dtype] += piece.nbytes
+    most = max(sizes, key=sizes.__getitem__)
+    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[most]
+
+
+def verify_sites(folder: Path) -> list[set[str]]:
+    sites = read_sites(read_config(folder).get("quantization_config"), str(folder))
+    return [set(site.stored()) for site in sites.values()]
