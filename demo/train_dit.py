@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate, mse_loss
 
 SIZE, CLASSES = 16, 10
-STEPS, GUIDANCE, PER_CLASS = 50, 1.5, 50
+STEPS, PER_CLASS = 50, 50
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -174,21 +174,21 @@ def check(model: DiTTransformer2DModel, scheduler: DDIMScheduler) -> None:
     x_NCHW, y_N, other_NCHW, other_N = digits()
     known = judges(other_NCHW, other_N)
     right = {name: judge.score(small(x_NCHW).numpy(), y_N.numpy()) for name, judge in known.items()}
-    print("real digits     " + "  ".join(f"{name} {value:.3f}" for name, value in right.items()), flush=True)
+    print("real digits               " + "  ".join(f"{name} {value:.3f}" for name, value in right.items()), flush=True)
     asked = torch.arange(CLASSES).repeat(PER_CLASS)
     first: torch.Tensor | None = None
-    for bits in (16, 4, 3, 2):
+    for bits, guidance in ((16, 1.0), (16, 1.5), (4, 1.0), (3, 1.0), (2, 1.0)):
         made = copy.deepcopy(model)
         for name, module in made.named_modules():
             if bits < 16 and isinstance(module, nn.Linear) and (".attn1." in name or ".ff." in name):
                 module.weight.data = rounded(module.weight.data, bits, group=64)
-        x = sample(made, scheduler, asked, 1, STEPS, GUIDANCE)
+        x = sample(made, scheduler, asked, 1, STEPS, guidance)
         first = x if first is None else first
         right = {name: judge.score(small(x).numpy(), asked.numpy()) for name, judge in known.items()}
         ratio = float((10 * torch.log10(4 / (x - first).square().mean((1, 2, 3)).clamp_min(1e-12))).mean())
         loss = float(torch.stack(held_out(made, scheduler, other_NCHW, other_N)).mean())
         print(
-            f"{'float' if bits == 16 else f'RTN {bits} bit':16}"
+            f"{'float' if bits == 16 else f'RTN {bits} bit':12}guidance {guidance}  "
             + "  ".join(f"{name} {value:.3f}" for name, value in right.items())
             + f"  held-out noise error {loss:.5f}"
             + (f"  PSNR {ratio:.2f} dB" if bits < 16 else ""),
@@ -203,7 +203,7 @@ def held_out(model: nn.Module, scheduler: DDIMScheduler, x_NCHW: torch.Tensor, y
 
 
 def train(args: argparse.Namespace) -> None:
-    """Trains for `args.steps` steps or `args.minutes`; the averaged weights are saved every `args.report` steps."""
+    """Trains to step `args.stop` of a schedule of `args.steps`; writes averaged weights every `args.report` steps."""
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     x_NCHW, y_N, other_NCHW, other_N = digits()
@@ -216,7 +216,8 @@ def train(args: argparse.Namespace) -> None:
     save_judge(judges(other_NCHW, other_N)["mlp"], args.out / "judge.safetensors")
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(x_NCHW)} images", flush=True)
     start, mean = time.perf_counter(), 0.0
-    for step in range(1, args.steps + 1):
+    stop = min(args.stop, args.steps)
+    for step in range(1, stop + 1):
         picked = torch.randint(0, len(x_NCHW), (args.batch,), generator=generator)
         without = torch.rand(args.batch, generator=generator) < 0.1  # for classifier-free guidance
         labels = torch.where(without, torch.tensor(CLASSES), y_N[picked])
@@ -231,7 +232,7 @@ def train(args: argparse.Namespace) -> None:
             for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
                 slow.lerp_(fast, 1 - share)
         mean += (loss.item() - mean) / min(step, 200)
-        if step % args.report == 0 or step == args.steps:
+        if step % args.report == 0 or step == stop:
             held = float(torch.stack(held_out(average, scheduler, other_NCHW, other_N)).mean())
             minutes = (time.perf_counter() - start) / 60
             print(f"step {step:6d}  {minutes:6.2f} min  train {mean:.5f}  held-out (EMA) {held:.5f}", flush=True)
@@ -249,7 +250,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", type=Path, help="judge a saved folder and stop")
     parser.add_argument("--out", type=Path, default=Path("demo/dit"), help="folder to write")
-    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps that the schedule is made for")
+    parser.add_argument("--stop", type=int, default=6000, help="end after this many steps, before the schedule does")
     parser.add_argument("--batch", type=int, default=128, help="images in a step")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate of Muon; AdamW has 0.4 of it")
     parser.add_argument("--decay", type=float, default=0.01, help="weight decay of the matrices")
