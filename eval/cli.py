@@ -70,6 +70,7 @@ def command(
     judge: options.JudgeFile = None,
     real: options.Real = None,
     clip: options.Clip = None,
+    lpips: options.Lpips = None,
     sheet: options.Sheet = None,
     json_to: options.Json = None,
     plot_to: options.Plot = None,
@@ -84,7 +85,8 @@ def command(
             from quant.eval.show import Showing, show  # diffusion transformers are drawn with, not read
 
             rule = {"images": images, "steps": steps, "guidance": guidance, "seed": seed, "batch": batch}
-            show(models, against, rule, Showing(text, judge, real, clip, sheet, plot_to, json_to, device, dtype, quiet))
+            networks = (text, judge, real, clip, lpips)
+            show(models, against, rule, Showing(*networks, sheet, plot_to, json_to, device, dtype, card, quiet))
             return
         settings = {"text": resolve(text), "window": window, "stride": stride, "max_windows": max_windows}
         settings |= {"device": device, "dtype": dtype}

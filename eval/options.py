@@ -55,6 +55,9 @@ Real = Annotated[
 Clip = Annotated[
     Path | None, Option(metavar="FOLDER", help="A CLIP model: do images fit prompts?", rich_help_panel=_DRAWN)
 ]
+Lpips = Annotated[
+    Path | None, Option(metavar="FILE.safetensors", help="Weights of LPIPS: adds that.", rich_help_panel=_DRAWN)
+]
 Sheet = Annotated[
     Path | None, Option(metavar="FILE.png", help="Contact sheet, original above quantized.", rich_help_panel=_DRAWN)
 ]

@@ -18,6 +18,7 @@ from quant.eval.draw import Rule
 from quant.eval.gallery import judge_images
 from quant.eval.hang import picture_table
 from quant.eval.judge import open_judge
+from quant.eval.lpips import open_lpips
 from quant.eval.painter import Painter, open_painter
 from quant.eval.picture import Hung
 from quant.eval.report import write_json
@@ -35,11 +36,13 @@ class Showing:
     judge: str | None
     real: Path | None
     clip: Path | None
+    lpips: Path | None
     sheet: Path | None
     plot: Path | None
     json: str | None
     device: str
     dtype: str
+    card: bool
     quiet: bool
 
 
@@ -49,6 +52,8 @@ def show(models: Sequence[str], against: str | None, rule: dict[str, Any], showi
     Raises:
         BitwrightError: as `judge_images`.
     """
+    if showing.card:
+        raise SettingsError("--card: a model card takes the figures of language models; keep these with --json.")
     device, dtype = showing.device, "float32" if showing.dtype == "auto" else showing.dtype
     original = None if against is None else open_painter(against, device, dtype)
     painters = [open_painter(name, device, dtype, original=original) for name in models]
@@ -93,6 +98,7 @@ def _judged(painters: Sequence[Painter], original: Painter | None, rule: Rule, s
             judge=open_judge(showing.judge) if showing.judge else None,
             real=real_images(showing.real) if showing.real else None,
             clip=clip,
+            distances={"LPIPS": open_lpips(showing.lpips)} if showing.lpips else None,
             device=showing.device,
             progress=progress,
         )

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from quant.errors import ModelError, SettingsError
 from quant.eval import cli
 from quant.eval.judge import open_judge
+from quant.eval.lpips import open_lpips
 from quant.eval.show import prompts_of, real_images
 
 NOISE = torch.Generator().manual_seed(0)
@@ -112,6 +113,42 @@ def test_prompts_and_real_images_are_read(tmp_path: Path) -> None:
         real_images(tmp_path)
 
 
+def test_lpips_is_its_formula(tmp_path: Path) -> None:
+    """Random weights under the names of lpips.LPIPS, against torch's own layers in AlexNet's order."""
+    torch.manual_seed(0)
+    sizes = ((3, 4, 11, 4, 2), (4, 5, 5, 1, 2), (5, 6, 3, 1, 1), (6, 5, 3, 1, 1), (5, 4, 3, 1, 1))
+    layers = [nn.Conv2d(*size) for size in sizes]
+    weights = [torch.rand(1, size[1], 1, 1) for size in sizes]
+    names = ("slice1.0", "slice2.3", "slice3.6", "slice4.8", "slice5.10")
+    state = {
+        f"net.{name}.{key}": value
+        for name, each in zip(names, layers, strict=True)
+        for key, value in each.state_dict().items()
+    }
+    save_file(
+        state | {f"lin{i}.model.1.weight": weight for i, weight in enumerate(weights)}, tmp_path / "l.safetensors"
+    )
+    a, b = torch.rand(3, 3, 64, 64, generator=NOISE), torch.rand(3, 3, 64, 64, generator=NOISE)
+    far = torch.zeros(3)
+    shift, scale = torch.tensor([-0.03, -0.088, -0.188]).view(3, 1, 1), torch.tensor([0.458, 0.448, 0.45]).view(3, 1, 1)
+    x, y = ((2 * each - 1 - shift) / scale for each in (a, b))
+    with torch.no_grad():
+        for index, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
+            pool = nn.MaxPool2d(3, 2) if index in (1, 2) else nn.Identity()
+            x, y = layer(pool(x)).relu(), layer(pool(y)).relu()
+            unit = x / x.square().sum(1, keepdim=True).sqrt().add(1e-10) - y / y.square().sum(
+                1, keepdim=True
+            ).sqrt().add(1e-10)
+            far += (unit.square() * weight).sum(1).mean((1, 2))
+    distance = open_lpips(tmp_path / "l.safetensors", batch=2)
+    torch.testing.assert_close(distance(a, b), far)
+    assert distance(a, a).tolist() == [0, 0, 0]
+    with pytest.raises(ModelError, match="cannot look"):
+        distance(a[..., :8, :8], b[..., :8, :8])
+    with pytest.raises(ModelError, match="not a state dict"):
+        open_lpips(tmp_path / "none.safetensors")
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A random pipeline that draws pixels, and the same with noise on its weights."""
@@ -185,6 +222,7 @@ def test_what_goes_wrong_is_one_sentence(folders: tuple[Path, Path], tmp_path: P
     for arguments, code, said in (
         ((original, "--plot", tmp_path / "steps.png", "--images", 1, "--steps", 1), 2, "give --against ORIGINAL"),
         ((original, "--sheet", tmp_path / "none" / "s.png"), 2, "its folder does not exist"),
+        ((original, "--card"), 2, "keep these with --json"),
         ((original, "--guidance", 5000), 2, "guidance is 5000"),
         ((original, "--judge", tmp_path / "none.safetensors"), 2, "no such file"),
         ((original, "--against", tmp_path), 3, "no model_index.json"),
