@@ -22,6 +22,7 @@ from quant.blocks import BlockSolver, Solved, fill, float_weights
 from quant.calibration.activations import Activations
 from quant.calibration.replay import Replay
 from quant.calibration.samples import Batch, moved
+from quant.checkpoint.components import check_home, copy_beside, copy_card
 from quant.checkpoint.journal import FOLDER, Journal, Mode, complete, finished_report
 from quant.checkpoint.provenance import provenance
 from quant.checkpoint.verify import compare_logits
@@ -34,6 +35,7 @@ from quant.memory import give_back, peak_bytes
 from quant.models.source import first_line
 from quant.models.stream import first_tensor, outside_blocks
 from quant.models.walk import Block
+from quant.plan import MODULATION
 from quant.prepare import Prepared, Settings, prepare
 from quant.progress import Progress
 from quant.recipe import Recipe
@@ -78,25 +80,29 @@ def quantize(
 def run(prepared: Prepared, out: Path, mode: Mode = "new", progress: Progress | None = None) -> Result:
     """The computation, the checkpoint and its verification."""
     progress = progress or Progress()
-    began = time.perf_counter()
-    if mode == "resume" and complete(out):
+    began, source = time.perf_counter(), prepared.source
+    check_home(out, source)
+    place = out / source.inside
+    if mode == "resume" and complete(place):
         progress.step("checking: the checkpoint is already complete")
-        report = finished_report(out, prepared.identity())
-        return Result(out, Written(out, report["files"], report["bits"]["measured"]), report)
-    with _out_of_memory(out), threads(prepared.threads), Journal(out, prepared.identity(), mode) as journal:
+        report = finished_report(place, prepared.identity())
+        return Result(out, Written(place, report["files"], report["bits"]["measured"]), report)
+    with _out_of_memory(place), threads(prepared.threads), Journal(place, prepared.identity(), mode) as journal:
         resumed = sum(journal.finished(i) for i in range(len(prepared.walk.chain)))
         logits = _blocks(prepared, journal, progress)
         progress.step("writing the checkpoint")
         records = [journal.record(i) for i in range(len(prepared.walk.chain)) if journal.finished(i)]
         report = _report(prepared, records)
         written = write_checkpoint(prepared, journal, report)
+        copy_beside(source, out)
         progress.step("verifying: reloading from disk")
-        report["verification"] = compare_logits(out, prepared, logits)
+        report["verification"] = compare_logits(place, prepared, logits)
         report["seconds"] = round(time.perf_counter() - began, 2)
         report["resumed_blocks"] = resumed
         report["peak_gpu_bytes"] = torch.cuda.max_memory_allocated() if "cuda" in prepared.settings.device else 0
         report["peak_rss_bytes"] = peak_bytes()
         written.finish(report)
+        copy_card(source, out)
         journal.close()
     return Result(out, written, report)
 
@@ -258,6 +264,7 @@ def _report(prepared: Prepared, records: Sequence[dict[str, Any]]) -> dict[str, 
         "bits": {"promised": 8 * packed / max(1, weights), "weights": weights, "packed_bytes": packed},
         "left_float": prepared.walk.left
         | {n: "the plan keeps it float" for n, s in prepared.plan.specs.items() if s is None},
+        "raised": {s.name: MODULATION for s in prepared.walk.sites if s.modulation},
         **provenance(prepared),
         "blocks": [
             {"name": record["block"], **{key: record[key] for key in ("seconds", "recovery") if key in record}}

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from quant.errors import SettingsError
-from quant.kernels.spec import Binary, Codebook, LowRank, Rotated, Spec, SpecError, Trellis, spec_from_dict
+from quant.kernels.spec import Binary, Codebook, LowRank, Rotated, Spec, SpecError, Trellis, Uniform, spec_from_dict
 from quant.models.walk import Site, Walk
 from quant.recipe import Recipe, respec
+
+MODULATION_BITS = 4
+MODULATION = f"an adaLN modulation: at least {MODULATION_BITS} bits, whatever the recipe says"
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def make_plan(recipe: Recipe, found: Walk, file: Path | None = None) -> Plan:
     """
     sites = {site.name: site for site in found.sites}
     specs: dict[str, Spec | None] = {}
-    own = spread(recipe, found) if recipe.average is not None else {n: fitted(recipe.spec, s) for n, s in sites.items()}
+    own = spread(recipe, found) if recipe.average is not None else {n: raised(recipe.spec, s) for n, s in sites.items()}
     if file is None:
         return Plan(dict(own))
     try:
@@ -61,7 +64,7 @@ def spread(recipe: Recipe, found: Walk) -> dict[str, Spec]:
     """
     low, average = recipe.spec, recipe.average or 0.0
     bits: int = low.core.to_dict()["bits"]
-    pairs = {s.name: (s, fitted(low, s), fitted(respec(low, bits=bits + 1), s)) for s in found.sites}
+    pairs = {s.name: (s, raised(low, s), raised(respec(low, bits=bits + 1), s)) for s in found.sites}
     weights = sum(math.prod(site.shape) for site, _, _ in pairs.values())
     least = sum(8 * spec.nbytes(site.shape) for site, spec, _ in pairs.values())
     if least > average * weights:
@@ -74,6 +77,16 @@ def spread(recipe: Recipe, found: Walk) -> dict[str, Spec]:
         room += (average - least / weights) * math.prod(site.shape)
         chosen[name], room = (large, room - extra) if extra <= room else (small, room)
     return chosen
+
+
+def raised(spec: Spec, site: Site) -> Spec:
+    """The recipe's spec as a site needs it, with at least `MODULATION_BITS` for adaLN modulations: an error there moves
+    all tokens of a sample the same way (SVDQuant, ViDiT-Q and PTQ4DiT all keep them at 4 or more)."""
+    core = spec.core
+    if site.modulation and (core.to_dict().get("bits") or 0) < MODULATION_BITS:
+        known = isinstance(core, Uniform | Trellis)
+        spec = respec(spec, bits=MODULATION_BITS) if known else Uniform(bits=MODULATION_BITS)
+    return fitted(spec, site)
 
 
 def fitted(spec: Spec, site: Site) -> Spec:

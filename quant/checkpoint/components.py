@@ -1,0 +1,67 @@
+"""The rest of a diffusers pipeline: what lies beside the transformer is copied as it is.
+
+A packed transformer goes into its place in the pipeline's folder, so that `DiffusionPipeline.from_pretrained` loads the
+whole. A transformer that stands alone keeps the scheduler that lies with it. Only safetensors, configs and tokenizer
+files are copied, never a pickle.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from quant.checkpoint.journal import FOLDER, complete
+from quant.checkpoint.shards import disk_error
+from quant.errors import ResumeError
+from quant.models.diffusion import components
+from quant.models.source import PIPELINE, Source
+
+KINDS = (".json", ".txt", ".model", ".jinja", ".safetensors")
+ALONE = ("scheduler",)  # what may lie in a transformer's own folder
+
+
+def check_home(out: Path, source: Source) -> None:
+    """Raises `ResumeError` if a pipeline is to be written among files that are not ours."""
+    place = out / source.inside
+    if not source.inside or not out.is_dir() or (place / FOLDER).exists() or complete(place):
+        return
+    if any(out.iterdir()):
+        raise ResumeError(f"{out}: holds files that are not bitwright's; choose another --out")
+
+
+def beside(source: Source) -> Iterator[Path]:
+    """The files to copy, below `source.home`."""
+    if not source.is_diffusion:
+        return
+    names = components(source.home) if source.inside else ALONE
+    if source.inside:
+        yield source.home / PIPELINE
+    for name in sorted(set(names) - {source.inside}):
+        folder = source.home / name
+        found = sorted(folder.rglob("*")) if folder.is_dir() and name not in ("", ".", "..") else []
+        yield from (path for path in found if path.suffix in KINDS and path.is_file())
+
+
+def copy_beside(source: Source, out: Path) -> None:
+    """Copies them below `out`, each whole or not at all.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    for path in beside(source):
+        target = out / path.relative_to(source.home)
+        part = target.with_name(target.name + ".part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, part)
+            part.replace(target)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise disk_error(target, error) from None
+
+
+def copy_card(source: Source, out: Path) -> None:
+    """The model card and the report to the pipeline's folder too, where people look for them."""
+    for name in ("README.md", "report.html") if source.inside else ():
+        shutil.copyfile(out / source.inside / name, out / name)

@@ -1,0 +1,213 @@
+"""Diffusion transformers from end to end: every architecture is walked, quantized, saved, loaded and run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_dit
+import torch
+
+import quant
+from quant.calibration.samples import moved
+from quant.checkpoint.manifest import verify
+from quant.errors import CalibrationError, ModelError
+from quant.linear import PackedLinear
+from quant.models.arguments import Form, build, find_form
+from quant.models.stream import first_tensor
+from quant.models.walk import walk
+from quant.prepare import prepare
+from quant.recipe import Calibration, Recipe, Trajectory, load_recipe
+
+SMALL = Calibration(samples=3, batch_size=2)
+WAY = Trajectory(steps=3, keep=2)
+
+
+def one_step(model: Any, form: Form, rows: int = 2) -> torch.Tensor:
+    """One step of denoising."""
+    with torch.no_grad():
+        return first_tensor(model(**build(model, form.layout, form.traced, rows)))
+
+
+@pytest.mark.parametrize("name", list(tiny_dit.CONFIGS))
+def test_every_architecture(name: str, tmp_path: Path) -> None:
+    diffusers = tiny_dit.library()
+    source = tiny_dit.folder(name, tmp_path / "float", "FlowMatchEulerDiscreteScheduler")
+    recipe = Recipe(spec=quant.Uniform(bits=8, group_size=16), calibration=SMALL, trajectory=WAY)
+    result = quant.quantize(str(source), tmp_path / "packed", recipe)
+    assert result.report["sites"]
+    loaded = quant.load(tmp_path / "packed")
+    assert any(isinstance(part, PackedLinear) for part in loaded.modules())
+    model = getattr(diffusers, name).from_pretrained(source)
+    form = find_form(model)
+    expected, got = one_step(model, form), one_step(loaded, form)
+    assert float((got - expected).norm() / expected.norm()) < 0.05
+    again = getattr(diffusers, name).from_pretrained(tmp_path / "packed")
+    torch.testing.assert_close(one_step(again, form), got, rtol=0, atol=0)
+    plain = quant.load(tmp_path / "packed", dequantize=True)
+    torch.testing.assert_close(one_step(plain, form), got, rtol=1e-4, atol=1e-4)
+
+
+MODULATIONS = {
+    "DiTTransformer2DModel": {"norm1.linear"},
+    "SD3Transformer2DModel": {"norm1.linear", "norm1_context.linear"},
+    "FluxTransformer2DModel": {"norm1.linear", "norm1_context.linear", "norm.linear"},
+    "QwenImageTransformer2DModel": {"img_mod.1", "txt_mod.1"},
+    "CogVideoXTransformer3DModel": {"norm1.linear", "norm2.linear"},
+    "WanTransformer3DModel": set[str](),
+}
+
+
+@pytest.mark.parametrize("name", list(MODULATIONS))
+def test_roles_are_found_without_lists_of_names(name: str) -> None:
+    model = tiny_dit.transformer(name)
+    form = find_form(model)
+    found = walk(model, build(model, form.layout, form.traced, 2))
+    ends = {site.name.partition("blocks.")[2].partition(".")[2] for site in found.sites if site.modulation}
+    assert ends == MODULATIONS[name]
+    assert all("proj_out" not in site.name or "single" in site.name for site in found.sites)
+    if name == "DiTTransformer2DModel":
+        embedders = [reason for left, reason in found.left.items() if "timestep_embedder" in left]
+        assert len(embedders) == 4
+        assert all("embedders stay float" in reason for reason in embedders)
+    assert "an embedder: multiplied by before the first block" in found.left.values() or name.startswith("DiT")
+
+
+def test_modulations_keep_at_least_four_bits(tmp_path: Path) -> None:
+    source = tiny_dit.folder("DiTTransformer2DModel", tmp_path / "float", "DDIMScheduler")
+    for bits, wanted in ((2, 4), (3, 4), (5, 5)):
+        recipe = Recipe(spec=quant.Uniform(bits=bits), solver=load_recipe("rtn").solver, calibration=None)
+        plan = prepare(str(source), recipe).plan.to_dict()
+        assert {spec["bits"] for name, spec in plan.items() if spec and name.endswith("norm1.linear")} == {wanted}
+        assert {spec["bits"] for name, spec in plan.items() if spec and not name.endswith("norm1.linear")} == {bits}
+
+
+def test_calibration_follows_the_model_and_sees_all_timesteps_alike(tmp_path: Path) -> None:
+    source = tiny_dit.folder("DiTTransformer2DModel", tmp_path / "float", "DDIMScheduler")
+    recipe = Recipe(calibration=Calibration(samples=8, batch_size=4), trajectory=Trajectory(steps=4, keep=2))
+    samples = prepare(str(source), recipe).samples
+    seen = torch.cat([batch["timestep"] for batch in samples.batches]).tolist()
+    assert len(seen) == 16
+    assert {seen.count(time) for time in set(seen)} == {4}
+    assert "random class labels; 4 steps of DDIMScheduler" in samples.text
+    again = prepare(str(source), recipe).samples
+    assert again.tokens_sha256() == samples.tokens_sha256()
+
+    model = tiny_dit.library().DiTTransformer2DModel.from_pretrained(source)  # the same way, by hand
+    schedule = tiny_dit.library().DDIMScheduler.from_pretrained(source / "scheduler")
+    schedule.set_timesteps(4)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((8, 4, 8, 8), generator=generator)
+    labels = torch.randint(0, 10, (8,), generator=generator)
+    torch.testing.assert_close(samples.batches[0]["hidden_states"], x[[0, 2, 4, 6]])
+    with torch.no_grad():
+        said = model(x, timestep=schedule.timesteps[0].expand(8), class_labels=labels).sample[:, :4]
+    x = schedule.step(said, schedule.timesteps[0], x).prev_sample
+    second = next(batch for batch in samples.batches if batch["timestep"][0] == schedule.timesteps[1])
+    torch.testing.assert_close(second["hidden_states"], x[[1, 3, 5, 7]], rtol=1e-4, atol=1e-5)
+
+
+def test_the_streamed_model_calibrates_as_the_resident_one(tmp_path: Path) -> None:
+    source = tiny_dit.folder("FluxTransformer2DModel", tmp_path / "float", "FlowMatchEulerDiscreteScheduler")
+    recipe = Recipe(calibration=SMALL, trajectory=WAY)
+    whole = prepare(str(source), recipe).samples
+    streamed = prepare(str(source), recipe, quant.Settings(spill_bytes=0)).samples
+    assert streamed.tokens_sha256() == whole.tokens_sha256()
+
+
+def test_guidance_doubles_the_batch(tmp_path: Path) -> None:
+    source = tiny_dit.folder("DiTTransformer2DModel", tmp_path / "float", "DDIMScheduler")
+    recipe = Recipe(calibration=SMALL, trajectory=Trajectory(steps=2, keep=1, guidance=4.0))
+    batch = prepare(str(source), recipe).samples.batches[0]
+    rows = len(batch["hidden_states"])
+    assert torch.equal(batch["hidden_states"][: rows // 2], batch["hidden_states"][rows // 2 :])
+    assert batch["class_labels"][rows // 2 :].tolist() == [10] * (rows // 2)
+    assert batch["class_labels"][: rows // 2].max() < 10
+
+
+def test_labels_and_tensors_from_files(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    labels = tmp_path / "labels.txt"
+    labels.write_text("7\n3\n")
+    source = tiny_dit.folder("DiTTransformer2DModel", tmp_path / "dit", "DDIMScheduler")
+    recipe = Recipe(calibration=Calibration(str(labels), samples=3, batch_size=3), trajectory=Trajectory(2, 2))
+    assert prepare(str(source), recipe).samples.batches[0]["class_labels"].tolist() == [7, 3, 7]
+    labels.write_text("a red car\n")
+    with pytest.raises(CalibrationError, match="one a line"):
+        prepare(str(source), recipe)
+
+    text = tmp_path / "text.safetensors"
+    save_file({"encoder_hidden_states": torch.ones(2, 6, 24)}, text)
+    source = tiny_dit.folder("PixArtTransformer2DModel", tmp_path / "pixart", "DDIMScheduler")
+    recipe = Recipe(calibration=Calibration(str(text), samples=3, batch_size=3), trajectory=Trajectory(2, 2))
+    samples = prepare(str(source), recipe).samples
+    assert samples.batches[0]["encoder_hidden_states"].shape == (3, 6, 24)
+    assert "tensors of text.safetensors" in samples.text
+    save_file({"encoder_hidden_states": torch.ones(2, 6, 25)}, text)
+    with pytest.raises(CalibrationError, match="none of the model's arguments"):
+        prepare(str(source), recipe)
+
+
+def test_a_transformer_alone_is_calibrated_on_noise_and_says_so(tmp_path: Path) -> None:
+    source = tiny_dit.folder("SD3Transformer2DModel", tmp_path / "float")
+    samples = prepare(str(source), Recipe(calibration=SMALL, trajectory=WAY)).samples
+    assert "noise at all timesteps" in samples.text
+    assert moved(samples.batches[0], "cpu")["timestep"].tolist() == [999, 999]
+
+
+def test_code_and_models_that_are_not_diffusers_are_refused(tmp_path: Path) -> None:
+    source = tiny_dit.folder("DiTTransformer2DModel", tmp_path / "float")
+    config = json.loads((source / "config.json").read_text())
+    for name in ("MyTransformer", "DDIMScheduler", "logging"):
+        (source / "config.json").write_text(json.dumps(config | {"_class_name": name}))
+        with pytest.raises(ModelError, match="no ModelMixin of diffusers"):
+            prepare(str(source), Recipe(calibration=None))
+
+
+def pipeline(path: Path) -> Any:
+    """A whole class-conditional pipeline: transformer, scheduler and an autoencoder."""
+    diffusers = tiny_dit.library()
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        in_channels=3, out_channels=3, block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",), latent_channels=4, norm_num_groups=4, layers_per_block=1,
+    ).eval()  # fmt: skip
+    made = diffusers.DiTPipeline(
+        tiny_dit.transformer("DiTTransformer2DModel", num_embeds_ada_norm=1000), vae, diffusers.DDIMScheduler()
+    )
+    made.save_pretrained(path)
+    return made
+
+
+def paint(pipe: Any) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe([1, 2], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    return torch.from_numpy(images)
+
+
+def test_a_pipeline_comes_out_as_a_pipeline(tmp_path: Path) -> None:
+    diffusers = tiny_dit.library()
+    before = paint(pipeline(tmp_path / "float"))
+    recipe = Recipe(spec=quant.Uniform(bits=8, group_size=16), calibration=SMALL, trajectory=WAY)
+    out = tmp_path / "packed"
+    result = quant.quantize(str(tmp_path / "float"), out, recipe)
+    assert result.out == out
+    verify(out / "transformer")
+    assert (out / "README.md").is_file()
+    loaded = diffusers.DiTPipeline.from_pretrained(out)
+    assert any(isinstance(part, PackedLinear) for part in loaded.transformer.modules())
+    assert float((paint(loaded) - before).abs().mean()) < 0.05
+    swapped = diffusers.DiTPipeline.from_pretrained(tmp_path / "float", transformer=quant.load(out))
+    torch.testing.assert_close(paint(swapped), paint(loaded), rtol=0, atol=0)
+    for name in ("vae", "scheduler"):
+        assert sorted(p.name for p in (out / name).iterdir()) == sorted(
+            p.name for p in (tmp_path / "float" / name).iterdir()
+        )
+    with pytest.raises(quant.BitwrightError, match="already holds a checkpoint"):
+        quant.quantize(str(tmp_path / "float"), out, recipe)
+    again = quant.quantize(str(tmp_path / "float"), tmp_path / "again", recipe)
+    files = [f"transformer/{name}" for name in again.report["files"]] + ["transformer/config.json"]
+    assert all((out / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
