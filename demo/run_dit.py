@@ -65,7 +65,7 @@ def main() -> None:
         rule=Rule(images=args.images, steps=args.steps, guidance=args.guidance),
         judge=open_judge(judge),
     )
-    console.print(picture_table(hung))
+    console.print(picture_table(hung, console.width))
     sheet(hung.rows, args.out / "sheet.png")
     plot_steps(hung.pictures, args.out / "timesteps.png")
     made = "; ".join(f"{name} {value:.1f} s" for name, value in seconds.items())

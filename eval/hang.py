@@ -44,19 +44,34 @@ _COLUMNS = (
 )
 
 
-def picture_table(hung: Hung) -> Group:
-    """One row per model, the original first; a column that nobody fills is left out."""
+def picture_table(hung: Hung, width: int) -> Group:
+    """One row per model, the original first. A column that nobody fills is left out; what does not fit continues in a
+    table below."""
     shown = [*([hung.original] if hung.original else []), *hung.pictures]
     named = [_Column(name, _distance(name), "to the original's image, mean") for name in _names(shown)]
     columns = [each for each in (*_COLUMNS, *named) if any(each.cell(picture) for picture in shown)]
+    name = min(32, max(len("model"), *(len(picture.model) for picture in shown)))
+    parts: list[list[_Column]] = [[]]
+    left = room = width - name - 2
+    for column in columns:
+        need = 3 + max(len(column.heading), *(len(column.cell(picture)) for picture in shown))
+        if need > left and parts[-1]:
+            parts.append([])
+            left = room
+        parts[-1].append(column)
+        left -= need
+    legend = "; ".join(f"{column.heading}: {column.meaning}" for column in columns)
+    return Group(Styled(title(hung)), *(_grid(shown, part, name) for part in parts), Styled(legend, style="dim"))
+
+
+def _grid(shown: Sequence[Picture], columns: Sequence[_Column], name: int) -> Table:
     grid = Table(box=SIMPLE_HEAD, pad_edge=False)
-    grid.add_column("model", overflow="fold")
+    grid.add_column("model", overflow="fold", min_width=name, max_width=name)
     for column in columns:
         grid.add_column(column.heading, justify="right", no_wrap=True)
     for picture in shown:
         grid.add_row(picture.model, *(column.cell(picture) or "-" for column in columns))
-    legend = "; ".join(f"{column.heading}: {column.meaning}" for column in columns)
-    return Group(Styled(title(hung)), grid, Styled(legend, style="dim"))
+    return grid
 
 
 def title(hung: Hung) -> str:

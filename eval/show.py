@@ -61,7 +61,7 @@ def show(models: Sequence[str], against: str | None, rule: dict[str, Any], showi
     made = Rule(**rule, prompts=prompts_of(showing.text) if wants else ())
     hung = _judged(painters, original, made, showing)
     out = console_for(stderr=showing.json == "-")
-    out.print(picture_table(hung))
+    out.print(picture_table(hung, out.width))
     if showing.sheet:
         classes = painters[0].classes
         sheet(hung.rows, showing.sheet, columns=classes if 1 < classes <= 16 else 10)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from quant.errors import ModelError, SettingsError
@@ -97,6 +98,7 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed;
 
 from quant.eval.draw import Drawn, Rule, draw, predict  # noqa: E402
 from quant.eval.gallery import judge_images  # noqa: E402
+from quant.eval.hang import markdown, picture_table  # noqa: E402
 from quant.eval.painter import Painter, is_diffusion, open_painter  # noqa: E402
 
 RULE = Rule(images=6, steps=4, batch=4)
@@ -154,6 +156,18 @@ def test_fewer_bits_are_farther_away(painter: Painter) -> None:
             assert right.noise is not None
             assert 0 < left.noise < right.noise
             assert left.cosine > right.cosine
+
+
+def test_a_narrow_table_goes_on_below(painter: Painter) -> None:
+    console = Console(width=60)
+    with console.capture() as captured:
+        hung = judge_images([damaged(painter, 4, "4bit")], against=painter, rule=RULE)
+        console.print(picture_table(hung, console.width))
+    lines = captured.get().splitlines()
+    assert sum("model" in line for line in lines) == 2
+    assert sum(line.strip().startswith("4bit") for line in lines) == 2
+    assert "…" not in captured.get()
+    assert "| 4bit |" in markdown(hung)
 
 
 def test_images_depend_on_their_seed_alone(painter: Painter) -> None:
