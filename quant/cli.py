@@ -190,9 +190,7 @@ def _show_estimate(prepared: Prepared, predicted: Estimate, as_json: bool, quiet
     console = Console(quiet=quiet)
     title = f"plan for {escape(prepared.source.name)}"
     table = Table("sites", "count", "rows x in", "bits", "group", "bits/weight", "bytes each", title=title)
-    alike = Counter(
-        (re.sub(r"(?<=\.)\d+(?=\.)", "*", s.name), s.shape, prepared.plan.specs[s.name]) for s in prepared.walk.sites
-    )
+    alike = Counter((_starred(s.name), s.shape, prepared.plan.specs[s.name]) for s in prepared.walk.sites)
     for (name, (rows, columns), spec), count in alike.items():
         data = spec.to_dict() if spec else {}
         cost = (
@@ -203,8 +201,9 @@ def _show_estimate(prepared: Prepared, predicted: Estimate, as_json: bool, quiet
         shown = (str(data.get("base", data).get(key, "")) for key in ("bits", "group_size"))
         table.add_row(escape(name), str(count), f"{rows} x {columns}", *shown, *cost)
     console.print(table)
-    for name, reason in prepared.walk.left.items():
-        console.print(f"float: {escape(name)}: {escape(reason)}", highlight=False)
+    for (name, reason), count in Counter((_starred(n), why) for n, why in prepared.walk.left.items()).items():
+        times = f" ({count})" if count > 1 else ""
+        console.print(f"float: {escape(name)}{times}: {escape(reason)}", highlight=False)
     facts = Table(show_header=False, title="prediction")
     facts.add_row(
         "quantized weights", f"{predicted.weights:,} in {predicted.sites} sites at {predicted.promised_bits:.4f} bits"
@@ -217,6 +216,11 @@ def _show_estimate(prepared: Prepared, predicted: Estimate, as_json: bool, quiet
         facts.add_row("activations on disk", human(predicted.spilled_bytes))
     facts.add_row("time", f"{predicted.seconds:.0f} s (rehearsed in {predicted.rehearsal_seconds:.0f} s)")
     console.print(facts)
+
+
+def _starred(name: str) -> str:
+    """A name without its block's number."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _show_result(result: Result, float_bytes: int, console: Console, as_json: bool) -> None:

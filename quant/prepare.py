@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,28 @@ class Settings:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model that was walked and planned, with its calibration inputs: all that is known before work starts."""
+    """A model that was walked and planned, with its calibration inputs: all that is known before work starts. `draw`:
+    makes them; a diffusion transformer's own run to get there is work, and waits until they are asked for."""
 
     source: Source
     skeleton: Skeleton
     walk: Walk
     plan: Plan
-    samples: Samples
+    draw: Callable[[], Samples]
     recipe: Recipe
     settings: Settings
+
+    @cached_property
+    def samples(self) -> Samples:
+        return self.draw()
+
+    @property
+    def outline(self) -> tuple[Batch, int]:
+        """A batch like those of `samples`, and how many there are."""
+        calibration, skeleton = self.recipe.calibration, self.skeleton
+        if calibration is None or not isinstance(skeleton, DiffusionSkeleton):
+            return self.samples.batches[0], 0 if calibration is None else len(self.samples.batches)
+        return trajectory.outline(skeleton, calibration, self.recipe.trajectory)
 
     @property
     def threads(self) -> int:
@@ -107,8 +121,7 @@ def prepare(model: str, recipe: Recipe, settings: Settings | None = None, progre
     found = walk(skeleton.model, _trace(skeleton), only=recipe.only, skip=recipe.skip)
     skeleton.lent = found.lent
     plan = make_plan(recipe, found, settings.plan)
-    samples = _samples(skeleton, found, recipe, settings, progress)
-    return Prepared(source, skeleton, found, plan, samples, recipe, settings)
+    return Prepared(source, skeleton, found, plan, _draw(skeleton, found, recipe, settings, progress), recipe, settings)
 
 
 def skeleton_of(
@@ -131,12 +144,20 @@ def _trace(skeleton: Skeleton) -> Batch:
     return {"input_ids": torch.zeros((1, TRACE_TOKENS), dtype=torch.int64)}
 
 
-def _samples(skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, progress: Progress) -> Samples:
-    if not isinstance(skeleton, DiffusionSkeleton):
-        progress.step("reading the calibration text")
-        if recipe.calibration is None:
-            return noise(skeleton.config)
-        return draw(recipe.calibration, skeleton.source, skeleton.config)
+def _draw(
+    skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, progress: Progress
+) -> Callable[[], Samples]:
+    if isinstance(skeleton, DiffusionSkeleton):
+        return lambda: _follow(skeleton, found, recipe, settings, progress)
+    progress.step("reading the calibration text")
+    calibration = recipe.calibration
+    drawn = noise(skeleton.config) if calibration is None else draw(calibration, skeleton.source, skeleton.config)
+    return lambda: drawn
+
+
+def _follow(
+    skeleton: DiffusionSkeleton, found: Walk, recipe: Recipe, settings: Settings, progress: Progress
+) -> Samples:
     if recipe.calibration is None:
         return trajectory.noise(skeleton)
     progress.step("following the model from noise to image")

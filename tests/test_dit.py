@@ -137,7 +137,7 @@ def test_labels_and_tensors_from_files(tmp_path: Path) -> None:
     assert prepare(str(source), recipe).samples.batches[0]["class_labels"].tolist() == [7, 3, 7]
     labels.write_text("a red car\n")
     with pytest.raises(CalibrationError, match="one a line"):
-        prepare(str(source), recipe)
+        _ = prepare(str(source), recipe).samples
 
     text = tmp_path / "text.safetensors"
     save_file({"encoder_hidden_states": torch.ones(2, 6, 24)}, text)
@@ -148,7 +148,7 @@ def test_labels_and_tensors_from_files(tmp_path: Path) -> None:
     assert "tensors of text.safetensors" in samples.text
     save_file({"encoder_hidden_states": torch.ones(2, 6, 25)}, text)
     with pytest.raises(CalibrationError, match="none of the model's arguments"):
-        prepare(str(source), recipe)
+        _ = prepare(str(source), recipe).samples
 
 
 def test_a_transformer_alone_is_calibrated_on_noise_and_says_so(tmp_path: Path) -> None:

@@ -63,6 +63,22 @@ def follow(skeleton: DiffusionSkeleton, forward: Forward, recipe: Recipe) -> Sam
     return Samples(tuple(batches), text, digest, tokens, rows(batches[len(batches) // 2], torch.tensor([0])))
 
 
+def outline(skeleton: DiffusionSkeleton, calibration: Calibration, trajectory: Trajectory) -> tuple[Batch, int]:
+    """A batch of the size of those that `follow` will give, made of noise, and how many there will be."""
+    steps, count = trajectory.steps, calibration.samples
+    kept = [sum(step in trajectory.kept(n, steps) for n in range(count)) for step in range(steps)]
+    halves = 1 if trajectory.guidance == 1 else 2
+    size = min(calibration.batch_size, max(kept)) * halves
+    given = build(skeleton.model, skeleton.form.layout, own_size(skeleton.config), size)
+    return cast(given, skeleton.dtype), sum(-(-number // calibration.batch_size) for number in kept)
+
+
+def passes(calibration: Calibration, trajectory: Trajectory) -> float:
+    """How many batches' worth of passes through the whole model `follow` takes."""
+    rows = calibration.samples * (trajectory.steps - 1)
+    return rows / min(calibration.batch_size, calibration.samples)
+
+
 def noise(skeleton: DiffusionSkeleton) -> Samples:
     """For recipes that read nothing: the verification alone runs on one sample of noise."""
     given = build(skeleton.model, skeleton.form.layout, skeleton.form.traced, 1)
