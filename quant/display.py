@@ -31,7 +31,7 @@ class Display(Progress):
             transient=True,
         )
         self.task = self.bars.add_task("", total=None, site="", error="", eta="", memory="")
-        self.blocks, self.weights, self.done_weights, self.resumed = 0, 0, 0, 0
+        self.blocks, self.weights, self.done_weights, self.resumed, self.steps = 0, 0, 0, 0, 0
         self.began = time.perf_counter()
         self.errors: list[float] = []
 
@@ -66,6 +66,15 @@ class Display(Progress):
     def recovering(self, done: int, steps: int, loss: float) -> None:
         self.bars.update(self.task, site=f"tuning {done}/{steps}", error=f"loss {loss:.3f}")
 
+    def distilling(self, done: int, steps: int, loss: float) -> None:
+        if self.weights:  # the first step: from here on steps are counted
+            self.weights, self.steps, self.began = 0, steps - done, time.perf_counter()
+            self.bars.update(self.task, total=steps)
+        left = _left(self.began, self.steps - (steps - done), steps - done)
+        self.bars.update(self.task, completed=done, error=f"loss {loss:.3f}", eta=left, memory=_memory())
+        if not self.console.is_terminal and (done == steps or done % max(1, steps // 8) == 0):
+            self.console.print(f"tuning end to end {done}/{steps}: loss {loss:.3f}{left and ', ' + left}")
+
     def advanced(self, index: int, weights: int) -> None:
         self.done_weights += weights
         if not self.errors:
@@ -81,11 +90,15 @@ class Display(Progress):
         self.bars.update(self.task, description=what, site="", error="", eta="", memory=_memory())
 
     def _eta(self, done: float) -> str:
-        elapsed = time.perf_counter() - self.began
-        if done <= 0 or done >= self.weights or elapsed < 1:
-            return ""
-        left = int(elapsed / done * (self.weights - done))
-        return f"{left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d} left"
+        return _left(self.began, done, self.weights - done)
+
+
+def _left(began: float, done: float, more: float) -> str:
+    elapsed = time.perf_counter() - began
+    if done <= 0 or more <= 0 or elapsed < 1:
+        return ""
+    left = int(elapsed / done * more)
+    return f"{left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d} left"
 
 
 def _memory() -> str:

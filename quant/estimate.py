@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from quant.memory import peak_bytes
 from quant.models.stream import outside_blocks
 from quant.prepare import Prepared, skeleton_of
 from quant.recovery.block import task
+from quant.recovery.tuning import REHEARSED, BlockTuning
 from quant.threads import threads
 
 
@@ -63,6 +64,7 @@ class _Rehearsal:
     advance: float  # seconds for one batch
     solve: float  # seconds for the block
     recover: float  # seconds for the block, all batches
+    step: float  # seconds for the block, one batch, in one step of the end-to-end tuning
     stored: int  # bytes of one batch's output
 
 
@@ -90,18 +92,37 @@ def estimate(prepared: Prepared) -> Estimate:
     calibration = prepared.recipe.calibration
     if calibration is not None and prepared.source.is_diffusion:
         verification += passes(calibration, prepared.recipe.trajectory) * seen.advance * share
+    distillation, more = _distillation(prepared, seen, weights, batches)
     return Estimate(
         sites=len(sites),
         weights=weights,
         promised_bits=8 * packed / max(1, weights),
         weight_files=files,
         float_bytes=prepared.source.nbytes(),
-        peak_rss_bytes=peak_rss,
-        peak_gpu_bytes=peak_gpu,
+        peak_rss_bytes=peak_rss + (0 if cuda else more),
+        peak_gpu_bytes=peak_gpu + (more if cuda else 0),
         spilled_bytes=activations - held,
-        seconds=per_block * share + verification,
+        seconds=per_block * share + verification + distillation,
         rehearsal_seconds=time.perf_counter() - began,
     )
+
+
+def _distillation(prepared: Prepared, seen: _Rehearsal, weights: int, batches: int) -> tuple[float, int]:
+    """Seconds of the end-to-end tuning, and the bytes it adds to the peak of solving: the whole float model, the codes'
+    values, the outputs between the blocks, and the logits with their gradients."""
+    recipe, model = prepared.recipe, prepared.skeleton.model
+    if recipe.distillation is None:
+        return 0.0, 0
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    rows = prepared.samples.tokens // max(1, batches)
+    logits = 0 if head is None else 4 * rows * head.weight.shape[0] * 4
+    share = (weights + (0 if head is None else head.weight.numel())) / max(1, seen.block_weights)
+    step = (seen.step + 2 * seen.advance) * share  # the teacher's pass, and what checkpointing does twice
+    passes = 4 * batches * seen.advance * share  # teacher and student, before and after
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    width = getattr(torch, prepared.settings.dtype).itemsize
+    more = parameters * width + 2 * weights + seen.stored * len(prepared.walk.chain) + logits
+    return recipe.distillation.steps * step + passes, more
 
 
 @torch.no_grad()
@@ -136,8 +157,10 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
         load = _timed(lambda: skeleton.load(names))
         room = lambda name: Activations(1, Path(folder) / name, prepared.settings.spill_bytes, device)  # noqa: E731
         matched = prepared.recipe.match == "float" and prepared.recipe.calibration is not None
+        trained = prepared.recipe.recovery is not None or prepared.recipe.distillation is not None
+        recipe = replace(prepared.recipe, recovery=BlockTuning()) if trained else prepared.recipe  # keeps float weights
         solver = BlockSolver(
-            replay, prepared.recipe, prepared.plan, [batch], store, store if matched else None, solved.append, room
+            replay, recipe, prepared.plan, [batch], store, store if matched else None, solved.append, room
         )
         originals: dict[str, torch.Tensor] = {}
         whole = _timed(lambda: solver.solve(index, blocks[largest.name], originals))
@@ -146,17 +169,20 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
         stored = sum(t.nbytes for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor))
         stored += sum(one.store.held + one.store.spilled for one in solver.remembered)
         solver.forget()
-        recover = 0.0
-        if prepared.recipe.recovery is not None:
+        recover = step = 0.0
+        if trained:
             targets = room("targets")
             with float_weights(skeleton.model, originals):
                 targets[0] = replay.output(index, batch, store[0])
             work = task(replay, index, [batch], store, targets, solved, originals, lambda *_: None)
-            recover = prepared.recipe.recovery.rehearse(work, count)
+            if prepared.recipe.recovery is not None:
+                recover = prepared.recipe.recovery.rehearse(work, count)
+            if prepared.recipe.distillation is not None:
+                step = BlockTuning(steps=REHEARSED).rehearse(work, 0) / REHEARSED
         skeleton.unload([*names, *outside])
     solve = sum(s.seconds for s in solved)
     weights = sum(s.site.shape[0] * s.site.shape[1] for s in solved)
-    return _Rehearsal(weights, load, max(0.0, whole - solve), advance, solve, recover, stored)
+    return _Rehearsal(weights, load, max(0.0, whole - solve), advance, solve, recover, step, stored)
 
 
 def _timed(work: Any) -> float:

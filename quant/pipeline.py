@@ -28,6 +28,7 @@ from quant.checkpoint.provenance import provenance
 from quant.checkpoint.verify import compare_logits
 from quant.checkpoint.writer import Written, write_checkpoint
 from quant.errors import BitwrightError, ModelError, ResourceError, out_of_memory
+from quant.finish import distil
 from quant.kernels.layouts import LAYOUTS
 from quant.kernels.spec import spec_from_dict
 from quant.linear import stored_name
@@ -90,9 +91,14 @@ def run(prepared: Prepared, out: Path, mode: Mode = "new", progress: Progress | 
     with _out_of_memory(place), threads(prepared.threads), Journal(place, prepared.identity(), mode) as journal:
         resumed = sum(journal.finished(i) for i in range(len(prepared.walk.chain)))
         logits = _blocks(prepared, journal, progress)
+        if prepared.recipe.distillation is not None:
+            progress.step("tuning end to end")
+            logits = distil(prepared, journal, progress)
         progress.step("writing the checkpoint")
         records = [journal.record(i) for i in range(len(prepared.walk.chain)) if journal.finished(i)]
         report = _report(prepared, records)
+        if prepared.recipe.distillation is not None:
+            report["distillation"] = journal.record(len(prepared.walk.chain))
         written = write_checkpoint(prepared, journal, report)
         copy_beside(source, out)
         progress.step("verifying: reloading from disk")

@@ -18,6 +18,9 @@ class Progress:
     def recovering(self, done: int, steps: int, loss: float) -> None:
         """Step `done` of `steps` on a solved block; `loss`: relative to that of the block as solved."""
 
+    def distilling(self, done: int, steps: int, loss: float) -> None:
+        """Step `done` of `steps` on the whole model; `loss`: relative to that of the model as solved."""
+
     def advanced(self, index: int, weights: int) -> None:
         """Block `index`, with `weights` quantized weights, is written and its output computed."""
 

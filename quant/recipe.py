@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from quant.calibration.importance import Attention
 from quant.errors import SettingsError
 from quant.kernels.spec import LowRank, Rotated, Spec, SpecError, Uniform, spec_from_dict
+from quant.recovery.distillation import Distillation
 from quant.recovery.tuning import BlockTuning
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
@@ -55,11 +56,12 @@ class Calibration:
 @dataclass(frozen=True)
 class Trajectory:
     """For a diffusion transformer: its `calibration.samples` samples go `steps` steps of the model's own scheduler,
-    under classifier-free `guidance` (1: none), and `keep` of each one's steps are calibrated on."""
+    under classifier-free `guidance` (1: none; None: the pipeline's own, and none without a pipeline), and `keep` of
+    each one's steps are calibrated on."""
 
     steps: int = 20
     keep: int = 4
-    guidance: float = 1.0
+    guidance: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "keep"):
@@ -87,7 +89,8 @@ class Recipe:
     `sequential`: inside a block, later sites see the inputs that the already quantized ones produce. `match`: what a
     solver aims at: `quantized`, the layer's own outputs on inputs from the already quantized blocks; or `float`, the
     float path's outputs from those same inputs. `recovery`: what is done to a block once its sites are solved, to bring
-    its outputs back to the float path's; None: nothing. `importance`: how much each token counts in a Hessian; None:
+    its outputs back to the float path's; None: nothing. `distillation`: what is done to the whole model once all blocks
+    are solved; None: nothing. `importance`: how much each token counts in a Hessian; None:
     all the same. `average`: at most so many bits per weight over all sites, overhead included, by giving some of them
     one bit more than `spec` (see `plan.py`); None: `spec` everywhere. `calibration` None: data-free, no text is read.
     `trajectory`: where the inputs of a diffusion transformer come from; it reads no text.
@@ -102,6 +105,7 @@ class Recipe:
     sequential: bool = True
     match: Literal["quantized", "float"] = "quantized"
     recovery: Any = None
+    distillation: Distillation | None = None
     importance: Any = None
     average: float | None = None
     only: tuple[str, ...] = ()
@@ -110,6 +114,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.recovery is not None and self.calibration is None:
             raise SettingsError("recovery trains on the calibration text, and this recipe has no calibration; give one")
+        if self.distillation is not None and self.calibration is None:
+            raise SettingsError("distillation trains on the calibration text, and this recipe has none; give one")
         if self.importance is not None and not isinstance(self.importance, IMPORTANCES):
             raise SettingsError(f"importance is {self.importance!r}; give an Attention() in a recipe file, or null")
         if self.importance is not None and self.calibration is None:
@@ -122,6 +128,7 @@ class Recipe:
         for name in ("recovery", "importance"):
             data[name] = data[name] and {"kind": type(data[name]).__name__, **asdict(data[name])}
         data["calibration"] = None if self.calibration is None else asdict(self.calibration)
+        data["distillation"] = self.distillation and asdict(self.distillation)
         data["trajectory"] = asdict(self.trajectory)
         data["experts"] = asdict(self.experts)
         return json.loads(json.dumps(data))
@@ -138,7 +145,8 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     for name, known in (("solver", SOLVERS), ("recovery", RECOVERIES), ("importance", IMPORTANCES)):
         if name in values and (name == "solver" or values[name] is not None):
             values[name] = _chosen(known, _mapping(values[name], name), name)
-    for name, kind in (("calibration", Calibration), ("trajectory", Trajectory), ("experts", Experts)):
+    parts = {"calibration": Calibration, "trajectory": Trajectory, "distillation": Distillation, "experts": Experts}
+    for name, kind in parts.items():
         if values.get(name) is not None:
             values[name] = _build(kind, _mapping(values[name], name), name)
     return _build(Recipe, values, "recipe")

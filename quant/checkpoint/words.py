@@ -78,6 +78,8 @@ def provenance_rows(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     if recovery := recipe.get("recovery"):
         trained = {key: value for key, value in recovery.items() if key != "kind"}
         rows.append(("recovery", f"{RECOVERIES.get(recovery['kind'], recovery['kind'])}; {_settings(trained)}"))
+    if distillation := recipe.get("distillation"):
+        rows.append(("recovery", f"end-to-end tuning; {_settings(distillation)}"))
     if windows := recipe["calibration"]:
         cut = f"{windows['samples']:,} of at most {windows['sequence_length']:,} tokens"
         rows.append(("calibration windows", f"{cut}, seed {windows['seed']}, {windows['batch_size']} at once"))

@@ -74,7 +74,8 @@ def promised_pieces(prepared: Prepared) -> dict[str, Piece]:
 
 
 def arrangement(prepared: Prepared, packed: Mapping[str, Piece]) -> list[list[Piece]]:
-    """The shards, in model order: packed tensors, and the float model's own for all that no packed site replaces."""
+    """The shards, in model order: packed tensors, and the float model's own for all that no packed site replaces
+    and no tuning changed (`packed` holds those too)."""
     skeleton, source = prepared.skeleton, prepared.source
     replaced = {site.parameter for site, _ in quantized_sites(prepared).values()}
     rank = {name: number for number, name in enumerate(prepared.walk.chain)}
@@ -86,7 +87,7 @@ def arrangement(prepared: Prepared, packed: Mapping[str, Piece]) -> list[list[Pi
     stored = {name: piece for file in source.files for name, piece in read_pieces(source.folder / file).items()}
     for name, piece in stored.items():
         targets = skeleton.targets[name]
-        if not replaced.intersection(targets):
+        if name not in packed and not replaced.intersection(targets):
             ranked.append((place(targets[0]) if targets else -1, piece))
     limit = max((source.folder / file).stat().st_size for file in source.files)
     ordered = [piece for _, piece in sorted(ranked, key=lambda item: (item[0], item[1].name))]
@@ -97,7 +98,7 @@ def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any
     """Writes everything but what is for people; the same bytes however often it is called."""
     out = journal.out
     packed: dict[str, Piece] = {}
-    for index in range(len(prepared.walk.chain)):
+    for index in range(len(prepared.walk.chain) + (prepared.recipe.distillation is not None)):
         packed |= journal.pieces(index)
     shards = arrangement(prepared, packed)
     stem = prepared.source.stem

@@ -72,8 +72,8 @@ class TunableUniform(Tunable):
         return [self.gain]
 
     def weight(self) -> Tensor:
-        codes = _through(self.place, self._codes())
-        scales = _through(self.start * (1 + self.gain), self._scales())
+        codes = through(self.place, self._codes())
+        scales = through(self.start * (1 + self.gain), self._scales())
         return scales[:, self.group] * (codes - self.zeros[:, self.group])
 
     def pack(self) -> Packed:
@@ -95,7 +95,7 @@ class TunableTrellis(Tunable):
         assert isinstance(packed, PackedTrellis)
         self.packed = packed
         ones = replace(packed, scales=torch.zeros_like(packed.scales), peaks=torch.ones_like(packed.peaks))
-        self.levels = ones.dequantize()
+        self.levels = ones.dequantize(torch.float16)  # exact, in half the memory
         self.start = packed.row_scales()
         self.peaks = packed.peaks.repeat_interleave(packed.spec.length)[: packed.shape[0]]
         self.gain = torch.zeros_like(self.start, requires_grad=True)
@@ -105,7 +105,7 @@ class TunableTrellis(Tunable):
 
     def weight(self) -> Tensor:
         stored = scale_values(self._codes(), self.peaks)
-        return self.levels * _through(self.start * (1 + self.gain), stored)[:, None]
+        return self.levels.float() * through(self.start * (1 + self.gain), stored)[:, None]
 
     def pack(self) -> Packed:
         return replace(self.packed, scales=self._codes())
@@ -165,6 +165,6 @@ class _Through(torch.autograd.Function):
         return gradient, None
 
 
-def _through(value: Tensor, rounded: Tensor) -> Tensor:
+def through(value: Tensor, rounded: Tensor) -> Tensor:
     found: Any = _Through.apply(value, rounded)
     return found

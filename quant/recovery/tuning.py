@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -29,6 +28,7 @@ from torch.utils import _pytree as pytree
 from quant.errors import SettingsError, SolverError
 from quant.kernels.packed import Packed
 from quant.models.walk import Site
+from quant.recovery.placed import as_parameter, placed
 from quant.recovery.tunable import Tunable, tunable
 
 REHEARSED = 3  # steps
@@ -123,7 +123,7 @@ class BlockTuning:
         codes = [parameter for one in tunables.values() for parameter in one.codes()] if self.codes else []
         scales = [parameter for one in tunables.values() for parameter in one.scales()] if self.scales else []
         adam = torch.optim.Adam(scales, lr=self.scales) if scales else None
-        for step, batch in enumerate(_order(task.batches, self.steps, self.seed + task.seed)):
+        for step, batch in enumerate(in_turn(task.batches, self.steps, self.seed + task.seed)):
             decay = 1 - step / self.steps
             weights = {name: one.weight() for name, one in tunables.items()}
             loss = _distance(task, weights, batch)[0] / usual
@@ -151,7 +151,7 @@ def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None
     return list(found)
 
 
-def _order(batches: int, steps: int, seed: int) -> list[int]:
+def in_turn(batches: int, steps: int, seed: int) -> list[int]:
     """Batches as they are taken: every one once before any comes again, each round in an order of its own."""
     generator = torch.Generator().manual_seed(seed)
     rounds = -(-steps // batches)
@@ -167,7 +167,7 @@ def _loss(task: Task, weights: Mapping[str, Tensor]) -> tuple[float, float]:
 
 def _distance(task: Task, weights: Mapping[str, Tensor], batch: int) -> tuple[Tensor, Tensor]:
     """Squared error and energy of the block's output on one batch."""
-    with _placed(task, weights):
+    with placed(task.model, {site.parameter: as_parameter(site, weights[site.name]) for site in task.sites}):
         outputs = _floats(task.output(batch))
     targets = _floats(task.target(batch))
     pairs = [(output.float(), target.float()) for output, target in zip(outputs, targets, strict=True)]
@@ -177,24 +177,3 @@ def _distance(task: Task, weights: Mapping[str, Tensor], batch: int) -> tuple[Te
 
 def _floats(nest: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-@contextmanager
-def _placed(task: Task, weights: Mapping[str, Tensor]) -> Generator[None]:
-    """The model with `weights` in the place of its sites' parameters, for autograd to see them."""
-    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
-    try:
-        for site in task.sites:
-            path, _, leaf = site.parameter.rpartition(".")
-            owner = task.model.get_submodule(path)
-            parameter: Any = owner._parameters[leaf]
-            kept.append((owner, leaf, parameter))
-            owner._parameters[leaf] = None  # keeps its place; the tensor is found first
-            weight = weights[site.name].to(parameter.dtype)
-            weight = weight.unflatten(0, (site.experts, site.out)) if site.experts else weight
-            owner.__dict__[leaf] = weight.transpose(-1, -2) if site.transposed else weight
-        yield
-    finally:
-        for owner, leaf, parameter in kept:
-            owner.__dict__.pop(leaf, None)
-            owner._parameters[leaf] = parameter

@@ -1,0 +1,115 @@
+"""The end-to-end stage of a run: the whole model, once all blocks are journalled, tuned and put into the journal too.
+
+What it changes lies in one more entry of the journal, behind the blocks': the packed tensors that differ from theirs,
+and the float vectors that were trained. The writer takes it over the blocks' and the float model's own.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.blocks import fill
+from quant.calibration.samples import moved
+from quant.checkpoint.journal import Journal
+from quant.kernels.layouts import LAYOUTS
+from quant.kernels.packed import Packed
+from quant.linear import stored_name
+from quant.models.skeleton import Skeleton
+from quant.models.stream import first_tensor
+from quant.prepare import Prepared
+from quant.progress import Progress
+from quant.recovery.distillation import Tuned, Whole
+
+PAUSE = 60.0
+"""Seconds between two writings of an unfinished tuning's state."""
+STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def distil(prepared: Prepared, journal: Journal, progress: Progress) -> Tensor:
+    """Runs the recipe's distillation unless the journal has it; returns the tuned model's output on the probe."""
+    skeleton, end, recipe = prepared.skeleton, len(prepared.walk.chain), prepared.recipe
+    assert recipe.distillation is not None
+    names = skeleton.names_under("")
+    skeleton.load(names)
+    tensors = {name: tensor for index in range(end) for name, tensor in journal.load(index).items()}
+    vectors = _vectors(skeleton, set(tensors))
+    if not journal.finished(end):
+        began = time.perf_counter()
+        packed = _packed(prepared, tensors)
+        tuned = recipe.distillation.tune(_whole(prepared, journal, packed, vectors, progress))
+        record = {"before": tuned.before, "after": tuned.after, "seconds": round(time.perf_counter() - began, 2)}
+        journal.write(end, _changed(prepared, tensors, tuned, vectors), record)
+    tensors |= journal.load(end)
+    for name, packed in _packed(prepared, tensors).items():
+        site = next(site for site in prepared.walk.sites if site.name == name)
+        fill(skeleton.model.get_parameter(site.parameter), site, packed)
+    for name, key in vectors.items():
+        if key in tensors:
+            skeleton.model.get_parameter(name).data.copy_(tensors[key])
+    output = first_tensor(skeleton.model(**prepared.probe()))
+    skeleton.unload(names)
+    return output
+
+
+def _whole(
+    prepared: Prepared, journal: Journal, packed: dict[str, Packed], vectors: dict[str, str], progress: Progress
+) -> Whole:
+    entries = prepared.source.entries
+    return Whole(
+        prepared.skeleton.model,
+        lambda batch: first_tensor(prepared.skeleton.model(**batch)),
+        prepared.walk.chain,
+        {site.name: site for site in prepared.walk.sites},
+        packed,
+        {name: STORED[entries[key].dtype] for name, key in vectors.items()},
+        [moved(batch, prepared.settings.device) for batch in prepared.samples.batches],
+        progress.distilling,
+        journal.folder / "distillation.safetensors",
+        PAUSE,
+    )
+
+
+def _packed(prepared: Prepared, tensors: dict[str, Tensor]) -> dict[str, Packed]:
+    found: dict[str, Packed] = {}
+    for site in prepared.walk.sites:
+        spec = prepared.plan.specs[site.name]
+        if spec is not None:
+            parts = {key: tensors[stored_name(site, key)] for key in spec.tensors(site.shape)}
+            parts = {key: part.to(prepared.settings.device) for key, part in parts.items()}
+            found[site.name] = LAYOUTS[spec.layout].from_tensors(spec, site.shape, parts)
+    return found
+
+
+def _vectors(skeleton: Skeleton, taken: set[str]) -> dict[str, str]:
+    """The float parameters of one dimension that are one stored tensor each: its name, by the parameter's."""
+    entries = skeleton.source.entries
+    sources: dict[str, list[str]] = {}
+    for key, targets in skeleton.targets.items():
+        for target in targets:
+            sources.setdefault(target, []).append(key)
+    tied = {*skeleton.tied, *skeleton.tied.values()}
+    found: dict[str, str] = {}
+    for name, parameter in skeleton.model.named_parameters():
+        keys = sources.get(name, [])
+        if parameter.dim() != 1 or len(keys) != 1 or name in tied:
+            continue
+        key = keys[0]
+        alone = key not in skeleton.converted and len(skeleton.targets[key]) == 1
+        if alone and key not in taken and entries[key].dtype in STORED:
+            found[name] = key
+    return found
+
+
+def _changed(prepared: Prepared, before: dict[str, Tensor], tuned: Tuned, vectors: dict[str, str]) -> dict[str, Tensor]:
+    changed: dict[str, Any] = {vectors[name]: value for name, value in tuned.vectors.items()}
+    for site in prepared.walk.sites:
+        if site.name in tuned.packed:
+            for key, tensor in tuned.packed[site.name].tensors().items():
+                name = stored_name(site, key)
+                if not torch.equal(tensor.cpu(), before[name]):
+                    changed[name] = tensor
+    return changed

@@ -1,0 +1,270 @@
+"""End-to-end tuning: after the last block, train what is continuous in all of them on what the whole model says.
+
+Solvers and block tuning see one matrix or one block, and weigh an error by its size there; only the model's output
+knows what it costs. For `steps` steps of one calibration batch each, with the float model as the teacher,
+
+    loss = mean over tokens of KL(teacher || student)        (without a vocabulary: squared error over its energy)
+
+is lowered in what costs no bits: the scales of every tunable layout and the vectors that stay float (norm weights,
+biases), each rounded to what is stored before it is used. This is the continuous half of PV-Tuning (arXiv 2405.14852,
+section 3.2) and the second phase of EfficientQAT (arXiv 2407.11062). `codes` moves the codes of uniform grids too, as
+in block tuning. The result is kept only if it is better over all batches.
+
+The float model lies in memory whole, for the teacher; a block's quantized weights are made when it runs and again when
+its gradient does (activation checkpointing), so activations cost one block's and the outputs between them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+from torch.utils.checkpoint import checkpoint
+
+from quant.errors import SettingsError, SolverError
+from quant.kernels.packed import Packed
+from quant.models.walk import Site
+from quant.recovery.placed import as_parameter, placed
+from quant.recovery.tunable import Tunable, through, tunable
+from quant.recovery.tuning import in_turn
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A solved model. `model`: the float one, all of it loaded; `output(batch)`: its logits or other main output;
+    `blocks`: names of its blocks.
+
+    `packed`: what each site was solved to. `vectors`: the float parameters to train, with the dtype they are stored in.
+    `batches`: what `output` takes. `progress(done, steps, loss)`: `loss` relative to the untuned one.
+    `state`: a file that keeps an interrupted training, written every `pause` seconds.
+    """
+
+    model: nn.Module
+    output: Callable[[Mapping[str, Any]], Tensor]
+    blocks: Sequence[str]
+    sites: Mapping[str, Site]
+    packed: Mapping[str, Packed]
+    vectors: Mapping[str, torch.dtype]
+    batches: Sequence[Mapping[str, Any]]
+    progress: Callable[[int, int, float], None]
+    state: Path
+    pause: float
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """`packed` by site, `vectors` by parameter in their stored dtypes. `before`, `after`: mean loss over all batches;
+    nats per token where the model has a vocabulary."""
+
+    packed: Mapping[str, Packed]
+    vectors: Mapping[str, Tensor]
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """See the module. A step takes one calibration batch. `rate`: of Adam, relative to each scale and to the root mean
+    square of each vector; it falls to 0 linearly. `codes`: levels that a uniform code may move by, twice; 0: none.
+    """
+
+    steps: int = 256
+    rate: float = 0.005
+    codes: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not all(0 <= r < math.inf for r in (self.rate, self.codes)) or not self.rate + self.codes:
+            raise SettingsError(
+                f"distillation: steps is {self.steps}, rate {self.rate}, codes {self.codes}; steps is at least 1, the "
+                "rates finite and not negative, and one of them above 0"
+            )
+
+    def tune(self, whole: Whole) -> Tuned:
+        """Same task, same bytes, however often it was interrupted."""
+        student = _Student(whole)
+        before = student.loss_of_all()
+        vectors = {name: whole.model.get_parameter(name).to(kind) for name, kind in whole.vectors.items()}
+        if not before > 0:
+            return Tuned(whole.packed, vectors, before, before)
+        with torch.enable_grad():
+            self._train(whole, student, before)
+        after = student.loss_of_all()
+        if not after < before:
+            return Tuned(whole.packed, vectors, before, before)
+        return Tuned(*student.result(), before, after)
+
+    def _train(self, whole: Whole, student: _Student, usual: float) -> None:
+        parameters, codes = student.parameters(), student.codes() if self.codes else []
+        adam = torch.optim.Adam(parameters, lr=self.rate, betas=(0.9, 0.95))
+        first, saved = _restore(whole.state, [*parameters, *codes], adam), time.monotonic()
+        for step, number in enumerate(in_turn(len(whole.batches), self.steps, self.seed)):
+            if step < first:
+                continue
+            decay = 1 - step / self.steps
+            loss = student.backward(whole.batches[number])
+            if not math.isfinite(loss):
+                raise SolverError(
+                    f"the end-to-end tuning's loss is not finite at step {step}; lower distillation.rate, or compute "
+                    "in float32"
+                )
+            adam.param_groups[0]["lr"] = self.rate * decay
+            adam.step()
+            with torch.no_grad():
+                for place in codes:
+                    if place.grad is not None:
+                        place.sub_(place.grad.sign(), alpha=self.codes * decay / self.steps)
+            for parameter in (*parameters, *codes):
+                parameter.grad = None
+            whole.progress(step + 1, self.steps, loss / usual)
+            if time.monotonic() - saved > whole.pause and step + 1 < self.steps:
+                _keep(whole.state, step + 1, [*parameters, *codes], adam)
+                saved = time.monotonic()
+
+
+class _Student:
+    """The model with trainable weights. Where it is not being run it is the teacher."""
+
+    def __init__(self, whole: Whole) -> None:
+        self.whole, self.model = whole, whole.model
+        self.tunables: dict[str, Tunable] = {}
+        for name, packed in whole.packed.items():
+            site = whole.sites[name]
+            weight = whole.model.get_parameter(site.parameter)
+            matrix = (weight.transpose(-1, -2) if site.transposed else weight).float().reshape(site.shape)
+            self.tunables[name] = tunable(packed, matrix)
+        self.vectors = {n: _Vector(whole.model.get_parameter(n), kind) for n, kind in whole.vectors.items()}
+        self.inside = {
+            block: [name for name, site in whole.sites.items() if name in whole.packed and _within(site.name, block)]
+            for block in whole.blocks
+        }
+        head = getattr(whole.model, "get_output_embeddings", lambda: None)
+        self.vocabulary = head() is not None
+
+    def parameters(self) -> list[Tensor]:
+        found = [parameter for one in self.tunables.values() for parameter in one.scales()]
+        return found + [one.change for one in self.vectors.values() if one.unit > 0]
+
+    def codes(self) -> list[Tensor]:
+        return [parameter for one in self.tunables.values() for parameter in one.codes()]
+
+    def result(self) -> tuple[dict[str, Packed], dict[str, Tensor]]:
+        packed = {name: one.pack() for name, one in self.tunables.items()}
+        return packed, {name: one.stored() for name, one in self.vectors.items()}
+
+    @torch.no_grad()
+    def loss_of_all(self) -> float:
+        total, count = 0.0, 0
+        for batch in self.whole.batches:
+            target = self.whole.output(batch)
+            with self._in_place():
+                loss = self._loss(self.whole.output(batch), target)
+            total, count = total + float(loss) * len(target), count + len(target)
+        return total / max(1, count)
+
+    def backward(self, batch: Mapping[str, Any]) -> float:
+        """Adds the gradients of the loss on one batch to the parameters'; returns the loss."""
+        with torch.no_grad():
+            target = self.whole.output(batch)
+        with self._in_place():
+            loss = self._loss(self.whole.output(batch), target)
+            loss.backward()
+        return float(loss.detach())
+
+    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
+        output, target = output.float(), target.float()
+        if not self.vocabulary:
+            return (output - target).square().sum() / target.square().sum().clamp_min(1e-30)
+        output, target = output.log_softmax(-1), target.log_softmax(-1)
+        return kl_div(output, target, reduction="sum", log_target=True) / target[..., 0].numel()
+
+    @contextmanager
+    def _in_place(self) -> Generator[None]:
+        """The trained weights in the model, block by block as they are run."""
+        patched: list[tuple[nn.Module, Any]] = []
+        try:
+            for block, names in self.inside.items():
+                module = self.model.get_submodule(block)
+                patched.append((module, module.__dict__.get("forward")))
+                module.forward = self._checkpointed(module.forward, names)  # pyright: ignore[reportAttributeAccessIssue]
+            with placed(self.model, {name: one.value() for name, one in self.vectors.items()}):
+                yield
+        finally:
+            for module, own in reversed(patched):
+                del module.forward
+                if own is not None:
+                    module.forward = own
+
+    def _checkpointed(self, forward: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            sites = [self.whole.sites[name] for name in names]
+            weights = {site.parameter: as_parameter(site, self.tunables[site.name].weight()) for site in sites}
+            with placed(self.model, weights):
+                return forward(*args, **kwargs)
+
+        def block(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return run(*args, **kwargs)
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return block
+
+
+class _Vector:
+    """A float parameter in training: `value()` is what would be stored, in float32."""
+
+    def __init__(self, parameter: Tensor, kind: torch.dtype) -> None:
+        self.start, self.kind = parameter.detach().float(), kind
+        self.unit = float(self.start.square().mean().sqrt())
+        self.change = torch.zeros_like(self.start, requires_grad=True)
+
+    def value(self) -> Tensor:
+        value = self.start + self.unit * self.change
+        return through(value, value.detach().to(self.kind).float())
+
+    def stored(self) -> Tensor:
+        return self.value().detach().to(self.kind)
+
+
+def _within(name: str, block: str) -> bool:
+    return name == block or name.startswith(block + ".")
+
+
+def _keep(path: Path, step: int, parameters: Sequence[Tensor], adam: torch.optim.Adam) -> None:
+    """Writes an interrupted training's state, by rename."""
+    tensors: dict[str, Tensor] = {}
+    for number, parameter in enumerate(parameters):
+        tensors[f"{number}.value"] = parameter.detach().contiguous().cpu()
+        for key, value in adam.state.get(parameter, {}).items():
+            tensors[f"{number}.{key}"] = torch.as_tensor(value).contiguous().cpu()
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(save(tensors, {"step": str(step)}))
+    part.rename(path)
+
+
+@torch.no_grad()
+def _restore(path: Path, parameters: Sequence[Tensor], adam: torch.optim.Adam) -> int:
+    """Puts a kept state back; returns the step to go on with."""
+    if not path.exists():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+        step = int(file.metadata()["step"])
+    for number, parameter in enumerate(parameters):
+        parameter.copy_(found[f"{number}.value"])
+        kept = {
+            key: found[f"{number}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{number}.{key}" in found
+        }
+        if kept:
+            adam.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in kept.items()}
+    return step

@@ -1,0 +1,118 @@
+"""The whole model, tuned end to end: it says more of what the float model says, in the same bytes, killed or not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quant import Recipe, quantize
+from quant.errors import SettingsError
+from quant.estimate import estimate
+from quant.kernels.spec import Rotated, Trellis
+from quant.prepare import prepare
+from quant.progress import Progress
+from quant.recipe import override, recipe_from_dict
+from quant.recovery.distillation import Distillation
+from quant.solvers.feedback import Feedback
+from quant.solvers.nearest import Nearest
+from tests import tiny
+from tests.test_recovery import SHORT, Killed, perplexity
+
+FAST = Feedback(sweeps=0)
+
+
+@pytest.fixture(scope="module")
+def tuned(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The demonstration model at 2 bits, solved and tuned."""
+    folder = tmp_path_factory.mktemp("tuned")
+    plain = override(Recipe(spec=Rotated(Trellis(window=8), measured=False), solver=FAST), SHORT)
+    return quantize(str(demo), folder / "plain", plain), quantize(
+        str(demo), folder / "tuned", replace(plain, distillation=Distillation(steps=24))
+    )
+
+
+def test_the_model_gets_better_in_as_many_bytes(tuned: tuple[Any, Any]) -> None:
+    plain, better = tuned
+    gain = better.report["distillation"]
+    assert gain["after"] < 0.8 * gain["before"]
+    assert "distillation" not in plain.report
+    assert better.report["bits"] == plain.report["bits"]
+    assert better.report["files"] == plain.report["files"]
+    assert perplexity(better.out) < 0.97 * perplexity(plain.out)
+
+
+def test_only_scales_and_vectors_change(tuned: tuple[Any, Any]) -> None:
+    before, after = (load_file(next(run.out.glob("*.safetensors"))) for run in tuned)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.endswith("norm.weight") for name in changed)
+    assert any(name.endswith("scales") for name in changed)
+    assert all(name.endswith("scales") or before[name].dim() == 1 for name in changed)
+    assert not any(name.endswith(("proj.weight", "embed_tokens.weight")) for name in changed)
+
+
+def test_it_is_told(tuned: tuple[Any, Any]) -> None:
+    card, page = ((tuned[1].out / name).read_text() for name in ("README.md", "report.html"))
+    assert "end-to-end tuning" in card
+    assert "steps 24" in card
+    assert "end-to-end tuning" in page
+    assert recipe_from_dict(tuned[1].report["recipe"]).distillation == Distillation(steps=24)
+
+
+@pytest.mark.parametrize(("name", "codes"), [("gpt2", 0.0), ("mixtral", 0.2), ("gemma3", 0.2), ("bert", 0.0)])
+def test_any_model_twice(name: str, codes: float, words: Path, tmp_path: Path) -> None:
+    """Transposed weights, stacks of experts, tied embeddings, and a model without a vocabulary."""
+    model = tiny.model(name, tmp_path / "model")
+    recipe = replace(tiny.recipe(words, bits=2), solver=Nearest(), distillation=Distillation(steps=16, codes=codes))
+    first = quantize(str(model), tmp_path / "first", recipe)
+    assert first.report["distillation"]["after"] < first.report["distillation"]["before"]
+    quantize(str(model), tmp_path / "again", recipe)
+    assert tiny.contents(tmp_path / "again") == tiny.contents(tmp_path / "first")
+    assert first.report["verification"]["worst_difference"] < 1e-4
+
+
+class Kills(Progress):
+    def distilling(self, done: int, steps: int, loss: float) -> None:
+        if done == 4:
+            raise Killed
+
+
+def test_killed_while_tuning(words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("gemma3", tmp_path / "model")
+    recipe = replace(tiny.recipe(words, bits=2), distillation=Distillation(steps=7, codes=0.2))
+    quantize(str(model), tmp_path / "whole", recipe)
+    monkeypatch.setattr("quant.finish.PAUSE", 0.0)
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        quantize(str(model), out, recipe, progress=Kills())
+    assert (out / ".bitwright" / "distillation.safetensors").exists()
+    seen: list[int] = []
+
+    class Watches(Progress):
+        def distilling(self, done: int, steps: int, loss: float) -> None:
+            seen.append(done)
+
+    report = quantize(str(model), out, recipe, mode="resume", progress=Watches()).report
+    assert seen == [4, 5, 6, 7]
+    assert report["resumed_blocks"] == len(report["blocks"])
+    assert tiny.contents(out) == tiny.contents(tmp_path / "whole")
+
+
+def test_a_dry_run_counts_it(llama: Path, words: Path) -> None:
+    recipe = tiny.recipe(words)
+    without = estimate(prepare(str(llama), recipe))
+    long = estimate(prepare(str(llama), replace(recipe, distillation=Distillation(steps=100_000))))
+    assert long.seconds > without.seconds + 10
+    assert long.weight_files == without.weight_files
+
+
+@pytest.mark.parametrize("values", [{"steps": 0}, {"rate": -1.0}, {"rate": float("nan")}, {"rate": 0.0}])
+def test_bad_settings_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="distillation"):
+        Distillation(**values)
+    with pytest.raises(SettingsError, match="has none"):
+        Recipe(calibration=None, distillation=Distillation())
