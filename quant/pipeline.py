@@ -36,7 +36,6 @@ from quant.memory import give_back, peak_bytes
 from quant.models.source import first_line
 from quant.models.stream import first_tensor, outside_blocks
 from quant.models.walk import Block
-from quant.plan import MODULATION
 from quant.prepare import Prepared, Settings, prepare
 from quant.progress import Progress
 from quant.recipe import Recipe
@@ -270,7 +269,7 @@ def _report(prepared: Prepared, records: Sequence[dict[str, Any]]) -> dict[str, 
         "bits": {"promised": 8 * packed / max(1, weights), "weights": weights, "packed_bytes": packed},
         "left_float": prepared.walk.left
         | {n: "the plan keeps it float" for n, s in prepared.plan.specs.items() if s is None},
-        "raised": {s.name: MODULATION for s in prepared.walk.sites if s.modulation},
+        "modulations": [site.name for site in prepared.walk.sites if site.modulation],
         **provenance(prepared),
         "blocks": [
             {"name": record["block"], **{key: record[key] for key in ("seconds", "recovery") if key in record}}

@@ -13,9 +13,6 @@ from quant.kernels.spec import Binary, Codebook, LowRank, Rotated, Spec, SpecErr
 from quant.models.walk import Site, Walk
 from quant.recipe import Recipe, respec
 
-MODULATION_BITS = 4
-MODULATION = f"an adaLN modulation: at least {MODULATION_BITS} bits, whatever the recipe says"
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -35,7 +32,11 @@ def make_plan(recipe: Recipe, found: Walk, file: Path | None = None) -> Plan:
     """
     sites = {site.name: site for site in found.sites}
     specs: dict[str, Spec | None] = {}
-    own = spread(recipe, found) if recipe.average is not None else {n: raised(recipe.spec, s) for n, s in sites.items()}
+    own = (
+        spread(recipe, found)
+        if recipe.average is not None
+        else {n: raised(recipe, recipe.spec, s) for n, s in sites.items()}
+    )
     if file is None:
         return Plan(dict(own))
     try:
@@ -64,7 +65,7 @@ def spread(recipe: Recipe, found: Walk) -> dict[str, Spec]:
     """
     low, average = recipe.spec, recipe.average or 0.0
     bits: int = low.core.to_dict()["bits"]
-    pairs = {s.name: (s, raised(low, s), raised(respec(low, bits=bits + 1), s)) for s in found.sites}
+    pairs = {s.name: (s, raised(recipe, low, s), raised(recipe, respec(low, bits=bits + 1), s)) for s in found.sites}
     weights = sum(math.prod(site.shape) for site, _, _ in pairs.values())
     least = sum(8 * spec.nbytes(site.shape) for site, spec, _ in pairs.values())
     if least > average * weights:
@@ -79,13 +80,12 @@ def spread(recipe: Recipe, found: Walk) -> dict[str, Spec]:
     return chosen
 
 
-def raised(spec: Spec, site: Site) -> Spec:
-    """The recipe's spec as a site needs it, with at least `MODULATION_BITS` for adaLN modulations: an error there moves
-    all tokens of a sample the same way (SVDQuant, ViDiT-Q and PTQ4DiT all keep them at 4 or more)."""
-    core = spec.core
-    if site.modulation and (core.to_dict().get("bits") or 0) < MODULATION_BITS:
-        known = isinstance(core, Uniform | Trellis)
-        spec = respec(spec, bits=MODULATION_BITS) if known else Uniform(bits=MODULATION_BITS)
+def raised(recipe: Recipe, spec: Spec, site: Site) -> Spec:
+    """A spec as a site needs it, with at least `modulation_bits` for adaLN modulations: an error there moves all tokens
+    of a sample the same way (SVDQuant keeps them at 4)."""
+    core, least = spec.core, recipe.modulation_bits
+    if site.modulation and (core.to_dict().get("bits") or 0) < least:
+        spec = respec(spec, bits=least) if isinstance(core, Uniform | Trellis) else Uniform(bits=least)
     return fitted(spec, site)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quant.calibration import trajectory
+from quant.calibration import painting, trajectory
 from quant.calibration.samples import Batch, Samples, draw, moved, noise
 from quant.calibration.trajectory import cast
 from quant.errors import SettingsError
@@ -160,9 +160,16 @@ def _follow(
 ) -> Samples:
     if recipe.calibration is None:
         return trajectory.noise(skeleton)
+    missing = painting.complete(source) if (source := skeleton.source).inside else "it stands alone"
+    if missing is None:
+        progress.step("running the pipeline from noise to image")
+        with threads(settings.threads or torch.get_num_threads()):
+            return painting.follow(skeleton, found.chain, recipe, settings.spill_bytes)
     progress.step("following the model from noise to image")
     with (
         threads(settings.threads or torch.get_num_threads()),
         Forward(skeleton, found.chain, settings.spill_bytes) as forward,
     ):
-        return trajectory.follow(skeleton, forward, recipe)
+        samples = trajectory.follow(skeleton, forward, recipe)
+    said = f"; the pipeline was not run: {missing}" if source.inside else ""
+    return replace(samples, text=samples.text + said)

@@ -93,7 +93,8 @@ class Recipe:
     are solved; None: nothing. `importance`: how much each token counts in a Hessian; None:
     all the same. `average`: at most so many bits per weight over all sites, overhead included, by giving some of them
     one bit more than `spec` (see `plan.py`); None: `spec` everywhere. `calibration` None: data-free, no text is read.
-    `trajectory`: where the inputs of a diffusion transformer come from; it reads no text.
+    `trajectory`: where the inputs of a diffusion transformer come from; it reads no text. `modulation_bits`: the least
+    that its adaLN modulations get (see `plan.py`).
     `only`, `skip`: glob patterns over site names.
     """
 
@@ -108,6 +109,7 @@ class Recipe:
     distillation: Distillation | None = None
     importance: Any = None
     average: float | None = None
+    modulation_bits: int = 4
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 

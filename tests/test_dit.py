@@ -211,3 +211,52 @@ def test_a_pipeline_comes_out_as_a_pipeline(tmp_path: Path) -> None:
     again = quant.quantize(str(tmp_path / "float"), tmp_path / "again", recipe)
     files = [f"transformer/{name}" for name in again.report["files"]] + ["transformer/config.json"]
     assert all((out / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+
+
+def test_a_pipeline_is_calibrated_as_it_paints(tmp_path: Path) -> None:
+    pipeline(tmp_path / "float")
+    recipe = Recipe(calibration=Calibration(samples=4, batch_size=4), trajectory=Trajectory(steps=4, keep=2))
+    samples = prepare(str(tmp_path / "float"), recipe).samples
+    assert "random class labels; 4 steps of DiTPipeline with DDIMScheduler" in samples.text
+    assert "its own guidance" in samples.text
+    assert [len(batch["hidden_states"]) for batch in samples.batches] == [4, 4, 4, 4]  # half of them without a label
+    assert all(1000 in batch["class_labels"].tolist() for batch in samples.batches)
+    streamed = prepare(str(tmp_path / "float"), recipe, quant.Settings(spill_bytes=0)).samples
+    assert streamed.tokens_sha256() == samples.tokens_sha256()
+    (tmp_path / "float" / "vae").rename(tmp_path / "elsewhere")
+    alone = prepare(str(tmp_path / "float"), recipe).samples
+    assert "the pipeline was not run: its vae is missing" in alone.text
+
+
+def text_pipeline(path: Path) -> None:
+    """A pipeline from prompts: PixArt's, with a text encoder and a tokenizer of characters."""
+    import tiny
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    diffusers = tiny_dit.library()
+    torch.manual_seed(0)
+    vae = pipeline(path.with_name("labels")).vae
+    config = T5Config(vocab_size=128, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny.add_tokenizer(path.with_name("tokenizer")))
+    transformer = tiny_dit.transformer("PixArtTransformer2DModel", sample_size=32)
+    made = diffusers.PixArtAlphaPipeline(
+        tokenizer, T5EncoderModel(config).eval(), vae, transformer, diffusers.DPMSolverMultistepScheduler()
+    )
+    made.save_pretrained(path)
+
+
+def test_prompts_go_through_the_pipeline_s_text_encoder(tmp_path: Path) -> None:
+    text_pipeline(tmp_path / "float")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red car\na blue bird on a branch\n")
+    way = Trajectory(steps=2, keep=1, guidance=2.0)
+    samples = prepare(str(tmp_path / "float"), Recipe(calibration=SMALL, trajectory=way)).samples
+    assert "built-in prompts; 2 steps of PixArtAlphaPipeline" in samples.text
+    own = Recipe(calibration=Calibration(str(prompts), samples=2, batch_size=2), trajectory=way)
+    out = quant.quantize(str(tmp_path / "float"), tmp_path / "packed", own).out
+    assert (
+        "prompts.txt; 2 steps of PixArtAlphaPipeline"
+        in json.loads((out / "transformer" / "report.json").read_text())["calibration"]["text"]
+    )
+    loaded = tiny_dit.library().DiffusionPipeline.from_pretrained(out)
+    assert type(loaded.text_encoder).__name__ == "T5EncoderModel"

@@ -58,7 +58,7 @@ def follow(skeleton: DiffusionSkeleton, forward: Forward, recipe: Recipe) -> Sam
     batches = _walk(forward, way, calibration, trajectory, getattr(torch, str(skeleton.dtype).partition(".")[2]))
     steps = f"{trajectory.steps} steps of {type(schedule).__name__}" if schedule else "noise at all timesteps"
     kept = f"{min(trajectory.keep, trajectory.steps)} kept of each sample"
-    text = f"{name}; {steps}, {kept}, guidance {trajectory.guidance:g}, seed {calibration.seed}"
+    text = f"{name}; {steps}, {kept}, guidance {trajectory.guidance or 1:g}, seed {calibration.seed}"
     tokens = sum(len(batch["hidden_states"]) for batch in batches)
     return Samples(tuple(batches), text, digest, tokens, rows(batches[len(batches) // 2], torch.tensor([0])))
 
@@ -67,7 +67,7 @@ def outline(skeleton: DiffusionSkeleton, calibration: Calibration, trajectory: T
     """A batch of the size of those that `follow` will give, made of noise, and how many there will be."""
     steps, count = trajectory.steps, calibration.samples
     kept = [sum(step in trajectory.kept(n, steps) for n in range(count)) for step in range(steps)]
-    halves = 1 if trajectory.guidance == 1 else 2
+    halves = 1 if (trajectory.guidance or 1) == 1 else 2
     size = min(calibration.batch_size, max(kept)) * halves
     given = build(skeleton.model, skeleton.form.layout, own_size(skeleton.config), size)
     return cast(given, skeleton.dtype), sum(-(-number // calibration.batch_size) for number in kept)
@@ -94,7 +94,7 @@ def _start(
     told, name, digest = _told(calibration, given)
     given |= told
     null = None
-    if trajectory.guidance != 1:
+    if (trajectory.guidance or 1) != 1:
         if "class_labels" not in given:
             raise CalibrationError(
                 f"trajectory.guidance is {trajectory.guidance:g}, and {type(skeleton.model).__name__} takes no class "
@@ -165,7 +165,7 @@ def _walk(
             said = torch.cat(forward([rows(given, part) for part in parts])).float().cpu()
             if null is not None:
                 free = torch.cat(forward([rows(null, part) for part in parts])).float().cpu()
-                said = free + trajectory.guidance * (said - free)
+                said = free + (trajectory.guidance or 1) * (said - free)
             way.x = _step(schedule, said, time, way.x, calibration.seed)
         if not bool(way.x.isfinite().all()):
             raise CalibrationError(f"the latents are not finite after step {number + 1}; try --dtype float32")

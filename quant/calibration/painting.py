@@ -1,0 +1,193 @@
+"""Calibration inputs from a pipeline at work: its prompts, text encoders, scheduler and guidance, as users run it.
+
+The pipeline is called as anybody would call it, and what it gives its transformer is kept, for some steps of each
+sample (see `trajectory`). So nothing is known here of any pipeline but two names of arguments, `prompt` and
+`class_labels`. Each sample has a generator of its own: the batch size changes none of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.calibration.samples import Batch, Samples, moved
+from quant.calibration.texts import resolve
+from quant.calibration.trajectory import joined, rows
+from quant.errors import CalibrationError, ModelError
+from quant.models.diffusion import DiffusionSkeleton, components, named, quiet
+from quant.models.source import COMPONENT, PIPELINE, Source, first_line, read_json
+from quant.models.stream import outside_blocks
+from quant.recipe import Calibration, Recipe
+
+LIBRARIES = ("diffusers", "transformers")
+SUBJECTS = (
+    "an old fisherman mending a net", "a red bicycle against a brick wall", "two cats asleep on a piano",
+    "a lighthouse in a storm", "a bowl of ramen with an egg", "a child flying a paper kite", "an empty subway station",
+    "a fox in fresh snow", "a glass of water on a wooden table", "a market street at noon", "a chrome robot watering "
+    "plants", "a mountain lake at dawn", "the word OPEN on a shop door", "a violinist on a bridge", "a whale under ice",
+    "a stack of old books and a candle",
+)  # fmt: skip
+MANNERS = (
+    "a photograph", "an oil painting", "a pencil sketch", "a watercolour", "a 3D render", "a close-up photograph",
+    "a flat vector illustration", "a black and white film still",
+)  # fmt: skip
+
+
+def complete(source: Source) -> str | None:
+    """None if the whole pipeline is there to be run, else what is missing."""
+    for name, (library, _) in components(source.home).items():
+        if library not in LIBRARIES:
+            return f"its {name} is of {library}, not of diffusers or transformers"
+        if not (source.home / name).is_dir():
+            return f"its {name} is missing"
+    return None
+
+
+def follow(skeleton: DiffusionSkeleton, chain: Sequence[str], recipe: Recipe, limit: int) -> Samples:
+    """Runs the pipeline for `recipe.calibration.samples` samples. `limit`: bytes of weights up to which the transformer
+    stays in memory; a larger one loads each block for its turn.
+
+    Raises:
+        ModelError: diffusers cannot load the pipeline.
+        CalibrationError: the prompts do not fit, or the pipeline fails on them.
+    """
+    calibration, trajectory = recipe.calibration, recipe.trajectory
+    assert calibration is not None
+    pipe = _load(skeleton)
+    takes = inspect.signature(type(pipe).__call__).parameters
+    by_label = "class_labels" in takes
+    prompts, name, digest = _prompts(calibration, skeleton.config if by_label else None)
+    kept: dict[int, list[Batch]] = {}
+    options: dict[str, Any] = {"num_inference_steps": trajectory.steps, "output_type": "latent"}
+    if trajectory.guidance is not None:
+        options["guidance_scale"] = trajectory.guidance
+    with torch.no_grad(), _present(skeleton, chain, limit), quiet():
+        for start in range(0, len(prompts), calibration.batch_size):
+            some = prompts[start : start + calibration.batch_size]
+            seeds = [torch.Generator().manual_seed(calibration.seed + start + n) for n in range(len(some))]
+            with _Listener(skeleton.model) as listener:
+                try:
+                    pipe(**{"class_labels" if by_label else "prompt": some}, generator=seeds, **options)
+                except Exception as error:  # a pipeline may raise anything
+                    raise CalibrationError(
+                        f"{skeleton.source.name}: its pipeline failed on {some[:1]} ({first_line(error)}); see that it "
+                        "runs in diffusers by itself"
+                    ) from error
+            for step, given in listener.calls:
+                which = [n for n in range(len(some)) if step in trajectory.kept(start + n, trajectory.steps)]
+                again = len(given["hidden_states"]) // len(some)
+                index = torch.tensor([half * len(some) + n for half in range(again) for n in which], dtype=torch.int64)
+                if len(index):
+                    kept.setdefault(step, []).append(moved(rows(given, index), "cpu"))
+    batches = [batch for step in sorted(kept) for batch in _packed(kept[step], calibration.batch_size)]
+    guidance = "its own guidance" if trajectory.guidance is None else f"guidance {trajectory.guidance:g}"
+    text = (
+        f"{name}; {trajectory.steps} steps of {type(pipe).__name__} with {type(pipe.scheduler).__name__}, "
+        f"{min(trajectory.keep, trajectory.steps)} kept of each sample, {guidance}, seed {calibration.seed}"
+    )
+    count = sum(len(batch["hidden_states"]) for batch in batches)
+    return Samples(tuple(batches), text, digest, count, rows(batches[len(batches) // 2], torch.tensor([0])))
+
+
+def _load(skeleton: DiffusionSkeleton) -> Any:
+    home = skeleton.source.home
+    cls = named(read_json(home / PIPELINE).get("_class_name"), "DiffusionPipeline", home / PIPELINE)
+    try:
+        with quiet():
+            pipe = cls.from_pretrained(home, torch_dtype=skeleton.dtype, **{COMPONENT: skeleton.model})
+    except Exception as error:  # whatever a component's loader raises
+        raise ModelError(f"{home}: diffusers cannot load this pipeline ({first_line(error)})") from error
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and part is not skeleton.model:
+            part.to(skeleton.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _prompts(calibration: Calibration, labels: Any) -> tuple[list[Any], str, str]:
+    """What each sample shows: prompts, or class labels for a model with this config; their name and sha256."""
+    count = calibration.samples
+    if calibration.text != Calibration.text:
+        text = resolve(calibration.text if not Path(calibration.text).exists() else Path(calibration.text))
+        lines = [line.strip() for line in text.text.splitlines() if line.strip()]
+        if labels is not None and not all(line.isdecimal() for line in lines):
+            raise CalibrationError(f"calibration {text.name}: this model takes class labels; give numbers, one a line")
+        said: list[Any] = [lines[n % len(lines)] for n in range(count)]
+        return [int(x) for x in said] if labels is not None else said, text.name, text.sha256
+    generator = torch.Generator().manual_seed(calibration.seed)
+    if labels is not None:
+        drawn = torch.randint(0, labels["num_embeds_ada_norm"], (count,), generator=generator).tolist()
+        return drawn, "random class labels", ""
+    order = torch.randperm(len(SUBJECTS) * len(MANNERS), generator=generator).tolist()
+    pairs = [divmod(order[n % len(order)], len(MANNERS)) for n in range(count)]
+    return [f"{MANNERS[manner]} of {SUBJECTS[subject]}" for subject, manner in pairs], "built-in prompts", ""
+
+
+class _Listener:
+    """A context that notes what a model is called with, and at which step: the n-th timestep that is new to it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self.times: dict[float, int] = {}
+        self.calls: list[tuple[int, Batch]] = []
+
+    def __enter__(self) -> _Listener:
+        self.hook = self.model.register_forward_pre_hook(self._hear, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hook.remove()
+
+    def _hear(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = dict(zip(self.names, args, strict=False)) | dict(kwargs)
+        given = {key: value for key, value in given.items() if value is not None and key != "return_dict"}
+        time = torch.as_tensor(given["timestep"]).flatten()[0].item()
+        step = self.times.setdefault(time, len(self.times))
+        self.calls.append((step, _own(given)))
+
+
+def _own(given: dict[str, Any]) -> Batch:
+    """With memory of their own: schedulers may write into their latents."""
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in given.items()}
+
+
+@contextmanager
+def _present(skeleton: DiffusionSkeleton, chain: Sequence[str], limit: int) -> Generator[None]:
+    """The transformer's weights in memory: all, or each block's while it runs."""
+    blocks = [] if skeleton.source.nbytes() <= limit else list(chain)
+    outside, head = outside_blocks(skeleton, chain)
+    there = [*outside, *head] if blocks else skeleton.names_under("")
+    skeleton.load(there)
+    hooks: list[Any] = []
+    for name in blocks:
+        names, module = skeleton.names_under(name), skeleton.model.get_submodule(name)
+        hooks.append(module.register_forward_pre_hook(lambda *_, names=names: skeleton.load(names)))
+        hooks.append(module.register_forward_hook(lambda *_, names=names: skeleton.unload(names)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        skeleton.unload(there)
+
+
+def _packed(parts: Sequence[Batch], size: int) -> list[Batch]:
+    """Parts of the same step joined to batches of at least `size` rows, where their shapes allow it."""
+    made: list[Batch] = []
+    for part in parts:
+        if made and len(made[-1]["hidden_states"]) < size and _shapes(made[-1]) == _shapes(part):
+            made[-1] = joined(made[-1], part)
+        else:
+            made.append(part)
+    return made
+
+
+def _shapes(batch: Batch) -> dict[str, Any]:
+    return {key: value.shape[1:] if isinstance(value, Tensor) else None for key, value in batch.items()}
