@@ -118,9 +118,9 @@ def judge(
 def measure(model: Path, recipe: Recipe, test: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         result = quant.quantize(str(model), out, recipe, settings=Settings())
-        seconds = time.perf_counter() - began
+        seconds, worked = time.perf_counter() - began, time.process_time() - worked
         found = evaluate(out, text=test)
         shutil.rmtree(out)
     assert found.perplexity is not None
@@ -129,6 +129,9 @@ def measure(model: Path, recipe: Recipe, test: Path) -> dict[str, Any]:
         "promised bits": result.report["bits"]["promised"],
         "ppl": found.perplexity.token,
         "seconds": seconds,
+        "cpu seconds": worked,
+        "cpu s per 1e6 weights": worked / result.report["bits"]["weights"] * 1e6,
+        "peak MiB": result.report["peak_rss_bytes"] / 2**20,
     }
 
 

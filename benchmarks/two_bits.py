@@ -10,42 +10,63 @@ libraries that train included, with the same nominal bits and at most a third of
 from __future__ import annotations
 
 import math
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import quality
 import record
 
 import quant
+from quant.calibration.importance import Attention
 from quant.eval.evaluate import evaluate
 from quant.eval.subject import open_subject
-from quant.kernels.spec import Rotated, Trellis
+from quant.kernels.spec import Binary, Codebook, LowRank, Rotated, Trellis
 from quant.recipe import Recipe, override, with_spec
+from quant.recovery.distillation import Distillation
 from quant.recovery.tuning import BlockTuning
 from quant.solvers.feedback import Feedback
 
 TRELLIS = Recipe(spec=Trellis(), solver=Feedback(sweeps=0))
+BALANCED = quant.load_recipe("balanced")
+ROUNDING = quant.load_recipe("rounding")
+FEW = ["calibration.batch_size=4"]  # windows in a step of tuning
+DOUBLE = ["distillation.codes=2"]  # at 2 bits a level is twice as far
 STEPS: dict[str, Recipe] = {
     "uniform grid, groups of 64": with_spec(quant.load_recipe("gptq"), bits=2, group_size=64),
+    "codebooks of vectors (VPTQ)": Recipe(spec=Codebook(bits=2), solver=Feedback()),
     "trellis": TRELLIS,
     "+ descent": replace(TRELLIS, solver=Feedback()),
     "+ rotation": replace(TRELLIS, solver=Feedback(), spec=Rotated()),
-    "+ float path's outputs (balanced)": quant.load_recipe("balanced"),
-    "+ block tuning of scales": replace(
-        override(quant.load_recipe("balanced"), ["calibration.batch_size=2"]), recovery=BlockTuning()
+    "+ float path's outputs (balanced)": BALANCED,
+    "balanced + token importance (RSQ)": replace(BALANCED, importance=Attention()),
+    "balanced + low-rank branch of rank 4 (EoRA)": replace(BALANCED, spec=LowRank(Rotated(), rank=4)),
+    "balanced + block tuning of scales": replace(
+        override(BALANCED, ["calibration.batch_size=2"]), recovery=BlockTuning()
     ),
-    "+ window 14, 4 sweeps (best)": quant.load_recipe("best"),
-    "uniform grid, learned rounding": replace(
-        with_spec(quant.load_recipe("rounding"), bits=2, group_size=64), recovery=BlockTuning(codes=3, scales=0.005)
+    "balanced + end-to-end tuning": replace(override(BALANCED, FEW), distillation=Distillation()),
+    "best": quant.load_recipe("best"),
+    "fast": quant.load_recipe("fast"),
+    "uniform grid + block tuning of codes": replace(
+        with_spec(override(ROUNDING, ["calibration.batch_size=2"]), bits=2, group_size=64),
+        recovery=BlockTuning(codes=3, scales=0.005), distillation=None,
     ),
-}
-SHOWN = ("what", "bits", "bits on disk", "ppl", "gap", "seconds", "best peer", "peer's bits", "peer's gap", "ratio")
+    "uniform grid + end-to-end tuning of codes": with_spec(override(ROUNDING, DOUBLE), bits=2, group_size=64),
+}  # fmt: skip
+SHOWN = (
+    "what", "bits", "bits on disk", "ppl", "gap", "seconds", "cpu seconds", "cpu s per 1e6 weights", "peak MiB",
+    "best peer", "peer's bits", "peer's gap", "ratio",
+)  # fmt: skip
 
 
 def main() -> None:
     parser = record.parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(quality.MODELS), choices=list(quality.MODELS))
-    parser.add_argument("--without", nargs="+", default=[], help="rows to leave out, by a part of their name")
+    parser.add_argument("--only", nargs="+", default=[], help="rows to measure, by a part of their name and bits")
     args = parser.parse_args()
     parts, notes = [], []
     for name in args.models:
@@ -54,37 +75,54 @@ def main() -> None:
             continue
         model, calibration, test = found
         original = open_subject(model)
-        alone = evaluate(original, text=test).perplexity
-        assert alone is not None
+        whole = evaluate(original, text=test).perplexity
+        assert whole is not None
         rows: list[dict[str, Any]] = []
-        for what, recipe, bits in wanted(args.without):
+        for what, recipe, bits in wanted(args.only):
             made = override(recipe, [f'calibration.text="{calibration}"'])
-            row = quality.measure(model, made, test)
-            best = rival(name, int(bits))
-            gap = math.log(row["ppl"] / alone.token)
+            row = alone(model, made, test)
+            best = rival(name, max(2, int(bits)))
+            gap = math.log(row["ppl"] / whole.token)
             row |= {"what": what, "bits": bits, "gap": gap}
             row |= {"best peer": f"{best['library']} {best['method']}", "peer's bits": best["bpw"]}
             row |= {"peer's gap": best["gap"], "ratio": gap / best["gap"]}
             rows.append(row)
             print(record.table([row], SHOWN).splitlines()[-1], flush=True)
-        parts.append((f"{name} (float {alone.token:.3f})", rows, SHOWN))
+            with redirect_stdout(StringIO()):  # kept row by row: the whole takes hours
+                write(args.results, [*parts, (f"{name} (float {whole.token:.3f})", rows, SHOWN)], [*notes])
+        parts.append((f"{name} (float {whole.token:.3f})", rows, SHOWN))
         digest = quality.check_windows(made.calibration, original)
-        notes.append(f"{name}: {alone.windows} test windows, {alone.tokens:,} predictions; windows {digest[:16]}.")
+        notes.append(f"{name}: {whole.windows} test windows, {whole.tokens:,} predictions; windows {digest[:16]}.")
     if parts:
-        notes += [
-            "gap: ln(ppl / ppl float). ratio: to the best peer's gap. seconds: the whole run.",
-            "best peer: any library in peers.csv, trained ones included, same nominal bits, at most 1/3 bit more.",
-        ]
-        record.save(args.results, "two_bits", "Two bits, ingredient by ingredient", parts, notes)
+        write(args.results, parts, notes)
 
 
-def wanted(without: list[str]) -> list[tuple[str, Recipe, float]]:
+def write(folder: Path, parts: list[Any], notes: list[str]) -> None:
+    notes = [
+        *notes,
+        "gap: ln(ppl / ppl float). ratio: to the best peer's gap.",
+        "seconds, cpu seconds (all threads), peak MiB: the whole run, in a process of its own.",
+        "best peer: any library in peers.csv, trained ones included, same nominal bits, at most 1/3 bit more.",
+    ]
+    record.save(folder, "two_bits", "Two bits, ingredient by ingredient", parts, notes)
+
+
+def wanted(only: list[str]) -> list[tuple[str, Recipe, float]]:
     rows = [(what, recipe, 2.0) for what, recipe in STEPS.items()]
-    rows += [("fast", quant.load_recipe("fast"), 2.0)]
-    rows += [("balanced", replace(quant.load_recipe("balanced"), average=2.33), 2.33)]
-    rows += [("balanced", with_spec(quant.load_recipe("balanced"), bits=bits), float(bits)) for bits in (3, 4)]
-    rows += [("uniform grid, learned rounding", with_spec(quant.load_recipe("rounding"), bits=3, group_size=64), 3.0)]
-    return [row for row in rows if not any(part in row[0] for part in without)]
+    rows += [("signs and salient columns (PTQ1.61)", Recipe(spec=Binary()), 1.61)]
+    rows += [("balanced", replace(with_spec(BALANCED, bits=int(b)), average=b), b) for b in (2.33, 3.29)]
+    for name in ("balanced", "best"):
+        rows += [(name, with_spec(quant.load_recipe(name), bits=bits), float(bits)) for bits in (3, 4)]
+    for bits in (3, 4):
+        learned = with_spec(ROUNDING, bits=bits, group_size=64, symmetric=True)
+        rows += [("symmetric uniform grid + end-to-end tuning of codes", learned, float(bits))]
+    return [row for row in rows if not only or any(part in f"{row[0]} {row[2]:g}" for part in only)]
+
+
+def alone(model: Path, recipe: Recipe, test: Path) -> dict[str, Any]:
+    """The measurement in a process of its own, so that its peak memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(quality.measure, model, recipe, test).result()
 
 
 def rival(model: str, bits: int) -> dict[str, Any]:

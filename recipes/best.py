@@ -1,14 +1,12 @@
-"""`balanced` with a larger trellis window, more descent, and scales trained against each float block."""
+"""`balanced` with a larger trellis window, then scales and norms tuned end to end against the float model."""
 
 from quant.kernels.spec import Rotated, Trellis
 from quant.recipe import Calibration, Recipe
-from quant.recovery.tuning import BlockTuning
-from quant.solvers.feedback import Feedback
+from quant.recovery.distillation import Distillation
 
 RECIPE = Recipe(
     spec=Rotated(Trellis(window=14)),
-    solver=Feedback(sweeps=4),
     match="float",
-    calibration=Calibration(batch_size=2),
-    recovery=BlockTuning(),
+    calibration=Calibration(batch_size=4),
+    distillation=Distillation(),
 )

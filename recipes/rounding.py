@@ -1,6 +1,6 @@
-"""Learned rounding on uniform grids: GPTQ, then codes and scales of each block trained against the float block."""
+"""Learned rounding on uniform grids: GPTQ, then codes, scales and norms tuned end to end against the float model."""
 
 from quant.recipe import Calibration, Recipe
-from quant.recovery.tuning import BlockTuning
+from quant.recovery.distillation import Distillation
 
-RECIPE = Recipe(calibration=Calibration(batch_size=2), recovery=BlockTuning())
+RECIPE = Recipe(match="float", calibration=Calibration(batch_size=4), distillation=Distillation(steps=128, codes=1.0))
