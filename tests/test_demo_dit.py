@@ -1,0 +1,46 @@
+"""The trained diffusion transformer in the repository: it draws digits, and fewer bits are seen in its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers", reason="not installed; pip install 'bitwright[diffusers]'")
+
+import quant
+from quant.eval.draw import Rule
+from quant.eval.gallery import judge_images
+from quant.eval.judge import open_judge
+from quant.recipe import with_spec
+from tests.conftest import ROOT
+
+MODEL = ROOT / "demo" / "dit"
+
+
+@pytest.mark.slow
+def test_packed_digits_are_judged_against_the_float_ones(tmp_path: Path) -> None:
+    for bits in (4, 2):
+        recipe = with_spec(quant.load_recipe("rtn"), bits=bits, group_size=64)
+        quant.quantize(str(MODEL), tmp_path / f"{bits}bit", recipe)
+    judge = open_judge(MODEL / "judge.safetensors")
+    rule = Rule(images=40, steps=10)
+    hung = judge_images([tmp_path / "4bit", tmp_path / "2bit"], against=MODEL, rule=rule, judge=judge)
+    original, (four, two) = hung.original, hung.pictures
+    assert original is not None
+    assert original.accuracy is not None
+    assert original.accuracy >= 0.8  # 90 % of 500 images in 50 steps
+    assert four.psnr is not None
+    assert two.psnr is not None
+    assert four.psnr > two.psnr + 8
+    assert two.accuracy is not None
+    assert two.accuracy < original.accuracy - 0.2
+    assert four.size.linear_bits is not None
+    assert four.size.linear_bits < 4.5
+    assert four.size.measured == "safetensors headers"
+
+
+def test_the_folder_is_small_and_holds_safetensors_only() -> None:
+    files = [path for path in MODEL.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 8e6
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
