@@ -10,8 +10,10 @@ import os
 # matrix of 1024 x 2816 took GPTQ 111 s on two busy cores, and 3 s with this. OpenMP reads it when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from quant.checkpoint import lora as _lora
+from quant.checkpoint import pipelines as _pipelines
+from quant.checkpoint.announcement import when_imported as _when_imported
 from quant.checkpoint.loader import load
-from quant.checkpoint.pipelines import announce as _announce
 from quant.errors import BitwrightError
 from quant.kernels.spec import Uniform
 from quant.pipeline import quantize
@@ -19,7 +21,8 @@ from quant.prepare import Settings
 from quant.recipe import Calibration, Recipe, load_recipe
 from quant.version import VERSION as __version__
 
-_announce()
+_when_imported(_pipelines.TABLES, _pipelines.register)
+_when_imported(_lora.LORA, _lora.register)
 
 __all__ = [
     "BitwrightError",

@@ -23,7 +23,7 @@ from quant.calibration.samples import Batch, Samples
 from quant.calibration.texts import resolve
 from quant.checkpoint.shards import sha256
 from quant.errors import CalibrationError, SettingsError
-from quant.models.arguments import UNBATCHED, build, own_size
+from quant.models.arguments import UNBATCHED, build, own_size, packed_time
 from quant.models.diffusion import DiffusionSkeleton, scheduler
 from quant.models.source import first_line
 from quant.models.stream import Forward
@@ -193,8 +193,7 @@ def _set(schedule: Any, steps: int) -> None:
 
 
 def _time(time: Tensor, given: Mapping[str, Any]) -> Tensor:
-    """Models of packed latents take a share of 1; all others the scheduler's own number."""
-    return time.float() / 1000 if "img_ids" in given or "img_shapes" in given else time
+    return time.float() / 1000 if packed_time(given) else time
 
 
 def cast(given: Mapping[str, Any], dtype: torch.dtype) -> Batch:

@@ -1,21 +1,17 @@
 """Packed transformers in diffusers: `from_pretrained` of a model or a whole pipeline once `quant` is imported.
 
-diffusers keeps its quantizers in a table of a module; there is no function to add one. Importing that module takes
-seconds, so `import quant` leaves word with Python's import system instead: the entry is made when diffusers is
-imported, before or after. Loading is then as in transformers: the folder is verified, packed modules are put in place
-on the meta device, and diffusers fills them; values that it has cast on the way are taken as they were stored.
+diffusers keeps its quantizers in a table of a module; there is no function to add one. The entry is made when diffusers
+is imported, before `quant` or after it (`announcement`). Loading is then as in transformers: the folder is verified,
+packed modules are put in place on the meta device, and diffusers fills them; values that it has cast on the way are
+taken as they were stored.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Mapping
 from enum import Enum
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,40 +29,6 @@ class Method(str, Enum):  # noqa: UP042 (diffusers formats it as a str)
     """diffusers asks a method for its `.value`."""
 
     BITWRIGHT = METHOD
-
-
-def announce() -> None:
-    """Makes the entry in diffusers' tables, now or as soon as diffusers is imported."""
-    module = sys.modules.get(TABLES)
-    if module is not None:
-        register(module)
-    elif not any(isinstance(finder, _Announcement) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Announcement())
-
-
-class _Announcement(MetaPathFinder):
-    """Steps in once, when the module with the tables is looked for."""
-
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != TABLES:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Registering(spec.loader)
-        return spec
-
-
-class _Registering(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        register(module)
 
 
 def register(tables: Any) -> None:

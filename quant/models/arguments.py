@@ -10,7 +10,7 @@ none of this; it serves the tracing pass, and calibration where there is a trans
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,7 @@ def build(model: Any, layout: str, size: Size, rows: int, generator: torch.Gener
     frames = size.frames if layout != "packed" or "num_frames" in names else 1
     shape = LAYOUTS[layout](config["in_channels"], frames, size.height, size.width)
     given: dict[str, Any] = {"hidden_states": torch.randn((rows, *shape), generator=generator)}
-    given["timestep"] = torch.full((rows,), 500)
+    given["timestep"] = torch.full((rows,), 0.5 if packed_time(names) else 500)
     if "class_labels" in names:
         given["class_labels"] = torch.randint(0, config["num_embeds_ada_norm"] or 1, (rows,), generator=generator)
     if "encoder_hidden_states" in names:
@@ -113,6 +113,12 @@ def build(model: Any, layout: str, size: Size, rows: int, generator: torch.Gener
     if "encoder_hidden_states_image" in names and config.get("image_dim"):
         given["encoder_hidden_states_image"] = torch.randn((rows, size.text, config["image_dim"]), generator=generator)
     return given | _places(names, config, frames, size, rows)
+
+
+def packed_time(given: Container[str]) -> bool:
+    """Whether the timestep is a share of 1, as models of packed latents take it; all others take the scheduler's own
+    number."""
+    return "img_ids" in given or "img_shapes" in given
 
 
 def _places(names: Mapping[str, Any], config: Any, frames: int, size: Size, rows: int) -> dict[str, Any]:
