@@ -172,22 +172,26 @@ def solved(spec: Spec, solver: Any = None, rows: int = 64, columns: int = 96) ->
     return weight, (solver or Feedback()).solve(weight, collector.finish(), spec).packed
 
 
+@pytest.mark.parametrize("codes", [True, False])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_what_is_trained_is_what_is_stored(spec: Spec) -> None:
+def test_what_is_trained_is_what_is_stored(spec: Spec, codes: bool) -> None:
     weight, packed = solved(spec)
-    one = tunable(packed, weight)
+    one = tunable(packed, weight, codes)
     assert {name: tensor.tolist() for name, tensor in one.pack().tensors().items()} == {
         name: tensor.tolist() for name, tensor in packed.tensors().items()
     }
     generator = torch.Generator().manual_seed(1)
     (one.weight() * torch.randn(weight.shape, generator=generator)).sum().backward()
     assert one.scales()
+    assert bool(one.codes()) is codes
     for parameter in (*one.codes(), *one.scales()):
         assert parameter.grad is not None
         assert torch.isfinite(parameter.grad).all()
         assert parameter.grad.count_nonzero() > 0
         with torch.no_grad():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    for step in range(4):
+        one.settle(step)
     after = one.pack()
     after.validate()
     assert not torch.equal(after.dequantize(), packed.dequantize())
@@ -201,7 +205,7 @@ def test_a_layout_without_a_tunable_is_refused(monkeypatch: pytest.MonkeyPatch) 
     weight, packed = solved(Rotated())
     monkeypatch.delitem(KINDS, PackedRotated)
     with pytest.raises(SettingsError, match="layout 'rotated' cannot be tuned; trellis, uniform can"):
-        tunable(packed, weight)
+        tunable(packed, weight, True)
 
 
 def task(change: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> Task:

@@ -92,7 +92,7 @@ class Distillation:
 
     def tune(self, whole: Whole) -> Tuned:
         """Same task, same bytes, however often it was interrupted."""
-        student = _Student(whole)
+        student = _Student(whole, self.codes > 0)
         before = student.loss_of_all()
         vectors = {name: whole.model.get_parameter(name).to(kind) for name, kind in whole.vectors.items()}
         if not before > 0:
@@ -105,9 +105,10 @@ class Distillation:
         return Tuned(*student.result(), before, after)
 
     def _train(self, whole: Whole, student: _Student, usual: float) -> None:
-        parameters, codes = student.parameters(), student.codes() if self.codes else []
+        parameters, codes = student.parameters(), student.codes()
         adam = torch.optim.Adam(parameters, lr=self.rate, betas=(0.9, 0.95))
-        first, saved = _restore(whole.state, [*parameters, *codes], adam), time.monotonic()
+        kept = [*parameters, *codes, *student.held()]
+        first, saved = _restore(whole.state, kept, adam), time.monotonic()
         for step, number in enumerate(in_turn(len(whole.batches), self.steps, self.seed)):
             if step < first:
                 continue
@@ -124,25 +125,26 @@ class Distillation:
                 for place in codes:
                     if place.grad is not None:
                         place.sub_(place.grad.sign(), alpha=self.codes * decay / self.steps)
+                student.settle(step)
             for parameter in (*parameters, *codes):
                 parameter.grad = None
             whole.progress(step + 1, self.steps, loss / usual)
             if time.monotonic() - saved > whole.pause and step + 1 < self.steps:
-                _keep(whole.state, step + 1, [*parameters, *codes], adam)
+                _keep(whole.state, step + 1, kept, adam)
                 saved = time.monotonic()
 
 
 class _Student:
     """The model with trainable weights. Where it is not being run it is the teacher."""
 
-    def __init__(self, whole: Whole) -> None:
+    def __init__(self, whole: Whole, train_codes: bool) -> None:
         self.whole, self.model = whole, whole.model
         self.tunables: dict[str, Tunable] = {}
         for name, packed in whole.packed.items():
             site = whole.sites[name]
             weight = whole.model.get_parameter(site.parameter)
             matrix = (weight.transpose(-1, -2) if site.transposed else weight).float().reshape(site.shape)
-            self.tunables[name] = tunable(packed, matrix)
+            self.tunables[name] = tunable(packed, matrix, train_codes)
         self.vectors = {n: _Vector(whole.model.get_parameter(n), kind) for n, kind in whole.vectors.items()}
         self.inside = {
             block: [name for name, site in whole.sites.items() if name in whole.packed and _within(site.name, block)]
@@ -157,6 +159,13 @@ class _Student:
 
     def codes(self) -> list[Tensor]:
         return [parameter for one in self.tunables.values() for parameter in one.codes()]
+
+    def held(self) -> list[Tensor]:
+        return [tensor for one in self.tunables.values() for tensor in one.held()]
+
+    def settle(self, step: int) -> None:
+        for one in self.tunables.values():
+            one.settle(step)
 
     def result(self) -> tuple[dict[str, Packed], dict[str, Tensor]]:
         packed = {name: one.pack() for name, one in self.tunables.items()}

@@ -19,7 +19,8 @@ from quant.kernels.layouts import PackedUniform
 from quant.kernels.packed import Packed
 from quant.kernels.rotated import PackedRotated
 from quant.kernels.spec import DTYPES
-from quant.kernels.trellis import PackedTrellis, scale_codes, scale_values
+from quant.kernels.trellis import PackedTrellis, deviation, scale_codes, scale_values, values
+from quant.kernels.viterbi import improve
 from quant.solvers.grid import storable
 
 
@@ -27,11 +28,19 @@ class Tunable(ABC):
     """One packed matrix `[out, in]` in training. All its tensors are float32."""
 
     @abstractmethod
-    def __init__(self, packed: Packed, weight: Tensor) -> None:
-        """`weight` float32 `[out, in]`: the float one."""
+    def __init__(self, packed: Packed, weight: Tensor, train_codes: bool) -> None:
+        """`weight` float32 `[out, in]`: the float one. `train_codes`: whether the codes will be."""
 
     def codes(self) -> list[Tensor]:
-        """Parameters that are rounded to whole codes; a step of 1 is one level."""
+        """Parameters that decide the codes; a step of 1 is one level, or one standard deviation of a code's values."""
+        return []
+
+    def settle(self, step: int) -> None:
+        """Finds the codes for what `codes()` are now, after step number `step` has changed them."""
+        return
+
+    def held(self) -> list[Tensor]:
+        """What `settle` has made beside the parameters, for an interrupted training to keep: changed in place."""
         return []
 
     def scales(self) -> list[Tensor]:
@@ -54,7 +63,7 @@ class TunableUniform(Tunable):
     it: feedback's choices stay, and those that were close calls can flip first.
     """
 
-    def __init__(self, packed: Packed, weight: Tensor) -> None:
+    def __init__(self, packed: Packed, weight: Tensor, train_codes: bool) -> None:
         assert isinstance(packed, PackedUniform)
         self.spec, self.shape = packed.spec, packed.shape
         self.top = 2**packed.spec.bits - 1
@@ -62,11 +71,11 @@ class TunableUniform(Tunable):
         self.zeros, self.start = packed.zero_points(), packed.scales.float()
         codes = packed.codes().float()
         lies = weight / torch.where(self.start == 0, 1.0, self.start)[:, self.group] + self.zeros[:, self.group]
-        self.place = (codes + (lies - codes).clamp_(-LEAN, LEAN)).requires_grad_()
+        self.place = (codes + (lies - codes).clamp_(-LEAN, LEAN)).requires_grad_(train_codes)
         self.gain = torch.zeros_like(self.start, requires_grad=True)
 
     def codes(self) -> list[Tensor]:
-        return [self.place]
+        return [self.place] if self.place.requires_grad else []
 
     def scales(self) -> list[Tensor]:
         return [self.gain]
@@ -89,45 +98,101 @@ class TunableUniform(Tunable):
 
 
 class TunableTrellis(Tunable):
-    """The scale of each row; the codes stay."""
+    """The scale of each row; and `place`, what the search is given: where each value ought to lie, in deviations of the
+    code's values.
 
-    def __init__(self, packed: Packed, weight: Tensor) -> None:
+    A path stays the best one for a while when places move, and then gives way to another in which several values
+    differ: `settle` searches again, from the seam it has (straight-through estimation and re-encoding, as PV-Tuning,
+    arXiv 2405.14852, does with codebooks). A place starts at its value, moved by `LEAN_TRELLIS` of the way to the float
+    weight.
+    """
+
+    def __init__(self, packed: Packed, weight: Tensor, train_codes: bool) -> None:
         assert isinstance(packed, PackedTrellis)
-        self.packed = packed
-        ones = replace(packed, scales=torch.zeros_like(packed.scales), peaks=torch.ones_like(packed.peaks))
-        self.levels = ones.dequantize(torch.float16)  # exact, in half the memory
+        self.packed, self.spec, self.shape = packed, packed.spec, packed.shape
+        self.table = values(self.spec.code, self.spec.window).to(packed.device)
+        self.unit = deviation(self.spec.code, self.spec.window)
+        self.states = [packed.states(number) for number in range(len(self.spec.sequences(self.shape[0])))]
+        self.levels = torch.empty(self.shape, dtype=torch.float16, device=packed.device)  # the values are exact in it
+        self._read()
         self.start = packed.row_scales()
         self.peaks = packed.peaks.repeat_interleave(packed.spec.length)[: packed.shape[0]]
         self.gain = torch.zeros_like(self.start, requires_grad=True)
+        self.place: Tensor | None = None
+        if train_codes:
+            scale = torch.where(self.start > 0, self.start, torch.inf)[:, None]
+            levels = self.levels.float()
+            self.place = (torch.lerp(levels, weight / scale, LEAN_TRELLIS) / self.unit).requires_grad_()
+        else:
+            self.states = []
+
+    def codes(self) -> list[Tensor]:
+        return [] if self.place is None else [self.place]
 
     def scales(self) -> list[Tensor]:
         return [self.gain]
 
+    def settle(self, step: int) -> None:
+        if self.place is None:
+            return
+        scales = scale_values(self._codes(), self.peaks)
+        weight = scales.square() / scales.square().mean().clamp_min(1e-30)
+        columns = torch.arange(step % EVERY, self.shape[1], EVERY, device=self.place.device)
+        wanted = self.place.detach()[:, columns].T * self.unit
+        for number, states in enumerate(self.states):
+            first, length = number * self.spec.length, states.shape[1]
+            rows = min(self.spec.length, self.shape[0] - first)
+            target, counts = wanted.new_zeros((2, len(columns), length))
+            target[:, :rows], counts[:, :rows] = wanted[:, first : first + rows], weight[first : first + rows]
+            seam = length // 2 if step // EVERY % 2 else 0
+            states[columns] = improve(target, counts, self.table, self.spec.bits, states[columns], seam)
+        self._read()
+
+    def held(self) -> list[Tensor]:
+        return [] if self.place is None else [*self.states, self.levels]
+
     def weight(self) -> Tensor:
         stored = scale_values(self._codes(), self.peaks)
-        return self.levels.float() * through(self.start * (1 + self.gain), stored)[:, None]
+        levels = self.levels.float()
+        levels = levels if self.place is None else through(self.place * self.unit, levels)
+        return levels * through(self.start * (1 + self.gain), stored)[:, None]
 
     def pack(self) -> Packed:
-        return replace(self.packed, scales=self._codes())
+        if self.place is None:
+            return replace(self.packed, scales=self._codes())
+        return PackedTrellis.from_states(self.spec, self.shape, self.states, self._codes(), self.packed.peaks)
 
     def _codes(self) -> Tensor:
         return scale_codes(self.start * (1 + self.gain.detach()), self.peaks)
+
+    def _read(self) -> None:
+        """The values of the states."""
+        for number, states in enumerate(self.states):
+            first = number * self.spec.length
+            part = self.levels[first : first + self.spec.length]
+            part.copy_(self.table[states[:, : len(part)].long()].T)
 
 
 class TunableRotated(Tunable):
     """What its base has, seen through the rotations."""
 
-    def __init__(self, packed: Packed, weight: Tensor) -> None:
+    def __init__(self, packed: Packed, weight: Tensor, train_codes: bool) -> None:
         assert isinstance(packed, PackedRotated)
         self.packed, self.inputs, self.outputs = packed, packed.inputs(), packed.outputs()
         turned = self.outputs.apply(self.inputs.apply(weight).T).T.contiguous()
-        self.base = tunable(packed.base, turned)
+        self.base = tunable(packed.base, turned, train_codes)
 
     def codes(self) -> list[Tensor]:
         return self.base.codes()
 
     def scales(self) -> list[Tensor]:
         return self.base.scales()
+
+    def settle(self, step: int) -> None:
+        self.base.settle(step)
+
+    def held(self) -> list[Tensor]:
+        return self.base.held()
 
     def weight(self) -> Tensor:
         return self.outputs.undo(self.inputs.undo(self.base.weight()).T).T
@@ -137,6 +202,8 @@ class TunableRotated(Tunable):
 
 
 LEAN = 0.49
+LEAN_TRELLIS = 0.5
+EVERY = 4  # a trellis searches every fourth column in turn: a search of all costs more than a step's gradient
 KINDS: dict[type[Packed], type[Tunable]] = {
     PackedUniform: TunableUniform,
     PackedTrellis: TunableTrellis,
@@ -144,13 +211,13 @@ KINDS: dict[type[Packed], type[Tunable]] = {
 }
 
 
-def tunable(packed: Packed, weight: Tensor) -> Tunable:
+def tunable(packed: Packed, weight: Tensor, train_codes: bool) -> Tunable:
     """Raises `SettingsError` for a layout that has nothing to train."""
     kind = KINDS.get(type(packed))
     if kind is None:
         known = ", ".join(sorted(packed.layout for packed in KINDS))
         raise SettingsError(f"layout {packed.layout!r} cannot be tuned; {known} can: set recovery to null")
-    return kind(packed, weight)
+    return kind(packed, weight, train_codes)
 
 
 class _Through(torch.autograd.Function):

@@ -98,7 +98,7 @@ class BlockTuning:
         share = before / energy if energy > 0 else 0.0
         if not before > 0:
             return Recovered(task.packed, share, share)
-        tunables = {name: tunable(packed, task.weights[name]) for name, packed in task.packed.items()}
+        tunables = {name: tunable(packed, task.weights[name], self.codes > 0) for name, packed in task.packed.items()}
         with torch.enable_grad():
             self._train(task, tunables, before / task.batches)
         packed = {name: one.pack() for name, one in tunables.items()}
@@ -120,7 +120,7 @@ class BlockTuning:
 
     def _train(self, task: Task, tunables: Mapping[str, Tunable], usual: float) -> None:
         """`usual`: a batch's loss before training."""
-        codes = [parameter for one in tunables.values() for parameter in one.codes()] if self.codes else []
+        codes = [parameter for one in tunables.values() for parameter in one.codes()]
         scales = [parameter for one in tunables.values() for parameter in one.scales()] if self.scales else []
         adam = torch.optim.Adam(scales, lr=self.scales) if scales else None
         for step, batch in enumerate(in_turn(task.batches, self.steps, self.seed + task.seed)):
@@ -137,6 +137,8 @@ class BlockTuning:
                 for parameter, gradient in zip(codes, gradients[: len(codes)], strict=True):
                     if gradient is not None:
                         parameter.sub_(gradient.sign_(), alpha=self.codes * decay / self.steps)
+                for one in tunables.values():
+                    one.settle(step)
                 if adam is not None:
                     for parameter, gradient in zip(scales, gradients[len(codes) :], strict=True):
                         parameter.grad = gradient
