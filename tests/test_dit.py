@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import tiny_dit
 import torch
 
@@ -14,11 +15,13 @@ import quant
 from quant.calibration.samples import moved
 from quant.checkpoint.manifest import verify
 from quant.errors import CalibrationError, ModelError
+from quant.estimate import estimate
 from quant.linear import PackedLinear
 from quant.models.arguments import Form, build, find_form
 from quant.models.stream import first_tensor
 from quant.models.walk import walk
 from quant.prepare import prepare
+from quant.progress import Progress
 from quant.recipe import Calibration, Recipe, Trajectory, load_recipe
 
 SMALL = Calibration(samples=3, batch_size=2)
@@ -230,7 +233,7 @@ def test_a_pipeline_is_calibrated_as_it_paints(tmp_path: Path) -> None:
 
 def text_pipeline(path: Path) -> None:
     """A pipeline from prompts: PixArt's, with a text encoder and a tokenizer of characters."""
-    import tiny
+
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     diffusers = tiny_dit.library()
@@ -260,3 +263,37 @@ def test_prompts_go_through_the_pipeline_s_text_encoder(tmp_path: Path) -> None:
     )
     loaded = tiny_dit.library().DiffusionPipeline.from_pretrained(out)
     assert type(loaded.text_encoder).__name__ == "T5EncoderModel"
+
+
+def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    class Stop(Progress):
+        def advanced(self, index: int, weights: int) -> None:
+            raise KeyboardInterrupt
+
+    pipeline(tmp_path / "float")
+    recipe = Recipe(spec=quant.Uniform(bits=3, group_size=16), calibration=SMALL, trajectory=WAY, match="float")
+    with pytest.raises(KeyboardInterrupt):
+        quant.quantize(str(tmp_path / "float"), tmp_path / "stopped", recipe, progress=Stop())
+    resumed = quant.quantize(str(tmp_path / "float"), tmp_path / "stopped", recipe, mode="resume")
+    assert resumed.report["resumed_blocks"] == 1
+    quant.quantize(str(tmp_path / "float"), tmp_path / "straight", recipe)
+    assert tiny.contents(tmp_path / "stopped", people=False) == tiny.contents(tmp_path / "straight", people=False)
+    done = quant.quantize(str(tmp_path / "float"), tmp_path / "stopped", recipe, mode="resume")  # nothing left to do
+    assert done.report["resumed_blocks"] == 1
+
+
+def test_a_dry_run_knows_the_bytes(tmp_path: Path) -> None:
+    source = tiny_dit.folder("HunyuanVideoTransformer3DModel", tmp_path / "float", "FlowMatchEulerDiscreteScheduler")
+    recipe = Recipe(calibration=SMALL, trajectory=WAY)
+    prepared = prepare(str(source), recipe)
+    predicted = estimate(prepared)
+    assert prepared.outline[1] == len(prepared.samples.batches)
+    assert quant.quantize(str(source), tmp_path / "packed", recipe).written.files == predicted.weight_files
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+    pipeline(tmp_path / "float")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(quant.BitwrightError, match="files that are not bitwright's"):
+        quant.quantize(str(tmp_path / "float"), tmp_path / "out", load_recipe("rtn"))
