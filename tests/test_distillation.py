@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from quant import Recipe, quantize
 from quant.errors import SettingsError
 from quant.estimate import estimate
-from quant.kernels.spec import Rotated, Trellis
+from quant.kernels.spec import Rotated, Spec, Trellis, Uniform
 from quant.prepare import prepare
 from quant.progress import Progress
 from quant.recipe import override, recipe_from_dict
@@ -55,6 +55,16 @@ def test_only_scales_and_vectors_change(tuned: tuple[Any, Any]) -> None:
     assert not any(name.endswith(("proj.weight", "embed_tokens.weight")) for name in changed)
 
 
+def test_codes_of_a_trellis_get_better(demo: Path, tuned: tuple[Any, Any], tmp_path: Path) -> None:
+    plain, scales = tuned
+    recipe = replace(recipe_from_dict(plain.report["recipe"]), distillation=Distillation(steps=24, codes=1.0))
+    codes = quantize(str(demo), tmp_path / "codes", recipe)
+    assert codes.report["distillation"]["after"] < 0.97 * scales.report["distillation"]["after"]
+    before, after = (load_file(run.out / "model.safetensors") for run in (plain, codes))
+    changed = [name for name in before if name.endswith("proj.weight") and not torch.equal(before[name], after[name])]
+    assert len(changed) > 20
+
+
 def test_it_is_told(tuned: tuple[Any, Any]) -> None:
     card, page = ((tuned[1].out / name).read_text() for name in ("README.md", "report.html"))
     assert "end-to-end tuning" in card
@@ -81,9 +91,10 @@ class Kills(Progress):
             raise Killed
 
 
-def test_killed_while_tuning(words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spec", [Uniform(bits=2, group_size=32), Rotated(Trellis(window=8, length=64))], ids=str)
+def test_killed_while_tuning(spec: Spec, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("gemma3", tmp_path / "model")
-    recipe = replace(tiny.recipe(words, bits=2), distillation=Distillation(steps=7, codes=0.2))
+    recipe = replace(tiny.recipe(words), spec=spec, solver=FAST, distillation=Distillation(steps=7, codes=0.5))
     quantize(str(model), tmp_path / "whole", recipe)
     monkeypatch.setattr("quant.finish.PAUSE", 0.0)
     out = tmp_path / "out"

@@ -6,9 +6,10 @@ knows what it costs. For `steps` steps of one calibration batch each, with the f
     loss = mean over tokens of KL(teacher || student)        (without a vocabulary: squared error over its energy)
 
 is lowered in what costs no bits: the scales of every tunable layout and the vectors that stay float (norm weights,
-biases), each rounded to what is stored before it is used. This is the continuous half of PV-Tuning (arXiv 2405.14852,
-section 3.2) and the second phase of EfficientQAT (arXiv 2407.11062). `codes` moves the codes of uniform grids too, as
-in block tuning. The result is kept only if it is better over all batches.
+biases), each rounded to what is stored before it is used (the continuous half of PV-Tuning, arXiv 2405.14852, and the
+second phase of EfficientQAT, arXiv 2407.11062); and the codes, by the sign of the gradient on where a value ought to
+lie, as in block tuning: what is stored is the code nearest to that, and no step moves it further than `codes / steps`
+levels, so that few codes change at a time. The result is kept only if it is better over all batches.
 
 The float model lies in memory whole, for the teacher; a block's quantized weights are made when it runs and again when
 its gradient does (activation checkpointing), so activations cost one block's and the outputs between them.
@@ -75,10 +76,10 @@ class Tuned:
 @dataclass(frozen=True)
 class Distillation:
     """See the module. A step takes one calibration batch. `rate`: of Adam, relative to each scale and to the root mean
-    square of each vector; it falls to 0 linearly. `codes`: levels that a uniform code may move by, twice; 0: none.
+    square of each vector; it falls to 0 linearly. `codes`: levels by which a place may move, twice; 0 leaves the codes.
     """
 
-    steps: int = 256
+    steps: int = 128
     rate: float = 0.005
     codes: float = 0.0
     seed: int = 0

@@ -32,7 +32,7 @@ class Tunable(ABC):
         """`weight` float32 `[out, in]`: the float one. `train_codes`: whether the codes will be."""
 
     def codes(self) -> list[Tensor]:
-        """Parameters that decide the codes; a step of 1 is one level, or one standard deviation of a code's values."""
+        """Parameters that decide the codes; a step of 1 is about one level."""
         return []
 
     def settle(self, step: int) -> None:
@@ -98,8 +98,9 @@ class TunableUniform(Tunable):
 
 
 class TunableTrellis(Tunable):
-    """The scale of each row; and `place`, what the search is given: where each value ought to lie, in deviations of the
-    code's values.
+    """The scale of each row; and `place`, what the search is given: where each value ought to lie. Its unit is what a
+    scalar grid of as many bits would have between its levels: at 2 bits the values' deviation, half of it for each bit
+    more.
 
     A path stays the best one for a while when places move, and then gives way to another in which several values
     differ: `settle` searches again, from the seam it has (straight-through estimation and re-encoding, as PV-Tuning,
@@ -111,7 +112,7 @@ class TunableTrellis(Tunable):
         assert isinstance(packed, PackedTrellis)
         self.packed, self.spec, self.shape = packed, packed.spec, packed.shape
         self.table = values(self.spec.code, self.spec.window).to(packed.device)
-        self.unit = deviation(self.spec.code, self.spec.window)
+        self.unit = deviation(self.spec.code, self.spec.window) * 2.0 ** (2 - self.spec.bits)
         self.states = [packed.states(number) for number in range(len(self.spec.sequences(self.shape[0])))]
         self.levels = torch.empty(self.shape, dtype=torch.float16, device=packed.device)  # the values are exact in it
         self._read()
