@@ -46,6 +46,8 @@ def complete(source: Source) -> str | None:
             return f"its {name} is of {library}, not of diffusers or transformers"
         if not (source.home / name).is_dir():
             return f"its {name} is missing"
+    if not (read_json(source.home / PIPELINE).get("vae") or [None])[0]:  # pipelines do not load without
+        return "it has no vae"
     return None
 
 
