@@ -25,7 +25,7 @@ from quant.calibration.trajectory import passes
 from quant.checkpoint.shards import sizes
 from quant.checkpoint.writer import arrangement, promised_pieces, quantized_sites
 from quant.memory import peak_bytes
-from quant.models.stream import outside_blocks
+from quant.models.stream import Forward, outside_blocks
 from quant.prepare import Prepared, skeleton_of
 from quant.recovery.block import task
 from quant.recovery.tuning import REHEARSED, BlockTuning
@@ -77,6 +77,7 @@ def estimate(prepared: Prepared) -> Estimate:
     files = sizes(arrangement(prepared, promised_pieces(prepared)), prepared.source.stem)
     cuda = prepared.settings.device.startswith("cuda")
     with threads(prepared.threads):
+        follow = _follow(prepared)
         seen = _rehearse(prepared)
         opening = _timed(lambda: skeleton_of(prepared.source, prepared.settings))
     _, batches = prepared.outline
@@ -89,9 +90,9 @@ def estimate(prepared: Prepared) -> Estimate:
     peak_gpu = torch.cuda.max_memory_allocated() + held if cuda else 0
     peak_rss = peak_bytes() + (0 if cuda else held)
     verification = opening + (seen.load + seen.advance) * share
-    calibration = prepared.recipe.calibration
-    if calibration is not None and prepared.source.is_diffusion:
-        verification += passes(calibration, prepared.recipe.trajectory) * seen.advance * share
+    if (calibration := prepared.recipe.calibration) is not None and prepared.source.is_diffusion:
+        whole = follow if follow is not None else seen.advance * share
+        verification += passes(calibration, prepared.recipe.trajectory) * whole
     distillation, more = _distillation(prepared, seen, weights, batches)
     return Estimate(
         sites=len(sites),
@@ -123,6 +124,16 @@ def _distillation(prepared: Prepared, seen: _Rehearsal, weights: int, batches: i
     width = getattr(torch, prepared.settings.dtype).itemsize
     more = parameters * width + 2 * weights + seen.stored * len(prepared.walk.chain) + logits
     return recipe.distillation.steps * step + passes, more
+
+
+def _follow(prepared: Prepared) -> float | None:
+    """Seconds of one batch through a diffusion transformer that a run holds in memory while it follows it; None for all
+    other models."""
+    if not prepared.source.is_diffusion or prepared.recipe.calibration is None:
+        return None
+    with Forward(prepared.skeleton, prepared.walk.chain, prepared.settings.spill_bytes) as forward:
+        batch, _ = prepared.outline
+        return _timed(lambda: forward([batch])) if forward.whole else None
 
 
 @torch.no_grad()

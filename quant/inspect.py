@@ -27,6 +27,7 @@ from rich.text import Text
 from quant.checkpoint import words
 from quant.checkpoint.journal import FOLDER
 from quant.checkpoint.manifest import PackedSite, read_config, read_sites, stored_tensors, verify
+from quant.checkpoint.pipelines import component
 from quant.checkpoint.provenance import command as quantize_command
 from quant.checkpoint.shards import Piece
 from quant.errors import BitwrightError, CheckpointError, ResumeError, SettingsError
@@ -80,6 +81,7 @@ def look(folder: Path, check: bool = True) -> dict[str, Any]:
         ModelError: a float model's files cannot be read.
         ResumeError: an unfinished run's own account cannot be read.
     """
+    folder = component(folder)
     if not folder.is_dir():
         state = "a file" if folder.exists() else "not there"
         raise SettingsError(f"{folder}: {state}; give the folder of a checkpoint")
@@ -88,7 +90,9 @@ def look(folder: Path, check: bool = True) -> dict[str, Any]:
     if (folder / FOLDER).is_dir():
         return {"kind": "unfinished", **common, **_unfinished(folder)}
     config = read_config(folder)
-    common["architectures"] = config.get("architectures")
+    common["architectures"] = config.get("architectures") or (
+        [config["_class_name"]] if "_class_name" in config else None
+    )
     if config.get("quantization_config") is not None:
         return {"kind": "packed", **common, **_packed(folder, config["quantization_config"], check)}
     return {"kind": "float", **common, **_float(folder)}

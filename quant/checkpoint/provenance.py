@@ -47,7 +47,7 @@ def origin(source: Source) -> dict[str, Any]:
     return {
         "bytes": source.nbytes(),
         "parameters": sum(math.prod(entry.shape) for entry in source.entries.values()),
-        "architecture": str((source.config.get("architectures") or ["unknown"])[0]),
+        "architecture": str(source.config.get("_class_name") or (source.config.get("architectures") or ["unknown"])[0]),
         "base_model": source.name if on_hub else None,
         "revision": source.folder.name if on_hub else None,
         "license": stated if isinstance(stated, str) else None,
