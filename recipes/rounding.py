@@ -3,4 +3,4 @@
 from quant.recipe import Calibration, Recipe
 from quant.recovery.distillation import Distillation
 
-RECIPE = Recipe(match="float", calibration=Calibration(batch_size=4), distillation=Distillation(steps=128, codes=1.0))
+RECIPE = Recipe(match="float", calibration=Calibration(batch_size=4), distillation=Distillation(codes=2.0))
