@@ -37,7 +37,7 @@ from quant.recipe import Recipe, load_recipe, override, shipped_recipes, with_sp
 
 HELP = f"""Turn a float model into a packed low-bit checkpoint.
 
-Shipped recipes: {", ".join(shipped_recipes())}. The default is balanced (trellis codes) up to 3 bits and
+Shipped recipes: {", ".join(shipped_recipes())}. The default is balanced (trellis codes) below 4 bits and
 gptq (uniform grids) above, or where a flag of a grid is given.
 
 Examples:
@@ -79,7 +79,7 @@ def quantize(
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="No zero points, or with.")] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="A shipped recipe, or a .py or .json file; default: balanced up to 3 bits, else gptq."),
+        typer.Option(help="A shipped recipe, or a .py or .json file; default: balanced below 4 bits, else gptq."),
     ] = None,
     time_budget: Annotated[
         str | None, typer.Option(help="Pick best, balanced or fast by its predicted time: 2h.")
@@ -143,7 +143,7 @@ class _Silent(Progress):
 def _recipe(name: str | None, bits: float | None, group_size: int | None, symmetric: bool | None) -> Recipe:
     """The named recipe, or trellis codes where grids lose much and no flag of a grid was given."""
     grid = group_size is not None or symmetric is not None
-    name = name or ("balanced" if bits is not None and 1 <= bits <= 3 and not grid else "gptq")
+    name = name or ("balanced" if bits is not None and 1 <= bits < 4 and not grid else "gptq")
     chosen = with_spec(load_recipe(name), bits=bits and int(bits), group_size=group_size, symmetric=symmetric)
     return replace(chosen, average=bits if bits and bits % 1 else chosen.average)
 
