@@ -1,8 +1,8 @@
 """Any packed weight in kernel order: which tensors hold it, and the weight they make.
 
-The codes are arranged as `order.py` and `trellis_order.py` tell; what a layout puts around them stays as it is stored.
-Only the signs of a rotation do not: where a side is rotated they are int8 +-1 `[n]`, so that a product neither unpacks
-them nor asks the GPU whether there are any.
+The codes are arranged as `order.py`, `trellis_order.py` and `codebook_order.py` tell; what a layout puts around them
+stays as it is stored. Only the signs of a rotation do not: where a side is rotated they are int8 +-1 `[n]`, so that a
+product neither unpacks them nor asks the GPU whether there are any.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import order, trellis_order
+from quant.kernels import codebook_order, order, trellis_order
+from quant.kernels.codebook import PackedCodebook
 from quant.kernels.layouts import Packed, PackedTrellis, PackedUniform
 from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.order import Arranged
 from quant.kernels.reference import Weight
 from quant.kernels.rotated import PackedRotated
-from quant.kernels.spec import LowRank, Rotated, Spec, Trellis, Uniform
+from quant.kernels.spec import Codebook, LowRank, Rotated, Spec, Trellis, Uniform
 from quant.kernels.trellis_order import ArrangedTrellis
 
 
 def has_order(spec: Spec) -> bool:
     """Whether there is a kernel order for it; what has none stays as the checkpoint has it."""
-    return isinstance(spec.core, Uniform | Trellis)
+    return isinstance(spec.core, Uniform | Trellis | Codebook)
 
 
 def kernel_order(packed: Packed, begin: int, end: int) -> dict[str, Tensor]:
@@ -37,6 +38,8 @@ def kernel_order(packed: Packed, begin: int, end: int) -> dict[str, Tensor]:
     if isinstance(packed, PackedTrellis):
         trellis = trellis_order.arrange(packed, begin, end)
         return {"weight": trellis.weight, "scales": trellis.scales, "peaks": trellis.peaks}
+    if isinstance(packed, PackedCodebook):
+        return codebook_order.arrange(packed, begin, end).tensors()
     if isinstance(packed, PackedLowRank):
         own = {"lora_a": packed.lora_a, "lora_b": packed.lora_b[begin:end]}
         return {**kernel_order(packed.base, begin, end), **own}
@@ -50,11 +53,15 @@ def weight_of(spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor])
         return Arranged(spec, shape, tensors["weight"], tensors["scales"], tensors.get("zeros"))
     if isinstance(spec, Trellis):
         return ArrangedTrellis(spec, shape, tensors["weight"], tensors["scales"], tensors["peaks"])
+    if isinstance(spec, Codebook):
+        return codebook_order.weight_of(spec, shape, tensors)
     return _around(weight_of, spec, shape, tensors)
 
 
 def checkpoint_order(spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Packed:
     """The inverse of `kernel_order`, bit for bit."""
+    if isinstance(spec, Codebook):
+        return codebook_order.plain(codebook_order.weight_of(spec, shape, tensors))
     if isinstance(spec, Uniform | Trellis):
         found = weight_of(spec, shape, tensors)
         return order.plain(found) if isinstance(found, Arranged) else trellis_order.plain(found)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Speed of the kernels for uniform and trellis weights: `python -m quant.kernels.benchmark [--quick] [--check]`.
+"""Speed of the kernels for packed weights: `python -m quant.kernels.benchmark [--quick] [--check]`.
 
 First the gate: ragged shapes of all bit widths and codes against float64; if one is wrong, nothing is timed. Then the
 copy bandwidth and the bfloat16 matmul rate of this GPU, which give each product its limit (`roofline.py`), and then the
@@ -20,15 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import launch, measure, trellis_launch
+from quant.kernels import measure
 from quant.kernels.available import INTERPRET, runs_triton
 from quant.kernels.measure import HALVES, SHAPES, Case
 from quant.kernels.roofline import work
-from quant.kernels.spec import Trellis, Uniform
+from quant.kernels.spec import Codebook, Trellis, Uniform
 
 TOKENS, BITS, GROUP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096), (4, 2, 3, 8), 128
 TRELLISES = (2, 3, 4)
 """Bits of the trellises that are timed, of the default code and window."""
+CODEBOOKS = (2.0, 3.0)
+"""Bits, all included, of the codebooks that are timed."""
 PEERS = ("bf16", "int4pack", "gemlite")
 SHOWN = (
     "model",
@@ -85,7 +87,14 @@ def gate(apply: Callable[..., Iterator[Any]]) -> int:
             (17, 3, 16, "mac", "bf16"), (9, 4, 12, "inst", "fp16"),
         )
     ]  # fmt: skip
-    cases += [Case(300, *size, spec) for spec in (Uniform(bits=4), Trellis())] * cuda  # unpacked and left to cuBLAS
+    cases += [
+        Case(tokens, *size, Codebook(length=length, index_bits=bits, second_bits=second, share=share, rows=rows), kind)
+        for tokens, length, bits, second, share, rows, kind in (
+            (1, 6, 11, 4, 0.24, 4096, "bf16"), (17, 8, 12, 0, 1.0, 40, "fp16"), (3, 5, 9, 7, 1.0, 4096, "bf16"),
+        )
+    ]  # fmt: skip
+    whole = (Uniform(bits=4), Trellis(), Codebook(length=6, index_bits=11, second_bits=4, share=0.24))
+    cases += [Case(300, *size, spec) for spec in whole] * cuda  # unpacked and left to cuBLAS
     failed = [line for line in apply(measure.wrong, cases, [device] * len(cases)) if line]
     print(f"gate: {len(cases) - len(failed)} of {len(cases)} products are right", *failed, sep="\n", flush=True)
     return int(bool(failed))
@@ -103,8 +112,11 @@ def rows(quick: bool) -> list[tuple[str, str, Case]]:
         for model, layers in SHAPES.items()
         for layer, rows, columns in layers
         for tokens in TOKENS
-        for spec in (*(Uniform(bits=b, group_size=GROUP) for b in BITS), *(Trellis(bits=b) for b in TRELLISES))
-    ]
+        for spec in (
+            *(Uniform(bits=b, group_size=GROUP) for b in BITS), *(Trellis(bits=b) for b in TRELLISES),
+            *(Codebook(bits=b) for b in CODEBOOKS),
+        )
+    ]  # fmt: skip
     return [row for row in sorted(made, key=rank) if not quick or rank(row) <= 2]
 
 
@@ -148,7 +160,7 @@ def timed(case: Case, data: Mapping[str, Any], peers: dict[tuple[Any, ...], floa
     limit = need.limit(data["bytes/s copied"], data["flop/s bf16"])
     packed = measure.weights(N, K, spec, measure.copies(need.weight))
     seconds = ours(x, packed, limit)
-    code = spec.code if isinstance(spec, Trellis) else "uniform"
+    code = spec.code if isinstance(spec, Trellis) else spec.layout
     row: dict[str, Any] = {"N": N, "K": K, "M": M, "bits": spec.bits, "code": code, "us": seconds * 1e6}
     row |= {"GB/s": need.nbytes / seconds / 1e9, "limit us": limit * 1e6, "of limit": limit / seconds}
     if 64 <= M <= 1024:
@@ -176,7 +188,7 @@ def ours(x: Tensor, packed: Sequence[Any], least: float) -> float:
 def other(x: Tensor, packed: Sequence[Any], least: float) -> float:
     """Seconds of the way not taken, from which `UNPACK_FROM` is to be set: unpacked and left to cuBLAS where `launch`
     takes the kernel, and the reverse."""
-    module = trellis_launch if isinstance(packed[0].spec, Trellis) else launch
+    module = measure.module_of(packed[0])
     chosen = module.UNPACK_FROM
     try:
         module.UNPACK_FROM = len(x) + 1 if len(x) >= chosen else 0
@@ -185,7 +197,7 @@ def other(x: Tensor, packed: Sequence[Any], least: float) -> float:
         module.UNPACK_FROM = chosen
 
 
-def peer(name: str, x: Tensor, rows: int, spec: Uniform | Trellis, least: float) -> float | None:
+def peer(name: str, x: Tensor, rows: int, spec: measure.Spec, least: float) -> float | None:
     """Seconds of another kernel on the same product; None where there is none."""
     columns = x.shape[1]
     count = measure.copies(work(len(x), rows, columns, None if name == "bf16" else spec).weight)
@@ -196,8 +208,8 @@ def peer(name: str, x: Tensor, rows: int, spec: Uniform | Trellis, least: float)
         words = torch.randint(0, 2**31 - 1, (count, rows // 8, columns // 128, 32, 4), dtype=torch.int32, device="cuda")
         pairs = torch.randn((count, columns // GROUP, rows, 2), device="cuda", dtype=x.dtype)
         return measure.clock(lambda i: torch.ops.aten._weight_int4pack_mm(x, words[i], GROUP, pairs[i]), count, least)
-    if name == "gemlite" and find_spec("gemlite") and spec.bits != 3:
-        layers = [gemlite(rows, columns, spec.bits) for _ in range(count)]
+    if name == "gemlite" and find_spec("gemlite") and spec.bits in (2, 4, 8):
+        layers = [gemlite(rows, columns, int(spec.bits)) for _ in range(count)]
         return measure.clock(lambda i: layers[i](x), count, least)
     return None
 

@@ -18,8 +18,8 @@ last ones may be fewer; a vector that the end of its rows cuts short is stored w
     g = o // rows,  n the vector row and t the place in it of o, counted in its group
 
 The second codebook is a residual stage if it serves all columns, and a finer codebook for outlier columns if it serves
-a few. A kernel wants a vector row for each thread, the codebooks in shared memory (64 kB at most where `codebook_for`
-chose them), and its indices as a stream along the inputs, which is the order on disk; no index depends on another.
+a few. No index depends on another. The GPU kernels have the codebooks in the first-level cache (about 64 KiB at most
+where `codebook_for` chose them) and the indices in an order of their own (`codebook_order.py`).
 """
 
 from __future__ import annotations

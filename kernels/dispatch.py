@@ -12,12 +12,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant.kernels import launch, reference, trellis_launch
+from quant.kernels import codebook_launch, launch, reference, trellis_launch
 from quant.kernels.available import missing
+from quant.kernels.codebook_order import ArrangedCodebook
 from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.order import Arranged
 from quant.kernels.reference import Weight
@@ -37,7 +39,7 @@ class Kernel:
 
     name: str
     refuses: Callable[[Tensor, Weight], str | None]
-    run: Callable[[Tensor, Weight, Tensor | None], Tensor]
+    run: Callable[[Tensor, Any, Tensor | None], Tensor]
 
 
 def _torch_refuses(x: Tensor, packed: Weight) -> str | None:
@@ -46,47 +48,34 @@ def _torch_refuses(x: Tensor, packed: Weight) -> str | None:
     return None if x.is_floating_point() else f"x is {x.dtype}, not floating-point"
 
 
-def _triton_refuses(x: Tensor, packed: Weight) -> str | None:
-    return launch.refuses(x, packed) if isinstance(packed, Arranged) else _disorder(x, packed, "a trellis")
+def _row(kind: type[Any], refuses: Callable[[Tensor, Any], str | None]) -> Callable[[Tensor, Weight], str | None]:
+    """Why a row for weights of one kind refuses."""
+    return lambda x, packed: refuses(x, packed) if isinstance(packed, kind) else _disorder(x, packed)
 
 
-def _int8_refuses(x: Tensor, packed: Weight) -> str | None:
+def _int8_refuses(x: Tensor, packed: Arranged) -> str | None:
     if os.environ.get(VARIABLE) != "triton-int8":
         return f"it rounds x to 8 bits, and runs only where {VARIABLE}=triton-int8 asks for it"
-    return launch.refuses_int8(x, packed) if isinstance(packed, Arranged) else _disorder(x, packed, "a trellis")
+    return launch.refuses_int8(x, packed)
 
 
-def _trellis_refuses(x: Tensor, packed: Weight) -> str | None:
-    if isinstance(packed, ArrangedTrellis):
-        return trellis_launch.refuses(x, packed)
-    return _disorder(x, packed, "a uniform grid")
-
-
-def _disorder(x: Tensor, packed: Weight, other: str) -> str:
-    """Why a weight is not what a row multiplies by; `other`: the one it is, if it is in kernel order."""
-    if isinstance(packed, Arranged | ArrangedTrellis):
-        return f"the weight is {other}"
+def _disorder(x: Tensor, packed: Weight) -> str:
+    """Why a weight is not what a row multiplies by."""
+    for kind, name in ORDERED.items():
+        if isinstance(packed, kind):
+            return f"the weight is {name}"
     reason = missing(x) if x.is_cuda else None
     return reason or 'the weight is not in kernel order; quant.load(device="cuda") and model.to("cuda") put it there'
 
 
-def _uniform(packed: Weight) -> Arranged:
-    assert isinstance(packed, Arranged)
-    return packed
-
-
-def _trellis(packed: Weight) -> ArrangedTrellis:
-    assert isinstance(packed, ArrangedTrellis)
-    return packed
-
+ORDERED = {Arranged: "a uniform grid", ArrangedTrellis: "a trellis", ArrangedCodebook: "a codebook"}
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("triton", _triton_refuses, lambda x, packed, bias: launch.matmul(x, _uniform(packed), bias)),
-    Kernel(
-        "triton-trellis", _trellis_refuses, lambda x, packed, bias: trellis_launch.matmul(x, _trellis(packed), bias)
-    ),
+    Kernel("triton", _row(Arranged, launch.refuses), launch.matmul),
+    Kernel("triton-trellis", _row(ArrangedTrellis, trellis_launch.refuses), trellis_launch.matmul),
+    Kernel("triton-codebook", _row(ArrangedCodebook, codebook_launch.refuses), codebook_launch.matmul),
     Kernel("torch", _torch_refuses, reference.matmul),
-    Kernel("triton-int8", _int8_refuses, lambda x, packed, bias: launch.matmul_int8(x, _uniform(packed), bias)),
+    Kernel("triton-int8", _row(Arranged, _int8_refuses), launch.matmul_int8),
 )
 
 

@@ -25,13 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import launch, order, trellis_launch, trellis_order
+from quant.kernels import codebook_launch, codebook_order, launch, order, trellis_launch, trellis_order
+from quant.kernels.codebook import Codebook, PackedCodebook, codebook_for
+from quant.kernels.codebook_order import ArrangedCodebook
 from quant.kernels.launch import Config
 from quant.kernels.layouts import PackedTrellis, PackedUniform
 from quant.kernels.order import Arranged, tiles
 from quant.kernels.spec import DTYPES, Trellis, Uniform
 from quant.kernels.trellis_order import ArrangedTrellis, chunks, units
 
+Spec = Uniform | Trellis | Codebook
+Ordered = Arranged | ArrangedTrellis | ArrangedCodebook
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 PART = 1024  # rows; a check looks at the first and the last so many, to spare memory
 
@@ -52,7 +56,7 @@ class Case:
     tokens: int
     rows: int
     columns: int
-    spec: Uniform | Trellis
+    spec: Spec
     kind: str = "bf16"
     config: Config | None = None
 
@@ -61,8 +65,7 @@ def wrong(case: Case, device: str = "cuda") -> str | None:
     """None where the kernel's result on random numbers is that of float64 within rounding, else what is wrong."""
     torch.manual_seed(0)
     rows, columns, dtype = case.rows, case.columns, HALVES[case.kind]
-    make = random_trellis if isinstance(case.spec, Trellis) else random_uniform
-    packed = make(case.spec, rows, columns, device)  # pyright: ignore[reportArgumentType]
+    packed = random_packed(case.spec, rows, columns, device)
     x = torch.randn((case.tokens, columns), device=device).to(dtype)
     try:
         found = multiply(x, arrange(packed), case.config).double()
@@ -76,6 +79,12 @@ def wrong(case: Case, device: str = "cuda") -> str | None:
         allowed = rounding(case, x, weight, exact, scales[start:stop])
         worst = max(worst, float(((found[:, start:stop] - exact).abs() / allowed).nan_to_num(torch.inf).max()))
     return None if worst <= 1 else f"{case}: off by {worst:.3g} times what rounding explains"
+
+
+def random_packed(spec: Spec, rows: int, columns: int, device: str) -> PackedUniform | PackedTrellis | PackedCodebook:
+    if isinstance(spec, Uniform):
+        return random_uniform(spec, rows, columns, device)
+    return (random_trellis if isinstance(spec, Trellis) else random_codebook)(spec, rows, columns, device)  # pyright: ignore[reportArgumentType]
 
 
 def random_uniform(spec: Uniform, rows: int, columns: int, device: str) -> PackedUniform:
@@ -95,7 +104,25 @@ def random_trellis(spec: Trellis, rows: int, columns: int, device: str) -> Packe
     return PackedTrellis(spec, (rows, columns), weight, scales, peaks)
 
 
-def arrange(packed: PackedUniform | PackedTrellis) -> Arranged | ArrangedTrellis:
+def random_codebook(spec: Codebook, rows: int, columns: int, device: str) -> PackedCodebook:
+    """Entries between -1 and 1; the first columns are the finer ones."""
+    spec = codebook_for(spec, (rows, columns))
+    made = {"scales": torch.randint(0, 64, (rows,), dtype=torch.uint8, device=device)}
+    for name, tensor in spec.tensors((rows, columns)).items():
+        if tensor.dtype == "float16":
+            made[name] = torch.rand(tensor.shape, device=device).mul_(2).sub_(float(name != "peaks")).half()
+    fine = torch.arange(spec.finer(columns), device=device)
+    count = sum(spec.vectors(rows))
+    first, second = (
+        torch.randint(0, 1 << bits, (count, size), dtype=torch.int32, device=device)
+        for bits, size in ((spec.index_bits, columns), (spec.second_bits, len(fine)))
+    )
+    return PackedCodebook.from_indices(spec, (rows, columns), first, second, fine, made)
+
+
+def arrange(packed: PackedUniform | PackedTrellis | PackedCodebook) -> Ordered:
+    if isinstance(packed, PackedCodebook):
+        return codebook_order.arrange(packed)
     return order.arrange(packed) if isinstance(packed, PackedUniform) else trellis_order.arrange(packed)
 
 
@@ -112,6 +139,8 @@ def rounding(case: Case, x: Tensor, weight: Tensor, exact: Tensor, scales: Tenso
     if isinstance(spec, Trellis):
         largest = {"inst": 2.0, "mac": 1530.0, "sum": 378.0}[spec.code]
         rounded = 2.0**-11 * (spec.code == "inst") + eps * (case.tokens >= trellis_launch.UNPACK_FROM)
+    elif isinstance(spec, Codebook):
+        largest, rounded = 2.0, eps * (case.tokens >= codebook_launch.UNPACK_FROM)
     else:
         largest = 2.0**spec.bits * 2 + (2176 if spec.bits == 8 else 128) * (case.kind == "bf16")
         rounded = eps * (case.tokens >= launch.UNPACK_FROM or spec.group_width(columns) % 32 > 0)
@@ -120,29 +149,39 @@ def rounding(case: Case, x: Tensor, weight: Tensor, exact: Tensor, scales: Tenso
     return allowed + 8 * rounded * (squares @ weight.square().T).sqrt()
 
 
-def multiply(x: Tensor, arranged: Arranged | ArrangedTrellis, config: Config | None) -> Tensor:
+def multiply(x: Tensor, arranged: Ordered, config: Config | None) -> Tensor:
     """`matmul` of its kernels, or the kernel with one configuration."""
     if config is None:
-        return launch.matmul(x, arranged) if isinstance(arranged, Arranged) else trellis_launch.matmul(x, arranged)
+        return module_of(arranged).matmul(x, arranged)
     out = torch.full((len(x), arranged.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
     run(x, arranged, config, out)
     return out
 
 
-def run(x: Tensor, arranged: Arranged | ArrangedTrellis, config: Config, out: Tensor) -> None:
-    spec, columns = arranged.spec, arranged.shape[1]
-    if isinstance(arranged, ArrangedTrellis):
-        trellis_launch.run(x, arranged, config, out)
+def module_of(arranged: Ordered) -> Any:
+    """The module that launches its kernels."""
+    if isinstance(arranged, ArrangedCodebook):
+        return codebook_launch
+    return trellis_launch if isinstance(arranged, ArrangedTrellis) else launch
+
+
+def run(x: Tensor, arranged: Ordered, config: Config, out: Tensor) -> None:
+    if not isinstance(arranged, Arranged):
+        module_of(arranged).run(x, arranged, config, out)
         return
-    assert isinstance(spec, Uniform)
+    spec, columns = arranged.spec, arranged.shape[1]
     launch.launch(
         x, None, arranged.weight, arranged.scales, arranged.zeros, None, None, out, columns, spec.bits,
         spec.group_width(columns), config,
     )  # fmt: skip
 
 
-def weights(rows: int, columns: int, spec: Uniform | Trellis, count: int) -> Sequence[Arranged | ArrangedTrellis]:
-    """Random weights in kernel order on the GPU: any bits are codes, or states."""
+def weights(rows: int, columns: int, spec: Spec, count: int) -> Sequence[Ordered]:
+    """Random weights in kernel order on the GPU: any bits are codes, states or indices."""
+    if isinstance(spec, Codebook):
+        held = codebook_order.arrange(random_codebook(spec, rows, columns, "cuda"))
+        copied = ({name: part.clone() for name, part in held.tensors().items()} for _ in range(count))
+        return [codebook_order.weight_of(held.spec, held.shape, parts) for parts in copied]
     if isinstance(spec, Trellis):
         size = (count, chunks(columns) * spec.bits * units(rows, spec.length)[1] * 16)
         words = torch.randint(-(2**31), 2**31 - 1, size, dtype=torch.int32, device="cuda")

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from quant.kernels.codebook_order import ArrangedCodebook
 from quant.kernels.layouts import Packed, rows_at_once
 from quant.kernels.order import Arranged
 from quant.kernels.trellis_order import ArrangedTrellis
 
-Weight = Packed | Arranged | ArrangedTrellis
+Weight = Packed | Arranged | ArrangedTrellis | ArrangedCodebook
 """A weight in the order of the checkpoint or of the GPU kernels; `PackedRotated` and `PackedLowRank` around either."""
 
 MAX_BYTES = 32 << 20

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant.kernels.available import missing
 from quant.kernels.launch import KINDS, Config, even_splits, fresh_counters, processor, slices
-from quant.kernels.reference import check_shape
+from quant.kernels.reference import Weight, check_shape
 from quant.kernels.trellis import scale_values
 from quant.kernels.trellis_order import CHUNK, UNIT, ArrangedTrellis, chunks, units
 
@@ -46,7 +46,7 @@ def candidates(tokens: int, rows: int, columns: int, processors: int) -> list[Co
     return made
 
 
-def refuses(x: Tensor, arranged: ArrangedTrellis) -> str | None:
+def refuses(x: Tensor, arranged: Weight) -> str | None:
     """Why the kernels do not take these arguments; None where they do."""
     reason = missing(x)
     if reason is not None:

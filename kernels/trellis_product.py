@@ -30,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant.kernels.uniform import collected, is_last, leave, stored
+from quant.kernels.uniform import collected, is_last, leave, power, stored
 
 FLIP = tl.constexpr(0x7E99C4A0)  # times `inst`'s first mask is its second, 0x3b603b60, modulo 2^32
 PAIRS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
@@ -180,9 +180,7 @@ def _upscale(places, columns, begin, end, K, live, BM: tl.constexpr):
             k = chunk * 32 + side * 4
             some = tl.load(places + k, mask=live[None, None, :] & (k + columns < K), other=0.0)
             largest = tl.maximum(largest, tl.abs(some.to(tl.float32)))
-    exponent = tl.max(tl.max(largest, 0), 0).to(tl.int32, bitcast=True) >> 23
-    exponent = tl.minimum(tl.maximum(exponent, 15), 254)
-    return (268 - exponent << 23).to(tl.float32, bitcast=True)
+    return power(tl.max(tl.max(largest, 0), 0))
 
 
 @triton.jit

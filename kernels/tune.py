@@ -114,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--minutes", type=float, default=20, help="nothing begins later than this")
     options.add_argument("--bits", type=int, nargs="+", default=[4, 2, 3, 8])
     options.add_argument("--trellis", type=int, nargs="*", default=[2, 3, 4], help="bits of trellises")
+    options.add_argument("--codebook", type=float, nargs="*", default=[2, 3], help="bits of codebooks, all included")
     options.add_argument("--code", choices=("inst", "mac", "sum"), default="inst", help="of the trellises")
     options.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 8, 32, 64, 128], help=f"of {BUCKETS}")
     options.add_argument("--kind", choices=("bf16", "fp16"), default="bf16")
@@ -125,15 +126,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.progress import Progress
 
     from quant.kernels import measure
-    from quant.kernels.spec import Trellis, Uniform
+    from quant.kernels.spec import Codebook, Trellis, Uniform
 
-    specs = [(Uniform(bits=bits), args.kind) for bits in args.bits]
-    specs += [(Trellis(bits=bits, code=args.code), f"{args.code}-{args.kind}") for bits in args.trellis]
+    specs: list[measure.Spec] = [Uniform(bits=bits) for bits in args.bits]
+    specs += [Trellis(bits=bits, code=args.code) for bits in args.trellis]
+    specs += [Codebook(bits=bits) for bits in args.codebook]
     todo = {
-        key(tokens, rows, columns, spec.bits, kind): (tokens, rows, columns, spec)
+        named(tokens, rows, columns, spec, args.kind): (tokens, rows, columns, spec)
         for layers in measure.SHAPES.values()
         for tokens in args.tokens
-        for spec, kind in specs
+        for spec in specs
         for _, rows, columns in layers
     }
     file = args.out / file_name(torch.cuda.get_device_name())
@@ -152,18 +154,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def named(tokens: int, rows: int, columns: int, spec: Any, kind: str) -> str:
+    """The key of a spec's weight of this shape."""
+    from quant.kernels import codebook_launch
+    from quant.kernels.spec import Codebook, Trellis
+
+    chosen = spec.chosen((rows, columns))
+    if isinstance(chosen, Codebook):
+        name = codebook_launch.kind(chosen.length, chosen.second_bits, kind)
+        return key(tokens, rows, columns, chosen.index_bits, name)
+    return key(tokens, rows, columns, spec.bits, f"{spec.code}-{kind}" if isinstance(spec, Trellis) else kind)
+
+
 @torch.no_grad()
 def fastest(
     tokens: int, rows: int, columns: int, spec: Any, kind: str, apply: Callable[..., Iterator[Any]]
 ) -> tuple[Config, float, float]:
     """The best configuration, its seconds, and those of the default one. `apply`: a `map`, for the checks."""
-    from quant.kernels import launch, measure, trellis_launch
-    from quant.kernels.spec import Trellis
+    from quant.kernels import codebook_launch, launch, measure, trellis_launch
+    from quant.kernels.spec import Codebook, Trellis
 
     properties = torch.cuda.get_device_properties(0)
     bits, count = spec.bits, properties.multi_processor_count
     sizes = (tokens, rows, columns)
-    nbytes = rows * columns * bits // 8
+    nbytes = int(rows * columns * bits) // 8
     packed = measure.weights(rows, columns, spec, measure.copies(nbytes))
     x = torch.randn((tokens, columns), device="cuda", dtype=measure.HALVES[kind])
     out = x.new_empty((tokens, rows))
@@ -181,6 +195,10 @@ def fastest(
     if isinstance(spec, Trellis):
         default = trellis_launch.choose(*sizes, count)
         measured([default, *trellis_launch.candidates(*sizes, count)])
+    elif isinstance(spec, Codebook):
+        length = spec.chosen((rows, columns)).length
+        default = codebook_launch.choose(*sizes, length, count)
+        measured([default, *codebook_launch.candidates(*sizes, length, count)])
     else:
         default = launch.choose(*sizes, count, bits, kind, launch.processor(x.device)[1])
         measured([default, *candidates(*sizes, bits, count, properties.shared_memory_per_block_optin)])

@@ -50,6 +50,13 @@ def _scaled(codes, scales, zeros, k, N, K, rows, inside, GROUP: tl.constexpr, ZE
 
 
 @triton.jit
+def power(largest):
+    """The power of two that puts a float32 between 2^14 and 2^15."""
+    exponent = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15), 254)
+    return (268 - exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def leave(acc, partial, at, here, M, N):
     """Puts this program's part where the last one finds it."""
     tl.store(partial + tl.program_id(1).to(tl.int64) * M * N + at, acc, mask=here)

@@ -14,7 +14,7 @@ from quant.kernels.launch import Config
 from quant.kernels.layouts import PackedUniform
 from quant.kernels.order import arrange
 from quant.kernels.roofline import work
-from quant.kernels.spec import Trellis, Uniform
+from quant.kernels.spec import Codebook, Trellis, Uniform
 from tests.rerun import rerun
 
 NAME = "nvidia-h200_torch-2.11.0_triton-3.6.0.json"
@@ -40,6 +40,15 @@ def test_bytes_of_a_trellis_are_those_in_memory() -> None:
     assert work(1, 8192, 8192, None).weight / whole == pytest.approx(8, rel=1e-3)
 
 
+def test_bytes_of_a_codebook_are_those_in_memory() -> None:
+    for spec, rows, columns in [(Codebook(bits=3), 300, 512), (Codebook(length=3, index_bits=5, rows=20), 50, 70)]:
+        packed = measure.random_codebook(spec, rows, columns, "cpu")
+        assert work(1, rows, columns, spec).weight == measure.arrange(packed).nbytes
+        packed.validate()
+    whole = work(1, 8192, 8192, Codebook(bits=2)).weight
+    assert work(1, 8192, 8192, None).weight / whole == pytest.approx(8, rel=2e-2)
+
+
 def test_limit_and_ratios() -> None:
     plain = work(1, 8192, 8192, None)
     assert plain.nbytes == 2 * 8192**2 + 4 * 8192
@@ -60,8 +69,8 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
 def test_the_most_important_rows_come_first() -> None:
     every, quick = benchmark.rows(False), benchmark.rows(True)
     assert every[: len(quick)] == quick
-    assert len(set(every)) == len(every) == 11 * 7 * sum(map(len, measure.SHAPES.values()))
-    assert {(row[0], row[2].tokens) for row in every[:56]} == {("Llama-3-70B", 1), ("Llama-3-70B", 16)}
+    assert len(set(every)) == len(every) == 11 * 9 * sum(map(len, measure.SHAPES.values()))
+    assert {(row[0], row[2].tokens) for row in every[:72]} == {("Llama-3-70B", 1), ("Llama-3-70B", 16)}
 
 
 def test_a_table_is_written_of_what_was_measured(tmp_path: Path) -> None:

@@ -1,0 +1,196 @@
+"""Running the codebook kernels: which blocks, and the operators that torch.compile sees.
+
+As `launch.py` for uniform weights, whose scratch memory and counters it shares: up to `UNPACK_FROM` tokens one kernel
+looks every vector up once per 8 or 16 tokens; from there on the weight is decoded once, in slices of bounded size, and
+multiplied by torch (cuBLAS).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.kernels.codebook import Codebook
+from quant.kernels.codebook_order import ROWS, TILE, ArrangedCodebook, column_tiles, row_tiles, width
+from quant.kernels.launch import KINDS, Config, even_splits, fresh_counters, processor, slices
+from quant.kernels.reference import check_shape
+from quant.kernels.trellis_launch import refuses as refuses
+from quant.kernels.trellis_launch import scale_table
+
+UNPACK_FROM = 64
+"""Tokens from which decoding once pays. A guess from the arithmetic (`README.md`) until a GPU has measured it."""
+
+
+def choose(tokens: int, rows: int, columns: int, length: int, processors: int) -> Config:
+    """The configuration without a tuned one: K split until every multiprocessor has about 16 warps, as many as their
+    registers let run. They hide each other's latency, so no copies are kept on the way: shared memory would take room
+    from the first-level cache. Vectors of more than 8 leave registers for 8 tokens only."""
+    bm = 8 if tokens <= 8 or length > 8 else 16
+    programs = -(-rows // (ROWS * length)) * -(-tokens // bm)
+    return Config(bm, ROWS * length, 1, 1, even_splits(columns, min(32, processors * 16 // programs), TILE))
+
+
+def candidates(tokens: int, rows: int, columns: int, length: int, processors: int) -> list[Config]:
+    """Configurations worth timing: the rows of a program are fixed, how K is split is not."""
+    default = choose(tokens, rows, columns, length, processors)
+    programs = -(-rows // default.bn) * -(-tokens // default.bm)
+    wanted = {even_splits(columns, min(64, processors * warps // programs), TILE) for warps in (4, 8, 12, 16, 24, 32)}
+    return [Config(default.bm, default.bn, 1, 1, count) for count in sorted(wanted)]
+
+
+def matmul(x: Tensor, arranged: ArrangedCodebook, bias: Tensor | None = None) -> Tensor:
+    """`x` `[..., K]` float16 or bfloat16 times the weight `[N, K]` transposed, plus `bias` `[N]`: `[..., N]` in `x`'s
+    dtype, accumulated in float32. Differentiable with respect to both. Raises `ValueError` where the shapes do not fit.
+    """
+    check_shape(x, arranged)
+    flat = x.reshape(-1, x.shape[-1])
+    out = torch.ops.bitwright.codebook_matmul(flat, *_held(arranged), bias, *_sizes(arranged), x.dtype)
+    return out.view(*x.shape[:-1], arranged.shape[0])
+
+
+def dequantize(arranged: ArrangedCodebook, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop` as a plain matrix, the values of `PackedCodebook.dequantize` bit for bit."""
+    return codebook_dequantize(*_held(arranged), *_sizes(arranged), dtype, start, stop)
+
+
+def _held(arranged: ArrangedCodebook) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    codebooks = arranged.codebook, arranged.second, arranged.columns
+    return arranged.weight, *codebooks, arranged.scales, arranged.peaks
+
+
+def _sizes(arranged: ArrangedCodebook) -> tuple[int, int, int, int, int, int, int]:
+    """As the operators take them."""
+    spec, columns = arranged.spec, arranged.shape[1]
+    return *arranged.shape, spec.length, spec.index_bits, spec.second_bits, spec.finer(columns), spec.rows
+
+
+@torch.library.custom_op("bitwright::codebook_matmul", mutates_args=())
+def codebook_matmul(
+    x: Tensor, weight: Tensor, codebook: Tensor, second: Tensor | None, columns: Tensor | None, scales: Tensor,
+    peaks: Tensor, bias: Tensor | None, rows: int, inputs: int, length: int, bits: int, second_bits: int, finer: int,
+    group: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`x` `[M, inputs]` times a weight in kernel order: `[M, rows]` of `dtype`. `group`: rows that share a codebook."""
+    out = torch.empty((len(x), rows), dtype=dtype, device=x.device)
+    held, sizes = (weight, codebook, second, columns, scales, peaks), (length, bits, second_bits, finer, group)
+    if len(x) < UNPACK_FROM:
+        launch(x, *held, bias, out, rows, inputs, *sizes, None)
+        return out
+    for start, stop in slices(rows, inputs):
+        part = codebook_dequantize(*held, rows, inputs, *sizes, dtype, start, stop)
+        torch.mm(x, part.T, out=out[:, start:stop])
+    if bias is not None:
+        out += bias
+    return out
+
+
+@codebook_matmul.register_fake
+def _(x: Tensor, *rest: Any) -> Tensor:
+    rows, dtype = rest[7], rest[14]
+    return x.new_empty((x.shape[0], rows), dtype=dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:7])
+    ctx.sizes, ctx.bias = inputs[8:15], inputs[7] if inputs[7] is None else inputs[7].dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Decodes the weight again, slice after slice."""
+    x_grad = None
+    if ctx.needs_input_grad[0]:
+        x_grad = grad.new_zeros((grad.shape[0], ctx.sizes[1]))
+        for start, stop in slices(*ctx.sizes[:2]):
+            part = codebook_dequantize(*ctx.saved_tensors, *ctx.sizes, grad.dtype, start, stop)
+            x_grad = x_grad + grad[:, start:stop] @ part
+    bias_grad = grad.sum(0).to(ctx.bias) if ctx.needs_input_grad[7] else None
+    return (x_grad, *[None] * 6, bias_grad, *[None] * 8)
+
+
+codebook_matmul.register_autograd(_backward, setup_context=_keep)
+
+
+def launch(
+    x: Tensor, weight: Tensor, codebook: Tensor, second: Tensor | None, columns: Tensor | None, scales: Tensor,
+    peaks: Tensor, bias: Tensor | None, out: Tensor, rows: int, inputs: int, length: int, bits: int, second_bits: int,
+    finer: int, group: int, config: Config | None,
+) -> None:  # fmt: skip
+    """Fills `out` `[M, N]`. `config`: None for the default one."""
+    from quant.kernels.codebook_product import codebook_kernel
+    from quant.kernels.tune import tuned  # it needs this module
+
+    tokens = len(out)
+    if not out.numel():
+        return
+    x = x if x.stride(1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
+    config = config or tuned(x.device, tokens, rows, inputs, bits, kind(length, second_bits, KINDS[x.dtype]), TILE)
+    config = config or choose(tokens, rows, inputs, length, processor(x.device)[0])
+    tiles, per, count, fine = _tiles(rows, inputs, length, finer, group)
+    grid = (tiles, config.splits, -(-tokens // config.bm))
+    partial, counters = out, out
+    if config.splits > 1:
+        size = grid[0] * grid[2] * config.splits * length * config.bm * ROWS
+        partial = torch.empty(size, dtype=torch.float32, device=x.device)
+        counters = fresh_counters(grid[0] * grid[2], x.device)
+    with torch.cuda.device_of(x):
+        codebook_kernel[grid](
+            x, weight, codebook, codebook if second is None else second, weight if columns is None else columns, scales,
+            peaks, scale_table(x.device), out if bias is None else bias, out, partial, counters,
+            tokens, rows, inputs, x.stride(0), count, -(-count // config.splits), finer, -(-fine // config.splits), per,
+            **constants(bits, second_bits, length, group, columns is not None, x.device),
+            BM=config.bm, SPLITS=config.splits, EVEN=inputs % TILE == 0, BIAS=bias is not None,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def run(x: Tensor, arranged: ArrangedCodebook, config: Config, out: Tensor) -> None:
+    """Fills `out` `[M, N]` with one configuration."""
+    launch(x, *_held(arranged), None, out, *_sizes(arranged), config)
+
+
+def kind(length: int, second_bits: int, name: str) -> str:
+    """Under which configurations stand, beside the bits of an index."""
+    return f"codebook{length}{f'+{second_bits}' if second_bits else ''}-{name}"
+
+
+def constants(bits: int, second_bits: int, length: int, group: int, few: bool, device: torch.device) -> dict[str, Any]:
+    """What the kernels are compiled for beside their blocks."""
+    made = {"BITS": bits, "SECOND": second_bits, "LENGTH": length, "WIDTH": width(length), "GROUP": group}
+    return made | {"FEW": few, "NATIVE": device.type == "cuda"}
+
+
+def _tiles(rows: int, columns: int, length: int, finer: int, group: int) -> tuple[int, int, int, int]:
+    """Row tiles, those of a whole group, column tiles, and those of the finer columns."""
+    made = row_tiles(Codebook(length=length, index_bits=1, rows=group), rows)
+    return sum(made), made[0], column_tiles(columns), column_tiles(finer)
+
+
+@torch.library.custom_op("bitwright::codebook_dequantize", mutates_args=())
+def codebook_dequantize(
+    weight: Tensor, codebook: Tensor, second: Tensor | None, columns: Tensor | None, scales: Tensor, peaks: Tensor,
+    rows: int, inputs: int, length: int, bits: int, second_bits: int, finer: int, group: int, dtype: torch.dtype,
+    start: int, stop: int,
+) -> Tensor:  # fmt: skip
+    """See `dequantize`."""
+    from quant.kernels.codebook_decode import codebook_decode_kernel
+
+    out = torch.empty((stop - start, inputs), dtype=dtype, device=weight.device)
+    if out.numel():
+        tiles, per, count, _ = _tiles(rows, inputs, length, finer, group)
+        first, last = (row // group * per + row % group // length // ROWS for row in (start, stop - 1))
+        with torch.cuda.device_of(weight):
+            codebook_decode_kernel[(last - first + 1, count)](
+                weight, codebook, codebook if second is None else second, weight if columns is None else columns,
+                scales, peaks, scale_table(weight.device), out, start, stop, inputs, first, tiles, count, finer, per,
+                **constants(bits, second_bits, length, group, columns is not None, weight.device),
+                num_warps=1, enable_fp_fusion=True,
+            )  # fmt: skip
+    return out
+
+
+@codebook_dequantize.register_fake
+def _(weight: Tensor, *rest: Any) -> Tensor:
+    inputs, dtype, start, stop = rest[6], rest[12], rest[13], rest[14]
+    return weight.new_empty((stop - start, inputs), dtype=dtype)
