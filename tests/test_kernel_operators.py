@@ -85,9 +85,10 @@ def test_autocast_casts_as_it_does_for_a_linear(dtype: torch.dtype) -> None:
 def test_without_triton_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     arranged, x = arrange(layer().packed), torch.randn(2, COLUMNS)  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(available, "INSTALLED", False)
-    assert explain(x, arranged).splitlines()[:3] == [
+    assert explain(x, arranged).splitlines()[:4] == [
         "triton: refuses, Triton is not installed; pip install triton",
         "triton-trellis: refuses, the weight is a uniform grid",
+        "triton-codebook: refuses, the weight is a uniform grid",
         "torch: runs",
     ]
     torch.testing.assert_close(matmul(x, arranged), linear(x, arranged.dequantize()))
