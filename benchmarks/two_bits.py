@@ -44,7 +44,7 @@ STEPS: dict[str, Recipe] = {
     "+ float path's outputs (balanced)": BALANCED,
     "balanced + token importance (RSQ)": replace(BALANCED, importance=Attention()),
     "balanced + low-rank branch of rank 4 (EoRA)": replace(BALANCED, spec=LowRank(Rotated(), rank=4)),
-    "balanced + block tuning of scales": replace(
+    "balanced + block tuning of codes and scales": replace(
         override(BALANCED, ["calibration.batch_size=2"]), recovery=BlockTuning()
     ),
     "balanced + end-to-end tuning of scales": replace(override(BALANCED, FEW), distillation=Distillation()),
