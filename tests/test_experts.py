@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,7 +130,8 @@ def interpreted_mixtral_is_the_same_through_the_kernels(monkeypatch: pytest.Monk
         calls.append(len(x))
         return real(x, *rest)
 
-    monkeypatch.setattr(launch, "matmul", counted)
+    table = tuple(replace(row, run=counted) if row.name == "triton" else row for row in dispatch.KERNELS)
+    monkeypatch.setattr(dispatch, "KERNELS", table)
     found: dict[str, Tensor] = {}
     with torch.no_grad():
         for kernel in ("triton", "torch"):
