@@ -14,7 +14,15 @@ from torch import Tensor
 
 from quant.kernels.codebook import Codebook
 from quant.kernels.codebook_order import ROWS, TILE, ArrangedCodebook, column_tiles, row_tiles, width
-from quant.kernels.launch import KINDS, Config, even_splits, fresh_counters, processor, slices
+from quant.kernels.launch import (
+    KINDS,
+    Config,
+    even_splits,
+    fresh_counters,
+    input_gradient,
+    multiply_unpacked,
+    processor,
+)
 from quant.kernels.reference import check_shape
 from quant.kernels.trellis_launch import refuses as refuses
 from quant.kernels.trellis_launch import scale_table
@@ -78,9 +86,7 @@ def codebook_matmul(
     if len(x) < UNPACK_FROM:
         launch(x, *held, bias, out, rows, inputs, *sizes, None)
         return out
-    for start, stop in slices(rows, inputs):
-        part = codebook_dequantize(*held, rows, inputs, *sizes, dtype, start, stop)
-        torch.mm(x, part.T, out=out[:, start:stop])
+    multiply_unpacked(x, out, inputs, lambda *part: codebook_dequantize(*held, rows, inputs, *sizes, dtype, *part))
     if bias is not None:
         out += bias
     return out
@@ -98,13 +104,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Decodes the weight again, slice after slice."""
-    x_grad = None
-    if ctx.needs_input_grad[0]:
-        x_grad = grad.new_zeros((grad.shape[0], ctx.sizes[1]))
-        for start, stop in slices(*ctx.sizes[:2]):
-            part = codebook_dequantize(*ctx.saved_tensors, *ctx.sizes, grad.dtype, start, stop)
-            x_grad = x_grad + grad[:, start:stop] @ part
+    unpack = lambda *part: codebook_dequantize(*ctx.saved_tensors, *ctx.sizes, grad.dtype, *part)  # noqa: E731
+    x_grad = input_gradient(grad, ctx.sizes[1], unpack) if ctx.needs_input_grad[0] else None
     bias_grad = grad.sum(0).to(ctx.bias) if ctx.needs_input_grad[7] else None
     return (x_grad, *[None] * 6, bias_grad, *[None] * 8)
 

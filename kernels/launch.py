@@ -11,6 +11,7 @@ what a graph allocated for that graph alone; counters are told of at `fresh_coun
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,9 +126,8 @@ def uniform_matmul(
     if len(x) < UNPACK_FROM or x_scale is not None:
         launch(x, x_scale, weight, scales, zeros, bias, residual, out, columns, bits, width, None)
         return out
-    for start, stop in slices(rows, columns):
-        part = uniform_dequantize(weight, scales, zeros, rows, columns, bits, width, dtype, start, stop)
-        torch.mm(x, part.T, out=out[:, start:stop])
+    held, sizes = (weight, scales, zeros), (rows, columns, bits, width)
+    multiply_unpacked(x, out, columns, lambda *part: uniform_dequantize(*held, *sizes, dtype, *part))
     for added in (bias, residual):
         if added is not None:
             out += added
@@ -138,6 +138,20 @@ def slices(rows: int, columns: int) -> list[tuple[int, int]]:
     """Row ranges to unpack at once."""
     step = max(64, (1 << 26) // columns)
     return [(start, min(rows, start + step)) for start in range(0, rows, step)]
+
+
+def multiply_unpacked(x: Tensor, out: Tensor, columns: int, unpack: Callable[[int, int], Tensor]) -> None:
+    """Fills `out` `[M, rows]` with `x` `[M, columns]` times a weight of which `unpack(start, stop)` gives rows."""
+    for start, stop in slices(out.shape[1], columns):
+        torch.mm(x, unpack(start, stop).T, out=out[:, start:stop])
+
+
+def input_gradient(grad: Tensor, columns: int, unpack: Callable[[int, int], Tensor]) -> Tensor:
+    """`grad` `[M, rows]` times the weight, `[M, columns]`; the weight is unpacked again, slice after slice."""
+    x_grad = grad.new_zeros((grad.shape[0], columns))
+    for start, stop in slices(grad.shape[1], columns):
+        x_grad = x_grad + grad[:, start:stop] @ unpack(start, stop)
+    return x_grad
 
 
 @uniform_matmul.register_fake
@@ -152,13 +166,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Unpacks the weight again, slice after slice."""
-    x_grad = None
-    if ctx.needs_input_grad[0]:
-        x_grad = grad.new_zeros((grad.shape[0], ctx.sizes[1]))
-        for start, stop in slices(*ctx.sizes[:2]):
-            part = uniform_dequantize(*ctx.saved_tensors, *ctx.sizes, grad.dtype, start, stop)
-            x_grad = x_grad + grad[:, start:stop] @ part
+    unpack = lambda *part: uniform_dequantize(*ctx.saved_tensors, *ctx.sizes, grad.dtype, *part)  # noqa: E731
+    x_grad = input_gradient(grad, ctx.sizes[1], unpack) if ctx.needs_input_grad[0] else None
     bias_grad = grad.sum(0).to(ctx.bias) if ctx.needs_input_grad[5] else None
     return (x_grad, *[None] * 4, bias_grad, grad if ctx.needs_input_grad[6] else None, *[None] * 5)
 

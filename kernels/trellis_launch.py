@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from quant.kernels.available import missing
-from quant.kernels.launch import KINDS, Config, even_splits, fresh_counters, processor, slices
+from quant.kernels.launch import (
+    KINDS,
+    Config,
+    even_splits,
+    fresh_counters,
+    input_gradient,
+    multiply_unpacked,
+    processor,
+)
 from quant.kernels.reference import Weight, check_shape
 from quant.kernels.trellis import scale_values
 from quant.kernels.trellis_order import CHUNK, UNIT, ArrangedTrellis, chunks, units
@@ -94,9 +102,7 @@ def trellis_matmul(
     if len(x) < UNPACK_FROM:
         launch(x, *held, bias, out, *sizes, None)
         return out
-    for start, stop in slices(rows, columns):
-        part = trellis_dequantize(*held, *sizes, dtype, start, stop)
-        torch.mm(x, part.T, out=out[:, start:stop])
+    multiply_unpacked(x, out, columns, lambda *part: trellis_dequantize(*held, *sizes, dtype, *part))
     if bias is not None:
         out += bias
     return out
@@ -114,13 +120,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Decodes the weight again, slice after slice."""
-    x_grad = None
-    if ctx.needs_input_grad[0]:
-        x_grad = grad.new_zeros((grad.shape[0], ctx.sizes[1]))
-        for start, stop in slices(*ctx.sizes[:2]):
-            part = trellis_dequantize(*ctx.saved_tensors, *ctx.sizes, grad.dtype, start, stop)
-            x_grad = x_grad + grad[:, start:stop] @ part
+    unpack = lambda *part: trellis_dequantize(*ctx.saved_tensors, *ctx.sizes, grad.dtype, *part)  # noqa: E731
+    x_grad = input_gradient(grad, ctx.sizes[1], unpack) if ctx.needs_input_grad[0] else None
     bias_grad = grad.sum(0).to(ctx.bias) if ctx.needs_input_grad[4] else None
     return (x_grad, None, None, None, bias_grad, *[None] * 7)
 

@@ -30,6 +30,7 @@ from quant.memory import give_back
 from quant.models.walk import Block, Site
 from quant.plan import Plan
 from quant.recipe import Recipe
+from quant.recovery.placed import oriented
 from quant.solvers.solution import Solution, relative_error
 from quant.threads import threads, worth
 
@@ -246,11 +247,6 @@ class BlockSolver:
 
     def _device(self) -> torch.device:
         return next(p.device for p in self.model.parameters() if p.device.type != "meta")
-
-
-def oriented(parameter: torch.Tensor, site: Site) -> torch.Tensor:
-    """A site's weight as `[out, in]`, or `[experts, out, in]`."""
-    return parameter.detach().transpose(-1, -2) if site.transposed else parameter.detach()
 
 
 def fill(parameter: torch.Tensor, site: Site, packed: Packed) -> None:

@@ -15,9 +15,8 @@ from torch import Tensor
 from quant.blocks import fill
 from quant.calibration.samples import moved
 from quant.checkpoint.journal import Journal
-from quant.kernels.layouts import LAYOUTS
 from quant.kernels.packed import Packed
-from quant.linear import stored_name
+from quant.linear import stored_name, stored_weight
 from quant.models.skeleton import Skeleton
 from quant.models.stream import first_tensor
 from quant.prepare import Prepared
@@ -44,9 +43,10 @@ def distil(prepared: Prepared, journal: Journal, progress: Progress) -> Tensor:
         record = {"before": tuned.before, "after": tuned.after, "seconds": round(time.perf_counter() - began, 2)}
         journal.write(end, _changed(prepared, tensors, tuned, vectors), record)
     tensors |= journal.load(end)
-    for name, packed in _packed(prepared, tensors).items():
-        site = next(site for site in prepared.walk.sites if site.name == name)
-        fill(skeleton.model.get_parameter(site.parameter), site, packed)
+    solved = _packed(prepared, tensors)
+    for site in prepared.walk.sites:
+        if site.name in solved:
+            fill(skeleton.model.get_parameter(site.parameter), site, solved[site.name])
     for name, key in vectors.items():
         if key in tensors:
             skeleton.model.get_parameter(name).data.copy_(tensors[key])
@@ -78,9 +78,7 @@ def _packed(prepared: Prepared, tensors: dict[str, Tensor]) -> dict[str, Packed]
     for site in prepared.walk.sites:
         spec = prepared.plan.specs[site.name]
         if spec is not None:
-            parts = {key: tensors[stored_name(site, key)] for key in spec.tensors(site.shape)}
-            parts = {key: part.to(prepared.settings.device) for key, part in parts.items()}
-            found[site.name] = LAYOUTS[spec.layout].from_tensors(spec, site.shape, parts)
+            found[site.name] = stored_weight(site, spec, tensors).to(prepared.settings.device)
     return found
 
 

@@ -10,6 +10,8 @@ of one dimension, so transformers without this package stops with a size mismatc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -17,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from quant.experts import pack_experts
 from quant.held import Holder, Slot, register
 from quant.kernels.dispatch import matmul
-from quant.kernels.layouts import Packed
+from quant.kernels.layouts import LAYOUTS, Packed
 from quant.kernels.reference import Weight
 from quant.kernels.spec import Spec
 from quant.models.walk import Site
@@ -28,6 +30,12 @@ def stored_name(site: Site, tensor: str) -> str:
     if site.kind == "linear":
         return f"{site.name}.{tensor}"
     return site.name if tensor == "weight" else f"{site.name}_{tensor}"
+
+
+def stored_weight(site: Site, spec: Spec, tensors: Mapping[str, torch.Tensor]) -> Packed:
+    """A site's packed weight, from tensors under their stored names."""
+    parts = {key: tensors[stored_name(site, key)] for key in spec.tensors(site.shape)}
+    return LAYOUTS[spec.layout].from_tensors(spec, site.shape, parts)
 
 
 class PackedLinear(Holder):

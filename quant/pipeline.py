@@ -28,10 +28,9 @@ from quant.checkpoint.provenance import provenance
 from quant.checkpoint.verify import compare_logits
 from quant.checkpoint.writer import Written, write_checkpoint
 from quant.errors import BitwrightError, ModelError, ResourceError, out_of_memory
-from quant.finish import distil
-from quant.kernels.layouts import LAYOUTS
+from quant.finish import STORED, distil
 from quant.kernels.spec import spec_from_dict
-from quant.linear import stored_name
+from quant.linear import stored_name, stored_weight
 from quant.memory import give_back, peak_bytes
 from quant.models.source import first_line
 from quant.models.stream import first_tensor, outside_blocks
@@ -190,12 +189,10 @@ def _restore(
     for site in block.sites:
         if site.name not in specs:
             continue
-        spec = specs[site.name]
-        parts = {key: tensors[stored_name(site, key)] for key in spec.tensors(site.shape)}
         parameter = prepared.skeleton.model.get_parameter(site.parameter)
         if originals is not None:
             originals[site.parameter] = parameter.data.clone()
-        fill(parameter, site, LAYOUTS[spec.layout].from_tensors(spec, site.shape, parts))
+        fill(parameter, site, stored_weight(site, specs[site.name], tensors))
 
 
 def _stored(solved: Sequence[Solved], prepared: Prepared, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -207,9 +204,7 @@ def _stored(solved: Sequence[Solved], prepared: Prepared, names: Sequence[str]) 
     for key in skeleton.converted:
         targets = skeleton.targets[key]
         if packed.intersection(targets):
-            stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(
-                prepared.source.entries[key].dtype, torch.float32
-            )
+            stored = STORED.get(prepared.source.entries[key].dtype, torch.float32)
             for name in targets:
                 if name not in packed and name in names:
                     tensors[name] = skeleton.model.get_parameter(name).detach().to(stored)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from quant.blocks import Solved, fill, oriented
+from quant.blocks import Solved, fill
 from quant.calibration.activations import Activations
 from quant.calibration.replay import Replay
 from quant.calibration.samples import Batch
+from quant.recovery.placed import oriented
 from quant.recovery.tuning import Recovered, Task
 
 

@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 
+from quant.checkpoint.shards import Atomic
 from quant.errors import SettingsError, SolverError
 from quant.kernels.packed import Packed
 from quant.models.walk import Site
-from quant.recovery.placed import as_parameter, placed
+from quant.recovery.placed import as_parameter, oriented, placed
 from quant.recovery.tunable import Tunable, through, tunable
 from quant.recovery.tuning import in_turn
 
@@ -143,8 +144,7 @@ class _Student:
         self.tunables: dict[str, Tunable] = {}
         for name, packed in whole.packed.items():
             site = whole.sites[name]
-            weight = whole.model.get_parameter(site.parameter)
-            matrix = (weight.transpose(-1, -2) if site.transposed else weight).float().reshape(site.shape)
+            matrix = oriented(whole.model.get_parameter(site.parameter), site).float().reshape(site.shape)
             self.tunables[name] = tunable(packed, matrix, train_codes)
         self.vectors = {n: _Vector(whole.model.get_parameter(n), kind) for n, kind in whole.vectors.items()}
         self.inside = {
@@ -257,9 +257,8 @@ def _keep(path: Path, step: int, parameters: Sequence[Tensor], adam: torch.optim
         tensors[f"{number}.value"] = parameter.detach().contiguous().cpu()
         for key, value in adam.state.get(parameter, {}).items():
             tensors[f"{number}.{key}"] = torch.as_tensor(value).contiguous().cpu()
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(save(tensors, {"step": str(step)}))
-    part.rename(path)
+    with Atomic(path) as out:
+        out.write(save(tensors, {"step": str(step)}))
 
 
 @torch.no_grad()

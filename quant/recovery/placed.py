@@ -30,6 +30,11 @@ def placed(model: nn.Module, values: Mapping[str, Tensor]) -> Generator[None]:
             owner._parameters[leaf] = parameter
 
 
+def oriented(parameter: Tensor, site: Site) -> Tensor:
+    """A site's weight as `[out, in]`, or `[experts, out, in]`."""
+    return parameter.detach().transpose(-1, -2) if site.transposed else parameter.detach()
+
+
 def as_parameter(site: Site, weight: Tensor) -> Tensor:
     """A site's matrix `[rows, in]` in the shape of its parameter."""
     weight = weight.unflatten(0, (site.experts, site.out)) if site.experts else weight
