@@ -37,6 +37,7 @@ from quant.recipe import Calibration, Recipe, override, with_spec
 
 MODELS = {"ts-llama-small": (128, 64), "stories260K-i192": (64, 32)}
 CALIBRATION, TEST = "texts/tinystories.calib.txt", "texts/tinystories.test.txt"
+OTHER, OTHER_WINDOWS = "texts/wikitext2.test.txt", 128
 SHOWN = (
     "library",
     "bits",
@@ -115,16 +116,23 @@ def judge(
     return rows, {"float": alone.token, "note": note}
 
 
-def measure(model: Path, recipe: Recipe, test: Path) -> dict[str, Any]:
+def measure(model: Path, recipe: Recipe, test: Path, other: Path | None = None) -> dict[str, Any]:
+    """`other`: a text of another kind; then the divergence from the float model is measured too, on both."""
+    original, strange = (open_subject(model) if other else None), None
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         began, worked = time.perf_counter(), time.process_time()
         result = quant.quantize(str(model), out, recipe, settings=Settings())
         seconds, worked = time.perf_counter() - began, time.process_time() - worked
-        found = evaluate(out, text=test)
+        found = evaluate(out, against=original, text=test)
+        if other:
+            strange = evaluate(out, against=original, text=other, max_windows=OTHER_WINDOWS)
         shutil.rmtree(out)
     assert found.perplexity is not None
+    diverged = {} if found.divergence is None else {"KL": found.divergence.kl}
+    diverged |= {} if strange is None or strange.divergence is None else {"KL elsewhere": strange.divergence.kl}
     return {
+        **diverged,
         "bits on disk": result.written.measured_bits,
         "promised bits": result.report["bits"]["promised"],
         "ppl": found.perplexity.token,

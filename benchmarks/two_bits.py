@@ -58,7 +58,7 @@ STEPS: dict[str, Recipe] = {
     "uniform grid + end-to-end tuning of codes": with_spec(ROUNDING, bits=2, group_size=64),
 }  # fmt: skip
 SHOWN = (
-    "what", "bits", "bits on disk", "ppl", "gap", "seconds", "cpu seconds", "cpu s per 1e6 weights", "peak MiB",
+    "what", "bits", "bits on disk", "ppl", "gap", "KL", "KL elsewhere", "seconds", "cpu seconds", "cpu s per 1e6 weights", "peak MiB",
     "best peer", "peer's bits", "peer's gap", "ratio",
 )  # fmt: skip
 
@@ -70,10 +70,10 @@ def main() -> None:
     args = parser.parse_args()
     parts, notes = [], []
     for name in args.models:
-        found = record.present(args.data, f"models/{name}", quality.CALIBRATION, quality.TEST)
+        found = record.present(args.data, f"models/{name}", quality.CALIBRATION, quality.TEST, quality.OTHER)
         if found is None:
             continue
-        model, calibration, test = found
+        model, calibration, test, other = found
         original = open_subject(model)
         whole = evaluate(original, text=test).perplexity
         assert whole is not None
@@ -81,7 +81,7 @@ def main() -> None:
         for what, recipe, bits in wanted(args.only):
             made = override(recipe, [f'calibration.text="{calibration}"'])
             try:
-                row = alone(model, made, test)
+                row = alone(model, made, test, other)
             except SettingsError as error:  # signs have no room on matrices this small
                 notes.append(f"{name}: no row {what!r}: {error}.")
                 continue
@@ -105,6 +105,8 @@ def write(folder: Path, parts: list[Any], notes: list[str]) -> None:
     notes = [
         *notes,
         "gap: ln(ppl / ppl float). ratio: to the best peer's gap.",
+        f"KL(float model || quantized), nats per token: of the test text, and elsewhere, of the first "
+        f"{quality.OTHER_WINDOWS} windows of {quality.OTHER}.",
         "seconds, cpu seconds (all threads), peak MiB: the whole run, in a process of its own.",
         "best peer: any library in peers.csv, trained ones included, same nominal bits, at most 1/3 bit more.",
     ]
@@ -123,10 +125,10 @@ def wanted(only: list[str]) -> list[tuple[str, Recipe, float]]:
     return [row for row in rows if not only or any(part in f"{row[0]} {row[2]:g}" for part in only)]
 
 
-def alone(model: Path, recipe: Recipe, test: Path) -> dict[str, Any]:
+def alone(model: Path, recipe: Recipe, test: Path, other: Path) -> dict[str, Any]:
     """The measurement in a process of its own, so that its peak memory is its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(quality.measure, model, recipe, test).result()
+        return pool.submit(quality.measure, model, recipe, test, other).result()
 
 
 def rival(model: str, bits: int) -> dict[str, Any]:
