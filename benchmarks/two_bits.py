@@ -58,8 +58,8 @@ STEPS: dict[str, Recipe] = {
     "uniform grid + end-to-end tuning of codes": with_spec(ROUNDING, bits=2, group_size=64),
 }  # fmt: skip
 SHOWN = (
-    "what", "bits", "bits on disk", "ppl", "gap", "KL", "KL elsewhere", "seconds", "cpu seconds", "cpu s per 1e6 weights",
-    "peak MiB", "best peer", "peer's bits", "peer's gap", "ratio",
+    "what", "bits", "bits on disk", "ppl", "gap", "KL", "KL elsewhere", "seconds", "cpu seconds",
+    "cpu s per 1e6 weights", "peak MiB", "best peer", "peer's bits", "peer's gap", "ratio",
 )  # fmt: skip
 
 
