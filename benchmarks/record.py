@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -130,11 +131,12 @@ def command_line() -> str:
     """The command that was given, without the places of this machine."""
     script = Path(sys.argv[0]).resolve()
     shown = [script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name]
-    hidden = ("--data", "--results")
+    hidden = ("--data", "--results", "--python")
     for before, argument in zip(sys.argv, sys.argv[1:], strict=False):
         name = argument.split("=")[0]
         place = f"{name}=PEER" if before == "--peer" else before.removeprefix("--").upper()
-        shown.append(place if before in (*hidden, "--peer") else shlex.quote(argument))
+        known = re.sub(r"^/([^/\s:]+/)*", "", argument)
+        shown.append(place if before in (*hidden, "--peer") else shlex.quote(known))
     return "python " + " ".join(shown)
 
 

@@ -62,7 +62,8 @@ def main() -> None:
     hung = judge_images(
         [args.out / name for name in seconds],
         against=args.model,
-        rule=Rule(images=args.images, steps=args.steps, guidance=args.guidance),
+        # all at once: a packed weight is unpacked once a step, not once for each batch of a step
+        rule=Rule(images=args.images, steps=args.steps, guidance=args.guidance, batch=args.images),
         judge=open_judge(judge),
     )
     console.print(picture_table(hung, console.width))
