@@ -20,7 +20,8 @@ from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.order import Arranged
 from quant.kernels.reference import Weight
 from quant.kernels.rotated import PackedRotated
-from quant.kernels.spec import Codebook, LowRank, Rotated, Spec, Trellis, Uniform
+from quant.kernels.smoothed import PackedSmoothed
+from quant.kernels.spec import Codebook, LowRank, Rotated, Smoothed, Spec, Trellis, Uniform
 from quant.kernels.trellis_order import ArrangedTrellis
 
 
@@ -43,6 +44,8 @@ def kernel_order(packed: Packed, begin: int, end: int) -> dict[str, Tensor]:
     if isinstance(packed, PackedLowRank):
         own = {"lora_a": packed.lora_a, "lora_b": packed.lora_b[begin:end]}
         return {**kernel_order(packed.base, begin, end), **own}
+    if isinstance(packed, PackedSmoothed):
+        return {**kernel_order(packed.base, begin, end), "smooth": packed.smooth}
     assert isinstance(packed, PackedRotated)
     return {**kernel_order(packed.base, begin, end), **packed.spread(begin, end)}
 
@@ -71,10 +74,12 @@ def checkpoint_order(spec: Spec, shape: tuple[int, int], tensors: Mapping[str, T
 
 def _around(inside: Any, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Packed:
     """A wrapper around what `inside` makes of its base."""
-    assert isinstance(spec, LowRank | Rotated)
+    assert isinstance(spec, LowRank | Rotated | Smoothed)
     base = inside(spec.base, shape, tensors)
     if isinstance(spec, LowRank):
         return PackedLowRank(spec, shape, base, tensors["lora_a"], tensors["lora_b"])
+    if isinstance(spec, Smoothed):
+        return PackedSmoothed(spec, shape, base, tensors["smooth"])
     return PackedRotated(
         spec, shape, base, tensors["rotation"], tensors["input_signs"], tensors.get("output_signs"), in_order=True
     )

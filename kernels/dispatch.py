@@ -1,8 +1,10 @@
 """Which kernel multiplies: an ordered table, the first row that accepts the real arguments wins.
 
 A row refuses with a reason in words, so `explain(x, packed)` can say why the fast ones were passed over. The
-environment variable `BITWRIGHT_KERNEL` names the one row to use; if that row refuses, its reason is the error. A row
-that changes the result (`triton-int8` rounds activations to 8 bits) runs only if it is named.
+environment variable `BITWRIGHT_KERNEL` names the one row to use; if that row refuses, its reason is the error.
+
+A weight whose spec says that activations have 8 bits is multiplied by the rows that round them (`triton-int8`,
+`torch-int8`), and by no other. Naming `triton-int8` makes other weights on uniform grids round them too.
 
 Under autocast `x` is cast as `torch.nn.functional.linear` would cast it.
 """
@@ -17,13 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import codebook_launch, launch, reference, trellis_launch
+from quant.kernels import codebook_launch, integer, launch, reference, trellis_launch
 from quant.kernels.available import missing
 from quant.kernels.codebook_order import ArrangedCodebook
+from quant.kernels.layouts import PackedUniform
 from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.order import Arranged
 from quant.kernels.reference import Weight
 from quant.kernels.rotated import PackedRotated
+from quant.kernels.smoothed import PackedSmoothed
 from quant.kernels.trellis_order import ArrangedTrellis
 
 VARIABLE = "BITWRIGHT_KERNEL"
@@ -42,7 +46,23 @@ class Kernel:
     run: Callable[[Tensor, Any, Tensor | None], Tensor]
 
 
+def _rounds(packed: Weight) -> bool:
+    return isinstance(packed, PackedUniform | Arranged) and packed.spec.activations == 8
+
+
+def _triton_refuses(x: Tensor, packed: Arranged) -> str | None:
+    return ROUNDS if _rounds(packed) else launch.refuses(x, packed)
+
+
 def _torch_refuses(x: Tensor, packed: Weight) -> str | None:
+    return ROUNDS if _rounds(packed) else _anywhere(x, packed)
+
+
+def _torch_int8_refuses(x: Tensor, packed: Weight) -> str | None:
+    return _anywhere(x, packed) if _rounds(packed) else "the weight takes its inputs as they are"
+
+
+def _anywhere(x: Tensor, packed: Weight) -> str | None:
     if x.device != packed.device:
         return f"x is on {x.device}, the weight on {packed.device}"
     return None if x.is_floating_point() else f"x is {x.dtype}, not floating-point"
@@ -54,7 +74,7 @@ def _row(kind: type[Any], refuses: Callable[[Tensor, Any], str | None]) -> Calla
 
 
 def _int8_refuses(x: Tensor, packed: Arranged) -> str | None:
-    if os.environ.get(VARIABLE) != "triton-int8":
+    if not _rounds(packed) and os.environ.get(VARIABLE) != "triton-int8":
         return f"it rounds x to 8 bits, and runs only where {VARIABLE}=triton-int8 asks for it"
     return launch.refuses_int8(x, packed)
 
@@ -68,21 +88,26 @@ def _disorder(x: Tensor, packed: Weight) -> str:
     return reason or 'the weight is not in kernel order; quant.load(device="cuda") and model.to("cuda") put it there'
 
 
+ROUNDS = "the weight's inputs are rounded to 8 bits, which triton-int8 and torch-int8 do"
 ORDERED = {Arranged: "a uniform grid", ArrangedTrellis: "a trellis", ArrangedCodebook: "a codebook"}
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("triton", _row(Arranged, launch.refuses), launch.matmul),
+    Kernel("triton", _row(Arranged, _triton_refuses), launch.matmul),
     Kernel("triton-trellis", _row(ArrangedTrellis, trellis_launch.refuses), trellis_launch.matmul),
     Kernel("triton-codebook", _row(ArrangedCodebook, codebook_launch.refuses), codebook_launch.matmul),
     Kernel("torch", _torch_refuses, reference.matmul),
     Kernel("triton-int8", _row(Arranged, _int8_refuses), launch.matmul_int8),
+    Kernel("torch-int8", _torch_int8_refuses, integer.matmul),
 )
 
 
 def matmul(x: Tensor, packed: Weight, bias: Tensor | None = None) -> Tensor:
     """`x` `[..., in]` times the packed weight `[out, in]` transposed, plus `bias`. Raises `KernelError` if no row
-    accepts. A rotated weight's activations are rotated first, and its base looks for a row.
+    accepts. Of a rotated or smoothed weight the activations are rotated or multiplied first, and its base looks for a
+    row.
     """
+    if isinstance(packed, PackedSmoothed):
+        return matmul(packed.inputs(_autocast(x)), packed.base, bias)
     if isinstance(packed, PackedLowRank):
         x = _autocast(x)
         return matmul(x, packed.base, bias).add(packed.branch(x))
@@ -102,7 +127,7 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 def _codes(packed: Weight) -> Weight:
-    while isinstance(packed, PackedRotated | PackedLowRank):
+    while isinstance(packed, PackedRotated | PackedLowRank | PackedSmoothed):
         packed = packed.base
     return packed
 

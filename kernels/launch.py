@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels.available import missing
+from quant.kernels.integer import round_tokens, span
 from quant.kernels.layouts import symmetric_zero
 from quant.kernels.order import CHUNK, TILE, Arranged, tiles
 from quant.kernels.reference import check_shape
@@ -62,13 +63,19 @@ def even_splits(columns: int, wanted: int, tile: int = TILE) -> int:
 
 def refuses(x: Tensor, arranged: Arranged) -> str | None:
     """Why the kernels do not take these arguments; None where they do."""
+    reason = _refuses_place(x, arranged)
+    if reason is None and x.dtype not in (torch.float16, torch.bfloat16):
+        return f"x is {x.dtype}; the kernels multiply float16 and bfloat16"
+    return reason
+
+
+def _refuses_place(x: Tensor, arranged: Arranged) -> str | None:
+    """As `refuses`, whatever the dtype."""
     reason = missing(x)
     if reason is not None:
         return reason
     if x.device != arranged.device:
         return f"x is on {x.device}, the weight on {arranged.device}"
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"x is {x.dtype}; the kernels multiply float16 and bfloat16"
     width = arranged.spec.group_width(arranged.shape[1])
     if width % 8 and width != arranged.shape[1]:
         return f"groups of {width}: the kernels take multiples of 8"
@@ -76,13 +83,13 @@ def refuses(x: Tensor, arranged: Arranged) -> str | None:
 
 
 def refuses_int8(x: Tensor, arranged: Arranged) -> str | None:
-    """As `refuses`, of `matmul_int8`."""
+    """As `refuses`, of `matmul_int8`, which takes float32 as well: what it multiplies are the codes."""
     if x.requires_grad:
         return "x requires a gradient, and rounding to 8 bits has none"
     width = arranged.spec.group_width(arranged.shape[1])
     if width % CHUNK and width != arranged.shape[1]:
         return f"groups of {width}: the int8 kernel takes multiples of {CHUNK}"
-    return refuses(x, arranged)
+    return _refuses_place(x, arranged)
 
 
 def matmul(x: Tensor, arranged: Arranged, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -99,12 +106,10 @@ def matmul(x: Tensor, arranged: Arranged, bias: Tensor | None = None, residual: 
 
 
 def matmul_int8(x: Tensor, arranged: Arranged, bias: Tensor | None = None) -> Tensor:
-    """As `matmul` with activations rounded to 8 bits: each token's by its own scale `max |x| / 127`, products summed in
-    int32 within a group. The weight's groups hold multiples of 32 columns, or all of them."""
+    """As `matmul` with activations rounded to 8 bits, token by token: the product that `integer.py` defines, to the
+    last bit. `x` may be float32 too. The weight's groups hold multiples of 32 columns, or all of them."""
     check_shape(x, arranged)
-    flat = x.reshape(-1, x.shape[-1])
-    scale = (flat.float().abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-    codes = (flat.float() / scale[:, None]).round_().to(torch.int8)
+    codes, scale = round_tokens(x.reshape(-1, x.shape[-1]))
     out = torch.ops.bitwright.uniform_matmul(
         codes, scale, arranged.weight, arranged.scales, arranged.zeros, bias, None, *_sizes(arranged), x.dtype
     )
@@ -206,7 +211,7 @@ def launch(
             **constants(bits, width, columns, zeros is not None, kind),
             BM=config.bm, BN=config.bn, SPLITS=config.splits, EVEN=columns % TILE == 0, BIAS=bias is not None,
             RESIDUAL=residual is not None, WIDEN=not cuda and x.dtype == torch.bfloat16,
-            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=kind != "int8",  # see integer.py
         )  # fmt: skip
 
 
@@ -220,12 +225,10 @@ def processor(device: torch.device) -> tuple[int, bool]:
 
 def constants(bits: int, width: int, columns: int, asymmetric: bool, kind: str) -> dict[str, Any]:
     """What the kernel is compiled for beside its blocks."""
-    whole = width >= columns
-    flush = TILE if whole else next((size for size in (256, 128, 64, 32) if width % size == 0), 0)
     return {
         "BITS": bits,
-        "GROUP": 0 if whole else width,
-        "FLUSH": flush,
+        "GROUP": 0 if width >= columns else width,
+        "FLUSH": span(width, columns),
         "ZERO": -1.0 if asymmetric else symmetric_zero(bits),
         "KIND": kind,
     }

@@ -11,7 +11,8 @@ shorter):
 
     weight[o, i] = scale[o, g] * (code[o, i] - zero[o, g]),  g = i // width
 
-with `zero = 2^(bits-1)` in a symmetric spec (0.5 at 1 bit). The product is taken in float32 and then cast: this file
+with `zero = 2^(bits-1)` in a symmetric spec (0.5 at 1 bit). Of a spec with activations of 8 bits they are the same; it
+is multiplied by as `integer.py` tells. The product is taken in float32 and then cast: this file
 defines the values and every kernel is measured against it. `weight` has one dimension so that no float parameter has
 its shape. Rows are independent, so row ranges can be cut out (`dequantize(start, stop)`) and stacked (`concatenate`):
 fused qkv and the experts of a stack need nothing more.
@@ -32,6 +33,7 @@ from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.packed import LayoutError, Packed, check_tensors, rows_at_once
 from quant.kernels.packing import pack, padding_is_zero, row_bytes, unpack
 from quant.kernels.rotated import PackedRotated
+from quant.kernels.smoothed import PackedSmoothed
 from quant.kernels.spec import Spec, Uniform
 from quant.kernels.trellis import PackedTrellis
 
@@ -127,6 +129,14 @@ def symmetric_zero(bits: int) -> float:
 
 LAYOUTS: dict[str, type[Packed]] = {
     kind.layout: kind
-    for kind in (PackedUniform, PackedTrellis, PackedCodebook, PackedBinary, PackedRotated, PackedLowRank)
+    for kind in (
+        PackedUniform,
+        PackedTrellis,
+        PackedCodebook,
+        PackedBinary,
+        PackedRotated,
+        PackedLowRank,
+        PackedSmoothed,
+    )
 }
 """The only table from a name to a class: files on disk need names."""

@@ -6,7 +6,7 @@ extra memory does not grow with it. The backward pass dequantizes again instead 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from quant.kernels.order import Arranged
 from quant.kernels.trellis_order import ArrangedTrellis
 
 Weight = Packed | Arranged | ArrangedTrellis | ArrangedCodebook
-"""A weight in the order of the checkpoint or of the GPU kernels; `PackedRotated` and `PackedLowRank` around either."""
+"""A weight in the order of the checkpoint or of the GPU kernels; rotated, smoothed and low-rank ones around either."""
 
 MAX_BYTES = 32 << 20
 
@@ -33,7 +33,8 @@ def matmul(x: Tensor, packed: Weight, bias: Tensor | None = None, max_bytes: int
     check_shape(x, packed)
     if not x.is_floating_point():
         raise ValueError(f"x is {x.dtype}; a floating-point tensor is expected")
-    out = _Matmul.apply(x, packed, max_bytes) if x.requires_grad else _forward(x, packed, max_bytes)
+    forward = lambda x: _forward(x, packed, max_bytes)  # noqa: E731
+    out = straight_through(x, packed, forward, max_bytes) if x.requires_grad else forward(x)
     return out if bias is None else out + bias.to(out.dtype)
 
 
@@ -60,11 +61,18 @@ def _forward(x: Tensor, packed: Weight, max_bytes: int) -> Tensor:
     return out
 
 
+def straight_through(
+    x: Tensor, packed: Weight, forward: Callable[[Tensor], Tensor], max_bytes: int = MAX_BYTES
+) -> Tensor:
+    """`forward(x)` with the gradient of the plain product."""
+    return _Matmul.apply(x, packed, max_bytes, forward)  # pyright: ignore[reportReturnType]
+
+
 class _Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Weight, max_bytes: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Weight, max_bytes: int, forward: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.packed, ctx.max_bytes = packed, max_bytes
-        return _forward(x, packed, max_bytes)
+        return forward(x.detach())
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -72,4 +80,4 @@ class _Matmul(torch.autograd.Function):
         grad_x = grad.new_zeros((*grad.shape[:-1], ctx.packed.shape[1]))
         for start, stop in row_chunks(ctx.packed, grad.dtype, ctx.max_bytes):
             grad_x += grad[..., start:stop] @ ctx.packed.dequantize(grad.dtype, start, stop)
-        return grad_x, None, None
+        return grad_x, None, None, None

@@ -26,7 +26,9 @@ class Uniform(Spec):
     `bits`: 1-8. `group_size`: any positive number (the last group may be shorter), or -1 for the whole row.
     `symmetric`: no stored zero point; the zero is `2^(bits-1)`, and 0.5 at 1 bit (levels -scale/2, +scale/2). The scale
     may be negative, so the longer side of the grid can face either way. Asymmetric: a zero point of `bits` bits.
-    `scale_dtype`: float16 or bfloat16.
+    `scale_dtype`: float16 or bfloat16. `activations`: bits of what the weight is multiplied by. 8: whoever multiplies
+    rounds each token by its own scale and sums integers (`kernels/integer.py`); groups are then multiples of 32 inputs,
+    as the int8 kernel takes them. 16: inputs are taken as they come.
     """
 
     layout: ClassVar[str] = "uniform"
@@ -35,6 +37,7 @@ class Uniform(Spec):
     group_size: int = 128
     symmetric: bool = False
     scale_dtype: Literal["float16", "bfloat16"] = "float16"
+    activations: Literal[8, 16] = 16
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
@@ -47,6 +50,12 @@ class Uniform(Spec):
             raise SpecError(f"symmetric is {self.symmetric!r}; give true or false")
         if self.scale_dtype not in ("float16", "bfloat16"):
             raise SpecError(f"scale_dtype is {self.scale_dtype!r}; give 'float16' or 'bfloat16'")
+        if self.activations not in (8, 16) or isinstance(self.activations, bool):
+            raise SpecError(f"activations is {self.activations!r}; give 8, or 16 to leave the inputs as they are")
+        if self.activations == 8 and self.group_size != -1 and self.group_size % 32:
+            raise SpecError(
+                f"group_size is {self.group_size}; 8-bit activations take a multiple of 32, or -1 for whole rows"
+            )
 
     def groups(self, columns: int) -> int:
         return math.ceil(columns / self.group_width(columns))
@@ -134,9 +143,9 @@ class Rotated(Spec):
     measured: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.base, Rotated | LowRank):
+        if isinstance(self.base, WRAPPERS):
             raise SpecError(
-                "a rotation goes around the codes alone: one rotation is enough, and a low-rank branch goes around it"
+                "a rotation goes around the codes alone: one is enough; a low-rank branch or smoothing goes around it"
             )
         if isinstance(self.block, bool) or not isinstance(self.block, int) or not 2 <= self.block <= 2048:
             raise SpecError(f"block is {self.block!r}; a rotation takes blocks of 2 to 2048")
@@ -183,8 +192,8 @@ class LowRank(Spec):
     factor_dtype: Literal["float16", "bfloat16"] = "float16"
 
     def __post_init__(self) -> None:
-        if isinstance(self.base, LowRank):
-            raise SpecError("a low-rank branch beside a low-rank branch; give one a higher rank")
+        if isinstance(self.base, LowRank | Smoothed):
+            raise SpecError("a low-rank branch beside a low-rank branch, or around smoothing; smoothing goes around one")
         for name, least, most in (("rank", 1, 4096), ("rounds", 0, 16)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -214,7 +223,50 @@ class LowRank(Spec):
         return {**super().to_dict(), "base": self.base.to_dict()}
 
 
-KINDS: dict[str, type[Spec]] = {kind.layout: kind for kind in (Uniform, Trellis, Codebook, Binary, Rotated, LowRank)}
+@dataclass(frozen=True)
+class Smoothed(Spec):
+    """`base` with each input multiplied by a factor of its own, and the weight's columns divided by it: `W = Q diag(m)`
+    (SmoothQuant, arXiv 2211.10438; SVDQuant, arXiv 2411.05007, section 4.1). The channels of inputs to be rounded come
+    nearer to each other, or important columns get more of a grid; the solver looks for the best factors among those of
+    `quant/solvers/smoothing.py`, with `base` as it is, branch and rotation included.
+
+    `points`: exponents tried of each kind; each costs a rounding to nearest, and the best a solve.
+    """
+
+    layout: ClassVar[str] = "smoothed"
+
+    base: Spec = field(default_factory=Uniform)
+    points: int = 10
+
+    def __post_init__(self) -> None:
+        if isinstance(self.base, Smoothed):
+            raise SpecError("smoothing around smoothing; one is enough")
+        if isinstance(self.points, bool) or not isinstance(self.points, int) or not 1 <= self.points <= 100:
+            raise SpecError(f"points is {self.points!r}; give a whole number from 1 to 100")
+
+    @property
+    def core(self) -> Spec:
+        return self.base.core
+
+    @property
+    def unit(self) -> int:
+        return self.base.unit
+
+    def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        return {**self.base.tensors(shape), "smooth": TensorSpec("float16", (shape[1],))}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "base": self.base.to_dict()}
+
+
+def rounds_inputs(spec: Spec) -> bool:
+    """Whether a weight of this spec rounds what it is multiplied by."""
+    return isinstance(spec.core, Uniform) and spec.core.activations == 8
+
+
+WRAPPERS = (Rotated, LowRank, Smoothed)
+"""Specs around a `base`, outermost last."""
+KINDS: dict[str, type[Spec]] = {kind.layout: kind for kind in (Uniform, Trellis, Codebook, Binary, *WRAPPERS)}
 
 
 def spec_from_dict(data: dict[str, Any]) -> Spec:

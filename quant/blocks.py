@@ -25,13 +25,14 @@ from quant.calibration.samples import Batch
 from quant.calibration.statistics import Statistics
 from quant.errors import SolverError
 from quant.kernels.packed import Packed, concatenate
-from quant.kernels.spec import Spec, Uniform
+from quant.kernels.spec import Smoothed, Spec, Uniform, rounds_inputs
 from quant.memory import give_back
 from quant.models.walk import Block, Site
 from quant.plan import Plan
 from quant.recipe import Recipe
 from quant.recovery.placed import oriented
-from quant.solvers.solution import Solution, relative_error
+from quant.rounding import Rounding, unrounded
+from quant.solvers.solution import Solution, solution
 from quant.threads import threads, worth
 
 TOGETHER = 1 << 26
@@ -88,6 +89,7 @@ class BlockSolver:
         self.room = room
         self.remembered: list[Remembered] = []
         self.model: nn.Module = replay.model
+        self.rounding = Rounding(replay.model)
         self.weights: list[torch.Tensor] | None = None  # of each batch's tokens in the block, where they differ
 
     def solve(self, index: int, block: Block, originals: dict[str, torch.Tensor]) -> list[Solved]:
@@ -137,7 +139,7 @@ class BlockSolver:
             ]
         if self.float_store is not None:  # nothing is solved yet, so one stage after another sees what all would
             return [self._statistics(index, stage, {}) for stage in stages]
-        watched = [Stage(self.model, stage, cross=False) for stage in stages]
+        watched = [Stage(self.model, stage, cross=False, ranges=self._ranged(stage)) for stage in stages]
         collect(watched, self.replay, index, self.batches, self.store, self.weights)
         return [stage.finish() for stage in watched]
 
@@ -145,7 +147,7 @@ class BlockSolver:
         self, index: int, stage: Sequence[Site], originals: dict[str, torch.Tensor]
     ) -> dict[int, Statistics]:
         matched = self.float_store is not None and stage[0].kind == "linear"
-        watched = Stage(self.model, stage, cross=matched)
+        watched = Stage(self.model, stage, cross=matched, ranges=self._ranged(stage))
         if matched and self.float_store is not None:
             swap = lambda: float_weights(self.model, originals)  # noqa: E731 (a fresh context for each batch)
             where = (self.replay, index, self.batches, self.store)
@@ -153,6 +155,11 @@ class BlockSolver:
         else:
             collect([watched], self.replay, index, self.batches, self.store, self.weights)
         return watched.finish()
+
+    def _ranged(self, stage: Sequence[Site]) -> bool:
+        """Whether a spec of the stage asks for more of its inputs than their Hessian."""
+        specs = [self.plan.specs[site.name] for site in stage]
+        return any(spec is not None and (isinstance(spec, Smoothed) or rounds_inputs(spec)) for spec in specs)
 
     def _together(self, stage: Sequence[Site]) -> list[list[Site]]:
         """The sites of a stage in groups that are solved as one matrix: they share a Hessian, and rows know nothing of
@@ -181,7 +188,7 @@ class BlockSolver:
         for site in sites:
             start, stop = stop, stop + site.out
             packed = row_range(whole.packed, start, stop)
-            error = relative_error(self._weight(site), packed.dequantize(), stats[0].hessian)
+            error = solution(packed, self._weight(site), stats[0]).error
             share = site.out / whole.packed.shape[0]
             solved.append(replace(whole, site=site, packed=packed, error=error, seconds=whole.seconds * share))
         return solved
@@ -244,6 +251,7 @@ class BlockSolver:
         if self.float_store is not None or self.recipe.recovery is not None:
             originals[site.parameter] = parameter.data.clone()
         fill(parameter, site, packed)
+        self.rounding.put(site, packed)
 
     def _device(self) -> torch.device:
         return next(p.device for p in self.model.parameters() if p.device.type != "meta")
@@ -260,12 +268,13 @@ def fill(parameter: torch.Tensor, site: Site, packed: Packed) -> None:
 
 @contextmanager
 def float_weights(model: nn.Module, originals: dict[str, torch.Tensor]) -> Generator[None]:
-    """The model with the float weights of already solved sites back in place."""
+    """The model with the float weights of already solved sites back in place, and no input rounded."""
     kept = {name: model.get_parameter(name).data for name in originals}
     for name, weight in originals.items():
         model.get_parameter(name).data = weight
     try:
-        yield
+        with unrounded():
+            yield
     finally:
         for name, weight in kept.items():
             model.get_parameter(name).data = weight

@@ -52,6 +52,8 @@ Examples:
 
   quantize --model ./model --bits 3 --skip '*.down_proj' --set solver.damp=0.05
 
+  quantize --model ./model --bits 4 --activations 8
+
   quantize --model ./model --bits 4 --out q4 --resume
 
 Exit codes: 0 done, 2 settings, 3 model, 4 calibration, 5 solver, 6 checkpoint, 7 folder in use by another run,
@@ -77,6 +79,7 @@ def quantize(
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: <model>-<bits>bit here.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; -1 for whole rows.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="No zero points, or with.")] = None,
+    activations: Annotated[int | None, typer.Option(help="8: inputs rounded to 8 bits, token by token.")] = None,
     recipe: Annotated[
         str | None,
         typer.Option(help="A shipped recipe, or a .py or .json file; default: balanced below 4 bits, else gptq."),
@@ -90,9 +93,7 @@ def quantize(
     calibration: Annotated[str | None, typer.Option(help="Calibration text: a name or a file (DiT: a file).")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda where there is one.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if any.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the computation; default: float32 on a CPU, else bfloat16.")
     ] = None,
@@ -113,7 +114,7 @@ def quantize(
 ) -> None:
     _exclude(resume, restart, recipe, time_budget)
     values = {"text": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
-    make = lambda name: _with(_recipe(name, bits, group_size, symmetric), settings, values, only, skip)  # noqa: E731
+    make = lambda name: _with(_recipe(name, bits, group_size, symmetric, activations), settings, values, only, skip)  # noqa: E731
     place, console = _place(device, dtype, plan, threads), Console(stderr=True, quiet=quiet)
     with Display(console) if not quiet else _Silent() as shown:
         ready = lambda made: prepare(model, made, place, shown)  # noqa: E731
@@ -138,11 +139,14 @@ class _Silent(Progress):
     def __exit__(self, *_: object) -> None: ...
 
 
-def _recipe(name: str | None, bits: float | None, group_size: int | None, symmetric: bool | None) -> Recipe:
+def _recipe(
+    name: str | None, bits: float | None, group_size: int | None, symmetric: bool | None, activations: int | None
+) -> Recipe:
     """The named recipe, or trellis codes where grids lose much and no flag of a grid was given."""
-    grid = group_size is not None or symmetric is not None
+    grid = group_size is not None or symmetric is not None or activations == 8
     name = name or ("balanced" if bits is not None and 1 <= bits < 4 and not grid else "gptq")
-    chosen = with_spec(load_recipe(name), bits=bits and int(bits), group_size=group_size, symmetric=symmetric)
+    changes = {"bits": bits and int(bits), "group_size": group_size, "symmetric": symmetric, "activations": activations}
+    chosen = with_spec(load_recipe(name), **changes)
     return replace(chosen, average=bits if bits and bits % 1 else chosen.average)
 
 

@@ -190,6 +190,7 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
                 recover = prepared.recipe.recovery.rehearse(work, count)
             if prepared.recipe.distillation is not None:
                 step = BlockTuning(steps=REHEARSED).rehearse(work, 0) / REHEARSED
+        solver.rounding.clear()
         skeleton.unload([*names, *outside])
     solve = sum(s.seconds for s in solved)
     weights = sum(s.site.shape[0] * s.site.shape[1] for s in solved)

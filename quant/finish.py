@@ -22,6 +22,7 @@ from quant.models.stream import first_tensor
 from quant.prepare import Prepared
 from quant.progress import Progress
 from quant.recovery.distillation import Tuned, Whole
+from quant.rounding import rounding
 
 PAUSE = 60.0
 """Seconds between two writings of an unfinished tuning's state."""
@@ -50,7 +51,8 @@ def distil(prepared: Prepared, journal: Journal, progress: Progress) -> Tensor:
     for name, key in vectors.items():
         if key in tensors:
             skeleton.model.get_parameter(name).data.copy_(tensors[key])
-    output = first_tensor(skeleton.model(**prepared.probe()))
+    with rounding(skeleton.model, {site.name: site for site in prepared.walk.sites}, solved):
+        output = first_tensor(skeleton.model(**prepared.probe()))
     skeleton.unload(names)
     return output
 

@@ -41,6 +41,7 @@ from quant.recipe import Recipe
 from quant.recovery.block import put
 from quant.recovery.block import record as recovery_record
 from quant.recovery.block import task as block_task
+from quant.rounding import Rounding
 from quant.threads import threads
 
 
@@ -140,7 +141,8 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
             originals: dict[str, torch.Tensor] = {}
             wanted = range(len(batches)) if index + 1 < len(chain) else [len(batches) - 1]  # only the probe has a head
             if journal.finished(index):
-                _restore(prepared, journal, index, blocks.get(name), originals if followed else None)
+                kept = originals if followed else None
+                _restore(prepared, journal, index, blocks.get(name), kept, solver.rounding)
                 _advance_float(replay, index, batches, wanted, float_store, originals)
             else:
                 solved = solver.solve(index, blocks[name], originals) if name in blocks else []
@@ -159,6 +161,7 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
                 journal.write(index, _stored(solved, prepared, names), record)
             _advance(replay, index, batches, wanted, store)
             solver.forget()
+            solver.rounding.clear()
             skeleton.unload(names)
             give_back()
             progress.advanced(index, weights.get(name, 0))
@@ -179,8 +182,9 @@ def _activations(prepared: Prepared, folder: Path, kind: str, count: int) -> Act
 
 
 def _restore(
-    prepared: Prepared, journal: Journal, index: int, block: Block | None, originals: dict[str, torch.Tensor] | None
-) -> None:
+    prepared: Prepared, journal: Journal, index: int, block: Block | None, originals: dict[str, torch.Tensor] | None,
+    rounding: Rounding,
+) -> None:  # fmt: skip
     """Puts a finished block's dequantized weights into the model, as solving it left them."""
     if block is None:
         return
@@ -192,7 +196,9 @@ def _restore(
         parameter = prepared.skeleton.model.get_parameter(site.parameter)
         if originals is not None:
             originals[site.parameter] = parameter.data.clone()
-        fill(parameter, site, stored_weight(site, specs[site.name], tensors))
+        packed = stored_weight(site, specs[site.name], tensors)
+        fill(parameter, site, packed)
+        rounding.put(site, packed)
 
 
 def _stored(solved: Sequence[Solved], prepared: Prepared, names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from quant.errors import SettingsError
-from quant.kernels.spec import Binary, Codebook, LowRank, Rotated, Spec, SpecError, Trellis, Uniform, spec_from_dict
+from quant.kernels.spec import (
+    Binary,
+    Codebook,
+    LowRank,
+    Rotated,
+    Smoothed,
+    Spec,
+    SpecError,
+    Trellis,
+    Uniform,
+    rounds_inputs,
+    spec_from_dict,
+)
 from quant.models.walk import Site, Walk
 from quant.recipe import Recipe, respec
 
@@ -82,7 +94,10 @@ def spread(recipe: Recipe, found: Walk) -> dict[str, Spec]:
 
 def raised(recipe: Recipe, spec: Spec, site: Site) -> Spec:
     """A spec as a site needs it, with at least `modulation_bits` for adaLN modulations: an error there moves all tokens
-    of a sample the same way (SVDQuant keeps them at 4)."""
+    of a sample the same way (SVDQuant keeps them at 4). Their inputs are not rounded: with a row per sample there is no
+    time to be won."""
+    if site.modulation and rounds_inputs(spec):
+        spec = respec(spec, activations=16)
     core, least = spec.core, recipe.modulation_bits
     if site.modulation and (core.to_dict().get("bits") or 0) < least:
         spec = respec(spec, bits=least) if isinstance(core, Uniform | Trellis) else Uniform(bits=least)
@@ -91,12 +106,16 @@ def raised(recipe: Recipe, spec: Spec, site: Site) -> Spec:
 
 def fitted(spec: Spec, site: Site) -> Spec:
     """The spec as a site needs it: what a codebook or signs leave to its shape; and in a stack of experts, sequences
-    of a trellis and rows of a codebook end where an expert ends, and all experts share one rotation.
+    of a trellis and rows of a codebook end where an expert ends, all experts share one rotation, none is smoothed and
+    inputs are not rounded.
 
     Raises:
         SettingsError: nothing fits the bits asked, an expert's rows cannot be cut into sequences, or a stack is to have
             a low-rank branch.
     """
+    if site.experts:
+        spec = spec.base if isinstance(spec, Smoothed) else spec
+        spec = respec(spec, activations=16) if rounds_inputs(spec) else spec
     core = spec.core
     if site.experts and isinstance(spec, LowRank):
         raise SettingsError(

@@ -18,7 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from quant.calibration.importance import Attention
 from quant.errors import SettingsError
-from quant.kernels.spec import LowRank, Rotated, Spec, SpecError, Uniform, spec_from_dict
+from quant.kernels.spec import LowRank, Rotated, Smoothed, Spec, SpecError, Uniform, spec_from_dict
 from quant.recovery.distillation import Distillation
 from quant.recovery.tuning import BlockTuning
 from quant.solvers.feedback import Feedback
@@ -297,4 +297,4 @@ def respec(spec: Spec, **changes: Any) -> Spec:
 
 def _with_core(spec: Spec, core: Spec) -> Spec:
     """The spec with other codes inside the same wrappers."""
-    return replace(spec, base=_with_core(spec.base, core)) if isinstance(spec, Rotated | LowRank) else core
+    return replace(spec, base=_with_core(spec.base, core)) if isinstance(spec, Rotated | LowRank | Smoothed) else core

@@ -163,7 +163,8 @@ def test_a_product_that_does_not_fit_is_refused() -> None:
 def test_dispatch_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, x = some_packed(Uniform(), (3, 20)), torch.randn(4, 20)
     never = dispatch.Kernel("never", lambda _x, _packed: "it is a test", lambda *_: torch.empty(0))
-    triton, *_, last, _ = dispatch.KERNELS
+    rows = {kernel.name: kernel for kernel in dispatch.KERNELS}
+    triton, last = rows["triton"], rows["torch"]
     monkeypatch.setattr(dispatch, "KERNELS", (never, triton, last, replace(last, name="spare")))
     lines = explain(x, packed).splitlines()
     assert lines[::2] == ["never: refuses, it is a test", "torch: runs"]

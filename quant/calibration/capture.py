@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from quant.calibration.activations import Activations
+from quant.calibration.ranges import RangeCollector, timestep
 from quant.calibration.replay import Replay, Stop
 from quant.calibration.samples import Batch
 from quant.calibration.statistics import HessianCollector, Statistics
@@ -28,9 +30,10 @@ Take = Callable[[int, torch.Tensor], None]  # expert (0 for a linear), its token
 
 
 class Stage:
-    """Collectors for one stage: one for its shared input, or one per expert of its stack."""
+    """Collectors for one stage: one for its shared input, or one per expert of its stack. `ranges`: what rounding its
+    shared input will meet is collected too."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], cross: bool) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], cross: bool, ranges: bool = False) -> None:
         self.model = model
         self.site = sites[0]
         device = model.get_parameter(self.site.parameter).device
@@ -38,6 +41,7 @@ class Stage:
             expert: HessianCollector(self.site.inputs, device=device, cross=cross)
             for expert in range(max(1, self.site.experts))
         }
+        self.ranges = RangeCollector(self.site.inputs, device) if ranges else None
 
     def watch(self, take: Take, alone: bool) -> AbstractContextManager[Any]:
         """A context in which `take(expert, x)` sees the stage's inputs; `alone`: the pass may end once they came."""
@@ -45,9 +49,9 @@ class Stage:
             return _ExpertInputs(self.model.get_parameter(self.site.parameter), take)
         return _linear_inputs(self.model.get_submodule(self.site.name), take, alone)
 
-    def take(self, weights: torch.Tensor | None, reference: torch.Tensor | None = None) -> Take:
+    def take(self, weights: torch.Tensor | None, reference: torch.Tensor | None = None, time: float = 0.0) -> Take:
         """Adds what it is given to the collectors. `weights` `[B, T]`: of the batch's tokens; for linears only, since
-        an expert's rows do not say which tokens they are."""
+        an expert's rows do not say which tokens they are. `time`: the batch's timestep."""
         weights = None if self.site.kind == "experts" else weights
 
         def add(expert: int, x: torch.Tensor) -> None:
@@ -57,12 +61,16 @@ class Stage:
                     "that the recipe weighs; set importance to null in the recipe"
                 )
             self.collectors[expert].update(x, reference=reference, weights=weights)
+            if self.ranges is not None:
+                self.ranges.update(x, time)
 
         return add
 
     def finish(self) -> dict[int, Statistics]:
         try:
-            return {expert: collector.finish() for expert, collector in self.collectors.items()}
+            found = {expert: collector.finish() for expert, collector in self.collectors.items()}
+            seen = None if self.ranges is None else self.ranges.finish()
+            return found if seen is None else {0: replace(found[0], peaks=seen[0], sample=seen[1])}
         except CalibrationError as error:
             raise CalibrationError(f"{self.site.name}: {error}") from None
 
@@ -115,7 +123,7 @@ def collect(
     for number, batch in enumerate(batches):
         with ExitStack() as watching:
             for stage in stages:
-                take = stage.take(None if weights is None else weights[number])
+                take = stage.take(None if weights is None else weights[number], time=timestep(batch))
                 watching.enter_context(stage.watch(take, alone=len(stages) == 1))
             replay.output(index, batch, previous[number], number)
 
@@ -135,6 +143,6 @@ def collect_matched(
         seen: list[torch.Tensor] = []
         with float_weights(), stage.watch(lambda _, x, seen=seen: seen.append(x.detach().clone()), alone=True):
             replay.output(index, batch, float_previous[number])
-        take = stage.take(None if weights is None else weights[number], seen[0])
+        take = stage.take(None if weights is None else weights[number], seen[0], timestep(batch))
         with stage.watch(take, alone=True):
             replay.output(index, batch, previous[number])

@@ -24,13 +24,16 @@ class Statistics:
     see; of `r x xT` with weights `r` of mean 1 where tokens count unequally (`importance.py`).
 
     `cross` `[in, in]` float32: mean of `x_float xT`, or None. `prior`: a sentence on what was mixed in beyond the
-    tokens seen, or None.
+    tokens seen, or None. `sample` `[n, in]` float32: some of the tokens, and `peaks` `[ranges, in]` float32: the
+    largest absolute values of each range of timesteps, where a spec asks for them (`ranges.py`).
     """
 
     hessian: Tensor
     tokens: int
     cross: Tensor | None = None
     prior: str | None = None
+    sample: Tensor | None = None
+    peaks: Tensor | None = None
     _cache: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod

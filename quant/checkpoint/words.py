@@ -102,6 +102,8 @@ def spec_words(spec: Mapping[str, Any]) -> str:
         return f"{spec_words(spec['base'])}, rotated"
     if spec["layout"] == "lowrank":
         return f"{spec_words(spec['base'])}, branch of rank {spec['rank']}"
+    if spec["layout"] == "smoothed":
+        return f"{spec_words(spec['base'])}, smoothed"
     if spec["layout"] == "trellis":
         return f"{spec['bits']}-bit trellis, window {spec['window']}, code {spec['code']}, {spec['length']} rows"
     if spec["layout"] != "uniform":
@@ -109,7 +111,8 @@ def spec_words(spec: Mapping[str, Any]) -> str:
     groups = "whole rows" if spec["group_size"] == -1 else f"groups of {spec['group_size']}"
     symmetry = "symmetric" if spec["symmetric"] else "asymmetric"
     scales = "" if spec["scale_dtype"] == "float16" else f", {spec['scale_dtype']} scales"
-    return f"{spec['bits']}-bit, {groups}, {symmetry}{scales}"
+    inputs = ", 8-bit activations" if spec.get("activations") == 8 else ""
+    return f"{spec['bits']}-bit, {groups}, {symmetry}{scales}{inputs}"
 
 
 def specs_words(sites: Sequence[Site]) -> str:

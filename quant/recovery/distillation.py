@@ -39,6 +39,7 @@ from quant.models.walk import Site
 from quant.recovery.placed import as_parameter, oriented, placed
 from quant.recovery.tunable import Tunable, through, tunable
 from quant.recovery.tuning import in_turn
+from quant.rounding import rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +208,8 @@ class _Student:
                 module = self.model.get_submodule(block)
                 patched.append((module, module.__dict__.get("forward")))
                 module.forward = self._checkpointed(module.forward, names)  # pyright: ignore[reportAttributeAccessIssue]
-            with placed(self.model, {name: one.value() for name, one in self.vectors.items()}):
+            vectors = placed(self.model, {name: one.value() for name, one in self.vectors.items()})
+            with vectors, rounding(self.model, self.whole.sites, self.whole.packed):
                 yield
         finally:
             for module, own in reversed(patched):

@@ -27,7 +27,7 @@ def solve_rotated(solver: Solver, weight: Tensor, statistics: Statistics, spec: 
         bases.insert(0, (IDENTITY, IDENTITY))
     found = [(_in_basis(solver, weight, statistics, spec, *basis), basis) for basis in bases]
     best, basis = min(found, key=lambda pair: pair[0].error)  # the first of equal ones
-    return solution(PackedRotated.around(spec, best.packed, *basis), weight, statistics, best.notes)
+    return solution(PackedRotated.around(spec, best.packed, *basis), weight, statistics, best.notes, best.noise)
 
 
 def rotation(n: int, largest: int, like: Tensor) -> Rotation:
@@ -52,5 +52,7 @@ def rotate(statistics: Statistics, inputs: Rotation) -> Statistics:
         statistics,
         hessian=both(statistics.hessian),
         cross=None if statistics.cross is None else both(statistics.cross),
+        sample=None if statistics.sample is None else inputs.apply(statistics.sample),
+        peaks=None,
     )
     return statistics.cached(("rotated", inputs.block), turned)

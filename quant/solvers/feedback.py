@@ -31,14 +31,14 @@ from torch import Tensor
 
 from quant.calibration.statistics import Statistics
 from quant.errors import SettingsError
-from quant.kernels.spec import LowRank, Rotated, Spec
-from quant.solvers.basis import solve_rotated
+from quant.kernels.spec import Spec
+from quant.solvers.around import solve_around
 from quant.solvers.descent import descend
 from quant.solvers.factor import Factor, factorise
 from quant.solvers.grid import SEARCH, Search
-from quant.solvers.lowrank import solve_low_rank
 from quant.solvers.nearest import Nearest
 from quant.solvers.rounder import Rehearsal, Rounder, in_one_kernel, rounder_for
+from quant.solvers.rounding import of_rounded
 from quant.solvers.solution import Solution, check, solution
 
 REHEARSED = 256  # columns; see `_fit_group`
@@ -70,12 +70,11 @@ class Feedback:
 
     def solve(self, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution:
         check(weight, statistics)
-        if isinstance(spec, LowRank):
-            return solve_low_rank(self, weight, statistics, spec)
-        if isinstance(spec, Rotated):
-            return solve_rotated(self, weight, statistics, spec)
+        around = solve_around(self, weight, statistics, spec)
+        if around is not None:
+            return around
         rounder = rounder_for(spec, (weight.shape[0], weight.shape[1]), weight.device, self.search)
-        factor = factorise(statistics, self.order, self.damp, rounder.span, rounder.granularity)
+        factor = factorise(of_rounded(statistics, spec), self.order, self.damp, rounder.span, rounder.granularity)
         if isinstance(factor, str):
             nearest = Nearest(search=self.search).solve(weight, statistics, spec)
             return Solution(nearest.packed, nearest.weight, nearest.error, (f"{factor}; rounded to nearest",))

@@ -6,7 +6,8 @@ EoRA has to guard where `H` is singular. It need not be formed: with `U` the lea
 `B A = U UT E` is the same matrix. They come from the smaller of the two Gram matrices, in float64. With `H` the
 identity this is LoRC.
 
-The base may then be solved again for `W - B A`, and the branch again for what that leaves.
+The base may then be solved again for `W - B A`, and the branch again for what that leaves. The branch takes its inputs
+as they are, also where the base rounds its own (SVDQuant, arXiv 2411.05007).
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ DAMP = 0.01  # of the matching of the float path, as a share of the Hessian's me
 def solve_low_rank(solver: Solver, weight: Tensor, statistics: Statistics, spec: LowRank) -> Solution:
     """`solver`'s solution for `weight` `[out, in]` with the best branch beside it."""
     target, own = _aim(weight.float(), statistics)
-    found: list[tuple[float, PackedLowRank, tuple[str, ...]]] = []
+    found: list[tuple[float, PackedLowRank, Solution]] = []
     aim = target
     for _ in range(spec.rounds + 1):
         base = solver.solve(aim, own, spec.base)
         lora_a, lora_b = factors(target - base.weight, own if spec.weighted else None, spec)
         packed = PackedLowRank(spec, (weight.shape[0], weight.shape[1]), base.packed, lora_a, lora_b)
-        found.append((relative_error(target, packed.dequantize(), own.hessian), packed, base.notes))
+        found.append((relative_error(target, packed.dequantize(), own.hessian, base.noise), packed, base))
         aim = target - lora_b.float() @ lora_a.float()
-    _, packed, notes = min(found, key=lambda one: one[0])  # the first of equal ones
-    return solution(packed, weight, statistics, notes)
+    _, packed, base = min(found, key=lambda one: one[0])  # the first of equal ones
+    return solution(packed, weight, statistics, base.notes, base.noise)
 
 
 def factors(lost: Tensor, statistics: Statistics | None, spec: LowRank) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,10 @@ from torch import Tensor
 from quant.calibration.statistics import Statistics
 from quant.errors import SolverError
 from quant.kernels.layouts import PackedUniform
-from quant.kernels.spec import DTYPES, LowRank, Rotated, Spec, Uniform
-from quant.solvers.basis import solve_rotated
+from quant.kernels.spec import DTYPES, Spec, Uniform
+from quant.solvers.around import solve_around
 from quant.solvers.grid import SEARCH, Search, encode, fit
-from quant.solvers.lowrank import solve_low_rank
+from quant.solvers.rounding import of_rounded
 from quant.solvers.solution import Solution, check, solution
 
 
@@ -28,13 +28,12 @@ class Nearest:
 
     def solve(self, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution:
         check(weight, statistics)
-        if isinstance(spec, LowRank):
-            return solve_low_rank(self, weight, statistics, spec)
-        if isinstance(spec, Rotated):
-            return solve_rotated(self, weight, statistics, spec)
+        around = solve_around(self, weight, statistics, spec)
+        if around is not None:
+            return around
         if not isinstance(spec, Uniform):
             raise SolverError(f"round to nearest knows uniform grids; {type(spec).__name__} came")
-        scales, zeros = fit(weight, statistics.diagonal, spec, self.search)
+        scales, zeros = fit(weight, of_rounded(statistics, spec).diagonal, spec, self.search)
         return solution(pack_nearest(weight, scales, zeros, spec), weight, statistics)
 
 

@@ -6,6 +6,7 @@ calibration tokens,
 
     error = tr(D H DT) / tr(W H WT),   D = W - Q,
 
+plus, where its inputs are rounded, what that costs (`noise`, over the same energy; see `rounding.py`),
 so 0.01 reads "one per cent of the output's energy" and sites of different size compare.
 """
 
@@ -21,18 +22,20 @@ from quant.calibration.statistics import Statistics
 from quant.errors import SolverError
 from quant.kernels.layouts import Packed
 from quant.kernels.spec import Spec
+from quant.solvers.rounding import noise_energy
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
     """`weight` `[out, in]` float32: `packed` dequantized. `error`: see the module. `notes`: what did not go as
-    asked.
+    asked. `noise`: mean squared output error from rounding the inputs, counted in `error`.
     """
 
     packed: Packed
     weight: Tensor
     error: float
     notes: tuple[str, ...] = ()
+    noise: float = 0.0
 
 
 class Solver(Protocol):
@@ -43,18 +46,24 @@ class Solver(Protocol):
         ...
 
 
-def solution(packed: Packed, weight: Tensor, statistics: Statistics, notes: tuple[str, ...] = ()) -> Solution:
-    """Completes a `Solution`: dequantizes `packed` and measures its error against the float `weight`."""
+def solution(
+    packed: Packed, weight: Tensor, statistics: Statistics, notes: tuple[str, ...] = (), noise: float | None = None
+) -> Solution:
+    """Completes a `Solution`: dequantizes `packed` and measures its error against the float `weight`. `noise`: of the
+    codes inside, for a spec that lies around them."""
     quantized = packed.dequantize()
-    return Solution(packed, quantized, relative_error(weight, quantized, statistics.hessian), notes)
+    noise = noise_energy(quantized, statistics, packed.spec) if noise is None else noise
+    error = relative_error(weight, quantized, statistics.hessian, noise)
+    return Solution(packed, quantized, error, notes, noise)
 
 
-def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """`tr(D H DT) / tr(W H WT)`; 0 where the weight's own output is zero and nothing was lost, infinity where something
-    was.
+def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor, noise: float = 0.0) -> float:
+    """`(tr(D H DT) + noise) / tr(W H WT)`; 0 where the weight's own output is zero and nothing was lost, infinity where
+    something was.
     """
     target = weight.float()
     lost, whole = (_energy(matrix, hessian) for matrix in (target - quantized, target))
+    lost += noise
     return lost / whole if whole > 0 else 0.0 if lost <= 0 else float("inf")
 
 

@@ -1,0 +1,27 @@
+"""Solving inside the specs that lie around codes: each changes the basis or the target, and hands on what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from quant.calibration.statistics import Statistics
+from quant.kernels.spec import LowRank, Rotated, Smoothed, Spec
+from quant.solvers.basis import solve_rotated
+from quant.solvers.lowrank import solve_low_rank
+from quant.solvers.smoothing import solve_smoothed
+from quant.solvers.solution import Solution, Solver
+
+AROUND: dict[type[Spec], Callable[[Solver, Tensor, Statistics, Any], Solution]] = {
+    LowRank: solve_low_rank,
+    Rotated: solve_rotated,
+    Smoothed: solve_smoothed,
+}
+
+
+def solve_around(solver: Solver, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution | None:
+    """The solution of a spec that lies around another one; None for codes alone."""
+    around = AROUND.get(type(spec))
+    return None if around is None else around(solver, weight, statistics, spec)

@@ -1,0 +1,216 @@
+"""Activations rounded to 8 bits: the CPU's product against its definition in integers and, bit for bit, against the
+Triton kernel; which row of the dispatch table runs; smoothed weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quant.calibration.statistics import Statistics
+from quant.kernels import dispatch, integer, launch
+from quant.kernels.arranged import checkpoint_order, kernel_order, weight_of
+from quant.kernels.layouts import LAYOUTS, LayoutError, PackedUniform
+from quant.kernels.order import arrange
+from quant.kernels.smoothed import PackedSmoothed
+from quant.kernels.spec import (
+    LowRank,
+    Rotated,
+    Smoothed,
+    Spec,
+    SpecError,
+    Trellis,
+    Uniform,
+    rounds_inputs,
+    spec_from_dict,
+)
+from quant.solvers.feedback import Feedback
+from tests.rerun import rerun
+from tests.test_lowrank import trained as trained
+from tests.test_uniform_kernel import some, weight
+
+
+def grid(bits: int, group: int, symmetric: bool = False) -> Uniform:
+    return Uniform(bits=bits, group_size=group, symmetric=symmetric, activations=8)
+
+
+def by_definition(x: Tensor, packed: PackedUniform) -> Tensor:
+    """Float64 sums of integer products, every float32 step of the definition by itself."""
+    codes, scale = integer.round_tokens(x)
+    acc = torch.zeros((len(x), packed.shape[0]))
+    width, columns = packed.spec.group_width(packed.shape[1]), packed.shape[1]
+    step = 256 if width >= columns else max(size for size in (256, 128, 64, 32) if width % size == 0)
+    for begin in range(0, columns, step):
+        part, group = slice(begin, min(begin + step, columns)), begin // width
+        levels = packed.codes()[:, part].double() - packed.zero_points()[:, group, None].double()
+        whole = (codes[:, part].double() @ levels.T).float()
+        acc = acc + whole * packed.scales[:, group].float()
+    return acc * scale[:, None]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(1, 20), rows=st.integers(1, 40), columns=st.integers(1, 700), bits=st.integers(1, 8),
+    symmetric=st.booleans(), group=st.sampled_from([32, 96, 128, 256, 384, -1]),
+)  # fmt: skip
+def test_the_product_is_what_its_definition_says(
+    tokens: int, rows: int, columns: int, bits: int, symmetric: bool, group: int
+) -> None:
+    packed, x = weight(rows, columns, grid(bits, group, symmetric)), some(tokens, columns, torch.float32)
+    found = integer.matmul(x, packed)
+    assert torch.equal(found, by_definition(x, packed))
+    exact = integer.rounded(x).double() @ packed.dequantize(torch.float64).T
+    allowed = (
+        2.0**-22 * columns * 2**bits * integer.rounded(x).abs().sum(1)[:, None] * packed.scales.float().abs().amax(1)
+    )
+    assert bool(((found - exact).abs() <= allowed).all())
+
+
+def test_tokens_are_rounded_by_their_own_scale() -> None:
+    x = torch.tensor([[127.0, -63.4, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0], [1e-3, -2.54e-1, 0.0, 1e-5]])
+    codes, scale = integer.round_tokens(x)
+    assert codes.tolist() == [[127, -63, 0, 0], [0, 0, 0, 0], [0, -127, 0, 0]]  # halves to even
+    assert scale[0] == pytest.approx(1.0)
+    assert integer.rounded(x[:, None])[1].abs().max() == 0
+    largest = torch.randn(4096, 3, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 30, 4096)[:, None]
+    assert int(integer.round_tokens(largest)[0].abs().max()) == 127  # never 128, whatever the division rounds to
+
+
+def test_groups_that_the_kernel_cannot_sum_are_refused() -> None:
+    with pytest.raises(SpecError, match="multiple of 32"):
+        Uniform(group_size=48, activations=8)
+    with pytest.raises(SpecError, match="activations is 4"):
+        Uniform(activations=4)  # pyright: ignore[reportArgumentType]
+    assert spec_from_dict(grid(4, 32).to_dict()) == grid(4, 32)
+    assert rounds_inputs(Smoothed(LowRank(Rotated(grid(3, 64)))))
+    assert not rounds_inputs(Rotated(Trellis()))
+
+
+def test_the_table_rounds_where_the_spec_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounding, plain, x = weight(8, 64, grid(4, 32)), weight(8, 64, Uniform(group_size=32)), some(3, 64, torch.float32)
+    assert dispatch.select(x, rounding).name == "torch-int8"
+    assert dispatch.select(x, plain).name == "torch"
+    assert "torch: refuses, the weight's inputs are rounded to 8 bits" in dispatch.explain(x, rounding)
+    assert "torch-int8: refuses, the weight takes its inputs as they are" in dispatch.explain(x, plain)
+    bias = some(1, 8, torch.float32)[0]
+    assert torch.equal(dispatch.matmul(x, rounding, bias), integer.matmul(x, rounding) + bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = dispatch.matmul(x, rounding, bias)
+    assert torch.equal(half, (integer.matmul(x.bfloat16().float(), rounding) + bias).bfloat16())
+    x.requires_grad_(True)
+    dispatch.matmul(x, rounding, bias).sum().backward()
+    torch.testing.assert_close(x.grad, rounding.dequantize().sum(0).expand_as(x))
+    monkeypatch.setenv("BITWRIGHT_KERNEL", "torch")
+    with pytest.raises(dispatch.KernelError, match="rounded to 8 bits"):
+        dispatch.matmul(x, rounding)
+
+
+@pytest.mark.parametrize(
+    "base", [grid(4, 32), Rotated(grid(4, 32)), LowRank(Uniform(bits=3), rank=3), Rotated(Trellis(window=8))]
+)
+def test_smoothed_weights_at_their_price(base: Spec, trained: tuple[Tensor, Statistics]) -> None:
+    w, statistics = trained
+    tokens = some(200, w.shape[1], torch.float32) @ statistics.hessian
+    statistics = replace(statistics, sample=tokens, peaks=tokens.abs().amax(0)[None])
+    spec = Smoothed(base, points=1)
+    solved = Feedback(sweeps=0).solve(w, statistics, spec)
+    packed, shape = solved.packed, (w.shape[0], w.shape[1])
+    assert isinstance(packed, PackedSmoothed)
+    assert spec_from_dict(spec.to_dict()) == spec
+    assert spec.nbytes(shape) == base.nbytes(shape) + 2 * shape[1]
+    stored = packed.tensors()
+    assert sum(t.nbytes for t in stored.values()) == spec.nbytes(shape)
+    again = LAYOUTS["smoothed"].from_tensors(spec, shape, stored)
+    again.validate()
+    assert torch.equal(again.dequantize(), packed.dequantize())
+    assert torch.equal(packed.dequantize(torch.float32, 7, 33), packed.dequantize()[7:33])
+    assert torch.allclose(packed.dequantize(), packed.base.dequantize() * packed.smooth.float())
+    x, bias = some(5, shape[1], torch.float32), some(1, shape[0], torch.float32)[0]
+    out = dispatch.matmul(x, packed, bias)
+    assert torch.equal(out, dispatch.matmul(packed.inputs(x), packed.base, bias))
+    if not rounds_inputs(spec):
+        torch.testing.assert_close(out, x @ packed.dequantize().T + bias, rtol=1e-4, atol=1e-3)
+    ordered = kernel_order(packed, 0, shape[0])
+    assert dispatch.matmul(x, weight_of(spec, shape, ordered), bias).shape == out.shape
+    back = checkpoint_order(spec, shape, ordered).tensors()
+    assert all(torch.equal(back[name], tensor) for name, tensor in stored.items())
+    stored["smooth"] = stored["smooth"].clone().index_fill_(0, torch.tensor(2), 0.0)
+    with pytest.raises(LayoutError, match="smooth"):
+        LAYOUTS["smoothed"].from_tensors(spec, shape, stored).validate()
+
+
+@pytest.mark.slow
+def test_under_the_interpreter() -> None:
+    rerun(__file__, "interpreted")
+
+
+@pytest.mark.slow
+def test_ahead_of_time() -> None:
+    rerun(__file__, "compiled")
+
+
+@settings(max_examples=16, deadline=None, derandomize=True)
+@given(
+    tokens=st.sampled_from([1, 3, 16, 17, 65]), rows=st.integers(1, 48), columns=st.integers(1, 800),
+    bits=st.integers(1, 8), symmetric=st.booleans(), group=st.sampled_from([32, 64, 96, 128, 256, -1]),
+    splits=st.sampled_from([1, 2, 3]), dtype=st.sampled_from([torch.float32, torch.float16]), biased=st.booleans(),
+)  # fmt: skip
+def interpreted_bits_are_the_same(
+    tokens: int, rows: int, columns: int, bits: int, symmetric: bool, group: int, splits: int, dtype: torch.dtype,
+    biased: bool,
+) -> None:  # fmt: skip
+    packed, x = weight(rows, columns, grid(bits, group, symmetric)), some(tokens, columns, dtype)
+    bias = some(1, rows, dtype, 2)[0] if biased else None
+    arranged, (codes, scale) = arrange(packed), integer.round_tokens(x)
+    splits = launch.even_splits(columns, splits)
+    out = torch.full((tokens, rows), torch.nan, dtype=dtype)
+    config = launch.Config(16, 16, 1, 1, splits)
+    launch.launch(
+        codes, scale, arranged.weight, arranged.scales, arranged.zeros, bias, None, out, columns, bits,
+        packed.spec.group_width(columns), config,
+    )  # fmt: skip
+    assert torch.equal(out, integer.matmul(x, packed, bias, splits))
+
+
+def interpreted_module() -> None:
+    """A wrapped weight in kernel order runs the int8 kernel and gives what the CPU gives."""
+    from quant.linear import PackedLinear
+
+    for spec in (grid(4, 64), Smoothed(grid(4, 64)), Smoothed(Rotated(grid(8, -1), measured=False))):
+        module = PackedLinear(spec, 24, 256, bias=True)
+        base = weight(24, 256, spec.core)  # pyright: ignore[reportArgumentType]
+        own = {"smooth": torch.rand(256).half() + 0.5, "rotation": torch.tensor([1, 0]).byte()}
+        own["input_signs"] = torch.randint(0, 256, (32,)).byte()
+        tensors = {**own, **base.tensors()}
+        tensors = {name: tensors[name] for name in spec.tensors((24, 256))}
+        packed = LAYOUTS[spec.layout].from_tensors(spec, (24, 256), tensors)
+        module.load_state_dict({**tensors, "bias": some(1, 24, torch.float32)[0]})
+        x = some(5, 256, torch.float32)
+        assert "triton-int8: runs" in dispatch.explain(x, module.operand)
+        assert torch.equal(module(x), dispatch.matmul(x, packed, module.bias))
+        assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in tensors.items())
+
+
+def compiled_without_fused_steps() -> None:
+    """Each step of the definition is rounded once on a GPU too."""
+    from quant.kernels.uniform import matmul_kernel
+    from tests.ahead import compile_for
+
+    config = launch.choose(16, 8192, 8192, 132, 4, "int8")
+    types = {"x": "*i8", "x_scale": "*fp32", "weight": "*i32", "scales": "*fp16", "zeros": "*u8", "bias": "*fp16"}
+    types |= {"residual": "*fp16", "out": "*fp16", "partial": "*fp32", "counters": "*i32"}
+    types |= dict.fromkeys(("M", "N", "K", "stride", "count", "each"), "i32")
+    constants = launch.constants(4, 128, 8192, True, "int8") | {
+        "BM": config.bm, "BN": config.bn, "SPLITS": config.splits, "EVEN": True, "BIAS": True, "RESIDUAL": True,
+        "WIDEN": False,
+    }  # fmt: skip
+    fused = compile_for(90, matmul_kernel, types, constants, config.warps, config.stages)
+    alone = compile_for(90, matmul_kernel, types, constants, config.warps, config.stages, fusion=False)
+    assert any(op.startswith("FFMA") for op in fused.ops)
+    assert not any(op.startswith("FFMA") for op in alone.ops)
+    assert any(op.startswith("IMMA") for op in alone.ops)
+    assert alone.fits()
