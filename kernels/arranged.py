@@ -37,8 +37,7 @@ def kernel_order(packed: Packed, begin: int, end: int) -> dict[str, Tensor]:
         stored = {"weight": uniform.weight, "scales": uniform.scales}
         return stored if uniform.zeros is None else {**stored, "zeros": uniform.zeros}
     if isinstance(packed, PackedTrellis):
-        trellis = trellis_order.arrange(packed, begin, end)
-        return {"weight": trellis.weight, "scales": trellis.scales, "peaks": trellis.peaks}
+        return trellis_order.arrange(packed, begin, end).tensors()
     if isinstance(packed, PackedCodebook):
         return codebook_order.arrange(packed, begin, end).tensors()
     if isinstance(packed, PackedLowRank):
@@ -55,7 +54,7 @@ def weight_of(spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor])
     if isinstance(spec, Uniform):
         return Arranged(spec, shape, tensors["weight"], tensors["scales"], tensors.get("zeros"))
     if isinstance(spec, Trellis):
-        return ArrangedTrellis(spec, shape, tensors["weight"], tensors["scales"], tensors["peaks"])
+        return ArrangedTrellis(spec, shape, **{name: tensors[name] for name in spec.tensors(shape)})
     if isinstance(spec, Codebook):
         return codebook_order.weight_of(spec, shape, tensors)
     return _around(weight_of, spec, shape, tensors)

@@ -101,7 +101,8 @@ def random_trellis(spec: Trellis, rows: int, columns: int, device: str) -> Packe
     weight = torch.randint(0, 256, shapes["weight"], dtype=torch.uint8, device=device)
     scales = torch.randint(0, 64, shapes["scales"], dtype=torch.uint8, device=device)
     peaks = torch.rand(shapes["peaks"], device=device).half()
-    return PackedTrellis(spec, (rows, columns), weight, scales, peaks)
+    table = torch.rand(shapes["table"], device=device).mul_(4).sub_(2).half() if spec.code == "hyb" else None
+    return PackedTrellis(spec, (rows, columns), weight, scales, peaks, table)
 
 
 def random_codebook(spec: Codebook, rows: int, columns: int, device: str) -> PackedCodebook:
@@ -137,7 +138,7 @@ def rounding(case: Case, x: Tensor, weight: Tensor, exact: Tensor, scales: Tenso
     spec, columns, eps = case.spec, case.columns, torch.finfo(x.dtype).eps
     squares = x.double().square()
     if isinstance(spec, Trellis):
-        largest = {"inst": 2.0, "mac": 1530.0, "sum": 378.0}[spec.code]
+        largest = {"inst": 2.0, "mac": 1530.0, "sum": 378.0, "hyb": 2.0}[spec.code]
         rounded = 2.0**-11 * (spec.code == "inst") + eps * (case.tokens >= trellis_launch.UNPACK_FROM)
     elif isinstance(spec, Codebook):
         largest, rounded = 2.0, eps * (case.tokens >= codebook_launch.UNPACK_FROM)
@@ -186,7 +187,8 @@ def weights(rows: int, columns: int, spec: Spec, count: int) -> Sequence[Ordered
         size = (count, chunks(columns) * spec.bits * units(rows, spec.length)[1] * 16)
         words = torch.randint(-(2**31), 2**31 - 1, size, dtype=torch.int32, device="cuda")
         held = random_trellis(spec, rows, 1, "cuda")
-        return [ArrangedTrellis(spec, (rows, columns), w, held.scales.clone(), held.peaks.clone()) for w in words]
+        own = [(held.scales.clone(), held.peaks.clone(), held.table) for _ in words]
+        return [ArrangedTrellis(spec, (rows, columns), w, *parts) for w, parts in zip(words, own, strict=True)]
     size = (count, tiles(columns) * 8 * spec.bits * rows)
     words = torch.randint(-(2**31), 2**31 - 1, size, dtype=torch.int32, device="cuda")
     groups = (count, spec.groups(columns), rows)

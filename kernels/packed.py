@@ -91,7 +91,7 @@ def concatenate(parts: Sequence[Packed]) -> Packed:
                 f"cannot stack {part.spec} of {part.shape[1]} columns on {first.spec} of {first.shape[1]}; "
                 "parts must share spec and columns"
             )
-        if any(not torch.equal(tensors[name], stored[0][name]) for name in first.shared):
+        if any(not torch.equal(tensors[name], stored[0][name]) for name in first.shared if name in tensors):
             raise LayoutError(f"cannot stack parts that differ in {' or '.join(first.shared)}")
     joined = {
         name: tensor if name in first.shared else torch.cat([tensors[name] for tensors in stored])

@@ -17,25 +17,28 @@ FAR = np.float32(1e30)
 
 
 def searcher(bits: int) -> Any:
-    """`run(x [n, T], weight [n, T], seam int32 [n], states int32 [n, T], values [2^L])` fills `states`."""
-    arrive = (_arrive1, _arrive2, _arrive3, _arrive4)[bits - 1]
+    """`run(x [n, T V], weight [n, T V], seam int32 [n], states int32 [n, T], values [V, 2^L])` fills `states`."""
+    arrive = _ARRIVE[bits - 1]
 
     @njit(**SETTINGS)
     def run(x: Any, weight: Any, seam: Any, states: Any, values: Any) -> None:
-        groups = len(values) >> bits
-        cost, least = np.empty(len(values), np.float32), np.empty(groups, np.float32)
-        came = np.empty((x.shape[1], groups), np.uint8)
+        vector, count = values.shape
+        groups, length = count >> bits, x.shape[1] // vector
+        cost, least = np.empty(count, np.float32), np.empty(groups, np.float32)
+        came = np.empty((length, groups), np.uint8)
         for i in range(len(x)):
             least[:] = np.float32(0) if seam[i] < 0 else FAR
             if seam[i] >= 0:
                 least[seam[i]] = np.float32(0)
-            _leave(cost, least, values, x[i, 0], weight[i, 0])
-            for t in range(1, x.shape[1]):
-                arrive(cost, least, came[t])
-                _leave(cost, least, values, x[i, t], weight[i, t])
-            begin, end = (0, len(values)) if seam[i] < 0 else (seam[i] << bits, (seam[i] + 1) << bits)
+            for t in range(length):
+                if t:
+                    arrive(cost, least, came[t])
+                _leave(cost, least, values[0], x[i, t * vector], weight[i, t * vector])
+                for v in range(1, vector):
+                    _add(cost, values[v], x[i, t * vector + v], weight[i, t * vector + v])
+            begin, end = (0, count) if seam[i] < 0 else (seam[i] << bits, (seam[i] + 1) << bits)
             state = begin + np.argmin(cost[begin:end])
-            for t in range(x.shape[1] - 1, 0, -1):
+            for t in range(length - 1, 0, -1):
                 states[i, t] = state
                 low = state & (groups - 1)
                 state = low << bits | came[t, low]
@@ -54,6 +57,13 @@ def _leave(cost: Any, least: Any, values: Any, x: Any, weight: Any) -> None:
             cost[first + u] = least[u] + weight * (off * off)
 
 
+@njit(**SETTINGS)
+def _add(cost: Any, values: Any, x: Any, weight: Any) -> None:
+    for state in range(len(cost)):
+        off = x - values[state]
+        cost[state] += weight * (off * off)
+
+
 def _arrival(ways: int) -> Any:
     @njit(**SETTINGS)
     def arrive(cost: Any, least: Any, came: Any) -> None:
@@ -68,4 +78,4 @@ def _arrival(ways: int) -> Any:
     return arrive
 
 
-_arrive1, _arrive2, _arrive3, _arrive4 = (_arrival(1 << bits) for bits in (1, 2, 3, 4))
+_ARRIVE = tuple(_arrival(1 << bits) for bits in range(1, 9))

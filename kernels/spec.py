@@ -84,29 +84,42 @@ class Trellis(Spec):
     Sequences run along the outputs, `length` rows each, and end where they began (tail-biting), so a column of
     `length` weights takes `length * bits` bits and every weight can be decoded alone. `bits`: 1-4. `window`: 8-16 bits,
     more is better and slower to find: the Viterbi search visits `2^window` states per weight. `code`: how a window
-    becomes a value, see `kernels/trellis.py`. `length`: a multiple of 32. Each row has a scale of 8 bits.
+    becomes a value, see `kernels/trellis.py`; of `hyb` it becomes two, and the stream advances by twice as many bits.
+    `length`: a multiple of 32. `table_bits`: of `hyb`, whose table has `2^table_bits` pairs. Each row has a scale of 8
+    bits.
     """
 
     layout: ClassVar[str] = "trellis"
 
     bits: int = 2
     window: int = 12
-    code: Literal["inst", "mac", "sum"] = "inst"
+    code: Literal["inst", "mac", "sum", "hyb"] = "inst"
     length: int = 256
+    table_bits: int = 9
 
     def __post_init__(self) -> None:
-        for name, least, most in (("bits", 1, 4), ("window", 8, 16), ("length", 32, 4096)):
+        for name, least, most in (("bits", 1, 4), ("window", 8, 16), ("length", 32, 4096), ("table_bits", 4, 9)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise SpecError(f"{name} is {value!r}; a trellis takes a whole number from {least} to {most}")
         if self.length % 32:
             raise SpecError(f"length is {self.length}; a trellis takes a multiple of 32 rows")
-        if self.code not in ("inst", "mac", "sum"):
-            raise SpecError(f"code is {self.code!r}; give 'inst', 'mac' or 'sum'")
+        if self.code not in ("inst", "mac", "sum", "hyb"):
+            raise SpecError(f"code is {self.code!r}; give 'inst', 'mac', 'sum' or 'hyb'")
 
     @property
     def unit(self) -> int:
         return self.length
+
+    @property
+    def vector(self) -> int:
+        """Values of a state."""
+        return 2 if self.code == "hyb" else 1
+
+    @property
+    def step(self) -> int:
+        """Bits by which the stream advances from state to state."""
+        return self.bits * self.vector
 
     def sequences(self, rows: int) -> list[tuple[int, int]]:
         """Length in rows, and in rows with padding, of each sequence: whole bytes, and a window does not overlap
@@ -122,6 +135,7 @@ class Trellis(Spec):
             "weight": TensorSpec("uint8", (columns * sum(padded * self.bits // 8 for _, padded in sequences),)),
             "scales": TensorSpec("uint8", (rows,)),
             "peaks": TensorSpec("float16", (len(sequences),)),
+            **({"table": TensorSpec("float16", (1 << self.table_bits, 2))} if self.code == "hyb" else {}),
         }
 
 

@@ -8,10 +8,13 @@ shorter; it is padded to whole bytes and at least one window):
                                                      bit stream, least significant bit first
     scales   uint8    [out]                          scale[o] = peak * 2^(-scales[o] / 16); 255 means 0
     peaks    f16      [sequences]                    the largest scale in each sequence; finite
+    table    f16      [2^table_bits, 2]              of `hyb` alone; finite
 
     state[t, i]  = the L bits of column i's stream from bit t*K on, the first bit lowest, the stream's end joined to its
                    beginning
     weight[o, i] = scale[o] * value(state[t, i]),  t = o's place in its sequence
+
+A state of `hyb` has V = 2 values, for two rows, and the stream advances by 2K bits from state to state.
 
 Values of a state, all in 32-bit integer arithmetic, so that a kernel needs no table (QTIP, arXiv 2406.11235, section 3;
 `sum` is the variant of ik_llama.cpp and EXL3 that fits int8 products):
@@ -19,9 +22,12 @@ Values of a state, all in 32-bit integer arithmetic, so that a kernel needs no t
     inst   y = 89226354 state + 64248484, y = (y & 0x8fff8fff) ^ 0x3b603b60, value = its two float16 halves added
     mac    y = 34038481 state + 76625530, value = sum of its bytes - 510
     sum    y = 89226354 state + 64248484, value = sum of the low 6 bits of its bytes - 126
+    hyb    y = state^2 + state, values = row (y >> (15 - table_bits)) mod 2^table_bits of the table; bit 15 of y flips
+           the sign of the first. The table begins as k-means of Gaussian pairs and can be trained.
 
 The values look like independent Gaussian draws; their deviation goes into the scales. At 2 bits and L = 12 their mean
-squared error on Gaussian input is 0.073, 0.074, 0.078; a scalar grid cannot get below 0.1175, and no code below 0.0625.
+squared error on Gaussian input is 0.073, 0.074, 0.078, 0.077; a scalar grid cannot get below 0.1175, and no code below
+0.0625.
 """
 
 from __future__ import annotations
@@ -58,10 +64,24 @@ def values(code: str, window: int) -> Tensor:
     return signed.view(torch.float16).float().sum(0).half().float()
 
 
-@cache
-def deviation(code: str, window: int) -> float:
-    """The standard deviation of the values."""
-    return float(values(code, window).double().std(correction=0))
+def state_values(spec: Trellis, table: Tensor | None) -> Tensor:
+    """The values of every state, float32 `[vector, 2^window]`; `table`: of `hyb`, else None. Differentiable in it."""
+    if table is None:
+        return values(spec.code, spec.window)[None]
+    state = torch.arange(1 << spec.window, dtype=torch.int64, device=table.device)
+    word = state * state + state
+    first, second = table.float()[word >> 15 - spec.table_bits & (1 << spec.table_bits) - 1].T
+    return torch.stack((torch.where(word >> 15 & 1 == 1, -first, first), second))
+
+
+def read(values: Tensor, states: Tensor) -> Tensor:
+    """What `states` `[..., steps]` stand for, `[..., steps * vector]`; `values` as of `state_values`."""
+    return values.T[states].flatten(-2)
+
+
+def deviation(values: Tensor) -> float:
+    """The standard deviation of the values of all states."""
+    return float(values.double().std(correction=0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,52 +89,62 @@ class PackedTrellis(Packed):
     """See the module."""
 
     layout: ClassVar[str] = "trellis"
+    shared: ClassVar[tuple[str, ...]] = ("table",)
 
     spec: Trellis  # pyright: ignore[reportIncompatibleVariableOverride]  frozen: a narrower type is sound
     weight: Tensor
     scales: Tensor
     peaks: Tensor
+    table: Tensor | None = None
 
     @classmethod
     def from_tensors(cls, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Self:
         if not isinstance(spec, Trellis):
             raise LayoutError(f"layout 'trellis' stores a Trellis spec; {type(spec).__name__} came")
         check_tensors(spec, shape, tensors)
-        return cls(spec, (shape[0], shape[1]), tensors["weight"], tensors["scales"], tensors["peaks"])
+        return cls(spec, (shape[0], shape[1]), **{name: tensors[name] for name in spec.tensors(shape)})
 
     @classmethod
     def from_states(
-        cls, spec: Trellis, shape: tuple[int, int], states: list[Tensor], scales: Tensor, peaks: Tensor
-    ) -> Self:
-        """From the `states` `[in, padded rows]` of each sequence, `scales` uint8 `[out]` and `peaks` f16 `[sequences]`.
+        cls, spec: Trellis, shape: tuple[int, int], states: list[Tensor], scales: Tensor, peaks: Tensor,
+        table: Tensor | None = None,
+    ) -> Self:  # fmt: skip
+        """From the `states` `[in, padded rows / vector]` of each sequence, `scales` uint8 `[out]`, `peaks` f16
+        `[sequences]` and the `table` of `hyb`.
 
         Raises `LayoutError` where neighbouring states do not share their bits.
         """
         streams = list[Tensor]()
         for number, state in enumerate(states):
-            if not bool(((state >> spec.bits) == (state.roll(-1, 1) & ((1 << spec.window - spec.bits) - 1))).all()):
+            if not bool(((state >> spec.step) == (state.roll(-1, 1) & ((1 << spec.window - spec.step) - 1))).all()):
                 raise LayoutError(f"sequence {number}: neighbouring states do not share their bits")
-            streams.append(pack((state & ((1 << spec.bits) - 1)).to(torch.uint8), spec.bits).flatten())
-        return cls.from_tensors(spec, shape, {"weight": torch.cat(streams), "scales": scales, "peaks": peaks})
+            streams.append(pack((state & ((1 << spec.step) - 1)).to(torch.uint8), spec.step).flatten())
+        found = {"weight": torch.cat(streams), "scales": scales, "peaks": peaks}
+        return cls.from_tensors(spec, shape, found if table is None else {**found, "table": table})
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"weight": self.weight, "scales": self.scales, "peaks": self.peaks}
+        found = {"weight": self.weight, "scales": self.scales, "peaks": self.peaks}
+        return found if self.table is None else {**found, "table": self.table}
 
     def states(self, sequence: int) -> Tensor:
-        """States int32 `[in, padded rows]` of one sequence."""
+        """States int32 `[in, padded rows / vector]` of one sequence."""
         spec, columns = self.spec, self.shape[1]
         sequences = spec.sequences(self.shape[0])
         begin = sum(padded * spec.bits // 8 for _, padded in sequences[:sequence]) * columns
         length = sequences[sequence][1] * spec.bits // 8
         stream = self.weight[begin : begin + columns * length].view(columns, length).int()
         words = stream | stream.roll(-1, 1) << 8 | stream.roll(-2, 1) << 16  # 24 bits hold any window from any bit on
-        common = math.gcd(8, spec.bits)
-        period, width = 8 // common, spec.bits // common  # rows and bytes after which the pattern repeats
-        states = words.new_empty((columns, sequences[sequence][1]))
-        for row in range(period):
-            byte, shift = divmod(row * spec.bits, 8)
-            states[:, row::period] = (words[:, byte::width] >> shift) & ((1 << spec.window) - 1)
+        common = math.gcd(8, spec.step)
+        period, width = 8 // common, spec.step // common  # steps and bytes after which the pattern repeats
+        states = words.new_empty((columns, sequences[sequence][1] // spec.vector))
+        for place in range(period):
+            byte, shift = divmod(place * spec.step, 8)
+            states[:, place::period] = (words[:, byte::width] >> shift) & ((1 << spec.window) - 1)
         return states
+
+    def values(self) -> Tensor:
+        """Of every state, float32 `[vector, 2^window]`."""
+        return state_values(self.spec, self.table).to(self.device)
 
     def row_scales(self) -> Tensor:
         """Scales float32 `[out]`."""
@@ -123,18 +153,20 @@ class PackedTrellis(Packed):
     def dequantize(self, dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None) -> Tensor:
         rows = range(self.shape[0])[start:stop]
         weight = torch.empty((len(rows), self.shape[1]), dtype=dtype, device=self.device)
-        table, scales = values(self.spec.code, self.spec.window).to(self.device), self.row_scales()
+        known, scales = self.values(), self.row_scales()
         length = self.spec.length
         for sequence in range(rows.start // length, math.ceil(rows.stop / length) if len(rows) else 0):
             first = sequence * length
             begin, end = max(rows.start, first), min(rows.stop, first + length)
-            found = table[self.states(sequence)[:, begin - first : end - first]].T
+            found = read(known, self.states(sequence))[:, begin - first : end - first].T
             weight[begin - rows.start : end - rows.start] = found * scales[begin:end, None]
         return weight
 
     def validate(self) -> None:
         if not bool((torch.isfinite(self.peaks) & (self.peaks >= 0)).all()):
             raise LayoutError("peaks: every one must be finite and at least 0")
+        if self.table is not None and not bool(torch.isfinite(self.table).all()):
+            raise LayoutError("table: every value must be finite")
 
 
 def _byte_sum(word: Tensor, mask: int) -> Tensor:

@@ -81,24 +81,24 @@ def dequantize(arranged: ArrangedTrellis, dtype: torch.dtype, start: int, stop: 
     return trellis_dequantize(*_held(arranged), *_sizes(arranged), dtype, start, stop)
 
 
-def _held(arranged: ArrangedTrellis) -> tuple[Tensor, Tensor, Tensor]:
-    return arranged.weight, arranged.scales, arranged.peaks
+def _held(arranged: ArrangedTrellis) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return arranged.weight, arranged.scales, arranged.peaks, arranged.table
 
 
-def _sizes(arranged: ArrangedTrellis) -> tuple[int, int, int, int, str, int]:
+def _sizes(arranged: ArrangedTrellis) -> tuple[int, int, int, int, str, int, int]:
     """As the operators take them."""
     spec = arranged.spec
-    return *arranged.shape, spec.bits, spec.window, spec.code, spec.length
+    return *arranged.shape, spec.bits, spec.window, spec.code, spec.table_bits, spec.length
 
 
 @torch.library.custom_op("bitwright::trellis_matmul", mutates_args=())
 def trellis_matmul(
-    x: Tensor, weight: Tensor, scales: Tensor, peaks: Tensor, bias: Tensor | None, rows: int, columns: int, bits: int,
-    window: int, code: str, length: int, dtype: torch.dtype,
+    x: Tensor, weight: Tensor, scales: Tensor, peaks: Tensor, table: Tensor | None, bias: Tensor | None, rows: int,
+    columns: int, bits: int, window: int, code: str, table_bits: int, length: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """`x` `[M, columns]` times a weight in kernel order: `[M, rows]` of `dtype`."""
     out = torch.empty((len(x), rows), dtype=dtype, device=x.device)
-    held, sizes = (weight, scales, peaks), (rows, columns, bits, window, code, length)
+    held, sizes = (weight, scales, peaks, table), (rows, columns, bits, window, code, table_bits, length)
     if len(x) < UNPACK_FROM:
         launch(x, *held, bias, out, *sizes, None)
         return out
@@ -110,28 +110,28 @@ def trellis_matmul(
 
 @trellis_matmul.register_fake
 def _(x: Tensor, *rest: Any) -> Tensor:
-    rows, dtype = rest[4], rest[10]
+    rows, dtype = rest[5], rest[12]
     return x.new_empty((x.shape[0], rows), dtype=dtype)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:4])
-    ctx.sizes, ctx.bias = inputs[5:11], inputs[4] if inputs[4] is None else inputs[4].dtype
+    ctx.save_for_backward(*inputs[1:5])
+    ctx.sizes, ctx.bias = inputs[6:13], inputs[5] if inputs[5] is None else inputs[5].dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     unpack = lambda *part: trellis_dequantize(*ctx.saved_tensors, *ctx.sizes, grad.dtype, *part)  # noqa: E731
     x_grad = input_gradient(grad, ctx.sizes[1], unpack) if ctx.needs_input_grad[0] else None
-    bias_grad = grad.sum(0).to(ctx.bias) if ctx.needs_input_grad[4] else None
-    return (x_grad, None, None, None, bias_grad, *[None] * 7)
+    bias_grad = grad.sum(0).to(ctx.bias) if ctx.needs_input_grad[5] else None
+    return (x_grad, None, None, None, None, bias_grad, *[None] * 8)
 
 
 trellis_matmul.register_autograd(_backward, setup_context=_keep)
 
 
 def launch(
-    x: Tensor, weight: Tensor, scales: Tensor, peaks: Tensor, bias: Tensor | None, out: Tensor, rows: int, columns: int,
-    bits: int, window: int, code: str, length: int, config: Config | None,
+    x: Tensor, weight: Tensor, scales: Tensor, peaks: Tensor, table: Tensor | None, bias: Tensor | None, out: Tensor,
+    rows: int, columns: int, bits: int, window: int, code: str, table_bits: int, length: int, config: Config | None,
 ) -> None:  # fmt: skip
     """Fills `out` `[M, N]`. `config`: None for the default one."""
     from quant.kernels.trellis_product import trellis_kernel
@@ -151,9 +151,10 @@ def launch(
     count, (whole, total) = chunks(columns), units(rows, length)
     with torch.cuda.device_of(x):
         trellis_kernel[grid](
-            x, weight, scales, peaks, scale_table(x.device), out if bias is None else bias, out, partial, counters,
+            x, weight, scales, peaks, weight if table is None else table.view(torch.int32), scale_table(x.device),
+            out if bias is None else bias, out, partial, counters,
             tokens, rows, columns, x.stride(0), count, -(-count // config.splits), total, whole, MASK,
-            **constants(bits, window, code, length, x.device),
+            **constants(bits, window, code, table_bits, length, x.device),
             BM=config.bm, BU=config.bn // UNIT, SPLITS=config.splits, EVEN=columns % CHUNK == 0, BIAS=bias is not None,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
@@ -164,9 +165,10 @@ def run(x: Tensor, arranged: ArrangedTrellis, config: Config, out: Tensor) -> No
     launch(x, *_held(arranged), None, out, *_sizes(arranged), config)
 
 
-def constants(bits: int, window: int, code: str, length: int, device: torch.device) -> dict[str, Any]:
+def constants(bits: int, window: int, code: str, table_bits: int, length: int, device: torch.device) -> dict[str, Any]:
     """What the kernels are compiled for beside their blocks."""
-    return {"BITS": bits, "WINDOW": window, "CODE": code, "LENGTH": length, "NATIVE": device.type == "cuda"}
+    known = {"BITS": bits, "WINDOW": window, "CODE": code, "TABLE": table_bits, "LENGTH": length}
+    return {**known, "NATIVE": device.type == "cuda"}
 
 
 @cache
@@ -178,8 +180,8 @@ def scale_table(device: torch.device) -> Tensor:
 
 @torch.library.custom_op("bitwright::trellis_dequantize", mutates_args=())
 def trellis_dequantize(
-    weight: Tensor, scales: Tensor, peaks: Tensor, rows: int, columns: int, bits: int, window: int, code: str,
-    length: int, dtype: torch.dtype, start: int, stop: int,
+    weight: Tensor, scales: Tensor, peaks: Tensor, table: Tensor | None, rows: int, columns: int, bits: int,
+    window: int, code: str, table_bits: int, length: int, dtype: torch.dtype, start: int, stop: int,
 ) -> Tensor:  # fmt: skip
     """See `dequantize`."""
     from quant.kernels.trellis_product import decode_kernel
@@ -190,13 +192,15 @@ def trellis_dequantize(
         grid = (-(-(-(-stop // UNIT) - start // UNIT) // 8), chunks(columns))
         with torch.cuda.device_of(weight):
             decode_kernel[grid](
-                weight, scales, peaks, scale_table(weight.device), out, start, stop, columns, total, whole, MASK,
-                **constants(bits, window, code, length, weight.device), BU=8, num_warps=1, enable_fp_fusion=True,
+                weight, scales, peaks, weight if table is None else table.view(torch.int32),
+                scale_table(weight.device), out, start, stop, columns, total, whole, MASK,
+                **constants(bits, window, code, table_bits, length, weight.device), BU=8, num_warps=1,
+                enable_fp_fusion=True,
             )  # fmt: skip
     return out
 
 
 @trellis_dequantize.register_fake
 def _(weight: Tensor, *rest: Any) -> Tensor:
-    columns, dtype, start, stop = rest[3], rest[8], rest[9], rest[10]
+    columns, dtype, start, stop = rest[4], rest[10], rest[11], rest[12]
     return weight.new_empty((stop - start, columns), dtype=dtype)

@@ -17,6 +17,7 @@ neighbouring half words; then, where `b` is odd, one piece whose words hold the 
                     piece b - 1, where b is odd:     h_(b-1) of side 0  |  h_(b-1) of side 1 << 16
     scales   uint8  [out]           as stored
     peaks    f16    [sequences]     as stored
+    table    f16    [entries, 2]    as stored, of `hyb`
 
 So a thread reads 16 bytes, four columns of one unit, and 4 lanes x 8 units are 512 bytes in a row; four lanes and eight
 units are also how a tensor core instruction (PTX ISA, mma.m16n8k16) holds its left operand.
@@ -49,6 +50,7 @@ class ArrangedTrellis:
     weight: Tensor
     scales: Tensor
     peaks: Tensor
+    table: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +58,12 @@ class ArrangedTrellis:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.numel() * part.itemsize for part in (self.weight, self.scales, self.peaks))
+        return sum(part.nbytes for part in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Under the names of the spec's tensors."""
+        found = {"weight": self.weight, "scales": self.scales, "peaks": self.peaks}
+        return found if self.table is None else {**found, "table": self.table}
 
     def dequantize(self, dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None) -> Tensor:
         """As `PackedTrellis.dequantize`, bit for bit."""
@@ -103,7 +110,7 @@ def arrange(packed: PackedTrellis, begin: int = 0, end: int | None = None) -> Ar
     scales = packed.scales[rows.start : rows.stop]
     peaks = packed.peaks[rows.start // spec.length : -(-rows.stop // spec.length)]
     weight = _interleave(torch.cat(halves), spec.bits)
-    return ArrangedTrellis(spec, (len(rows), columns), weight, scales.contiguous(), peaks.contiguous())
+    return ArrangedTrellis(spec, (len(rows), columns), weight, scales.contiguous(), peaks.contiguous(), packed.table)
 
 
 def plain(arranged: ArrangedTrellis) -> PackedTrellis:
@@ -118,7 +125,7 @@ def plain(arranged: ArrangedTrellis) -> PackedTrellis:
         padded = spec.sequences(rows)[-1][1]
         rest = halves[whole:].transpose(0, 1).contiguous().view(columns, -1).view(torch.uint8)
         streams.append(rest[:, : padded * spec.bits // 8].flatten())
-    return PackedTrellis(spec, arranged.shape, torch.cat(streams), arranged.scales, arranged.peaks)
+    return PackedTrellis(spec, arranged.shape, torch.cat(streams), arranged.scales, arranged.peaks, arranged.table)
 
 
 def _interleave(halves: Tensor, bits: int) -> Tensor:

@@ -12,6 +12,8 @@ A state is two shifts away from its register, and a value three or four instruct
     mac    one multiply-add and one sum of four bytes (dp4a), an integer from 0 to 1020: the float16 of those bits is
            the subnormal number `integer 2^-24`. Two are put into a register
     sum    the same with a mask before the sum; 0 to 252
+    hyb    one multiply-add, two for the place in the table, one lookup of 4 bytes, in a table of 2 KB that stays in the
+           first-level cache, and one for the sign, for two weights: two rows' values lie side by side
 
 What integers carry beside the value, 510 or 126, comes off at the end, times the sum of `x`; the scale of a row comes
 on there too. The left shift is written as a multiplication: shifts and masks share one half of a multiprocessor's
@@ -80,8 +82,12 @@ def _streams(weight, start, size, units, after, inside, SIDE: tl.constexpr, BITS
 
 
 @triton.jit
-def _word(stream, mask, flip, SHIFT: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
-    """What a code makes of the state at bit SHIFT of its register: the two halves of `inst`, else the integer."""
+def _word(
+    stream, mask, flip, pairs,
+    SHIFT: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """What a code makes of the state at bit SHIFT of its register: the two halves of `inst`, the two values of `hyb`
+    (`pairs`: its table, 2^TABLE words), else the integer."""
     if NATIVE:
         LEFT: tl.constexpr = 1 << (32 - WINDOW - SHIFT)
         top = tl.inline_asm_elementwise(
@@ -92,6 +98,10 @@ def _word(stream, mask, flip, SHIFT: tl.constexpr, WINDOW: tl.constexpr, CODE: t
     state = top >> (32 - WINDOW)
     if CODE == "inst":
         return ((state * 89226354 + 64248484) & mask) ^ flip
+    elif CODE == "hyb":
+        word = state * state + state
+        place = (word >> (15 - TABLE)) & ((1 << TABLE) - 1)
+        return tl.load(pairs + place.to(tl.int32)).to(tl.uint32, bitcast=True) ^ (word & 0x8000)
     else:
         if CODE == "mac":
             word = state * 34038481 + 76625530
@@ -155,7 +165,7 @@ def _rows(acc, sums, up, FIRST: tl.constexpr, BM: tl.constexpr, BU: tl.constexpr
     for j in tl.static_range(8):
         parts = parts + (acc[FIRST + j],)
     product = tl.reshape(tl.permute(_one(parts, 8), (0, 2, 3, 4, 1)), (BU * 8, BM))
-    if CODE != "inst":
+    if CODE == "mac" or CODE == "sum":
         BASE: tl.constexpr = 510.0 if CODE == "mac" else 126.0
         product = product * 16777216.0 - BASE * sums[None, :]
     down = ((254 << 23) - up.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # 1 / up
@@ -199,9 +209,9 @@ def _neighbours(units, whole, LENGTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=("M", "count", "each", "total", "whole", "mask"))
 def trellis_kernel(
-    x, weight, scales, peaks, table, bias, out, partial, counters,
+    x, weight, scales, peaks, pairs, table, bias, out, partial, counters,
     M, N, K, stride, count, each, total, whole, mask,
-    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, LENGTH: tl.constexpr,
+    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, LENGTH: tl.constexpr,
     BM: tl.constexpr, BU: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
     BIAS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -234,13 +244,16 @@ def trellis_kernel(
             some = tl.load(places + k, mask=here, other=0.0)
             if SCALED:
                 some = (some.to(tl.float32) * up[None, None, :]).to(tl.float16)
-            if CODE != "inst":
+            if CODE == "mac" or CODE == "sum":
                 sums += some.to(tl.float32)
             inputs = _inputs(some, BM, CODE)
             streams = _streams(weight, start, size, units, after, inside, side, BITS)
-            fresh = ()
+            fresh, word = (), mask
             for j in tl.static_range(16):
-                word = _word(streams[j * BITS // 16], mask, flip, j * BITS % 16, WINDOW, CODE, NATIVE)
+                if CODE == "hyb" and j % 2 == 1:
+                    word = word >> 16
+                else:
+                    word = _word(streams[j * BITS // 16], mask, flip, pairs, j * BITS % 16, WINDOW, CODE, TABLE, NATIVE)
                 fresh = fresh + (tl.dot(_operand(word, BU, CODE), inputs, acc[j], out_dtype=tl.float32),)
             acc = fresh
     total_x = tl.sum(tl.sum(sums, 0), 0)
@@ -263,9 +276,9 @@ def trellis_kernel(
 
 @triton.jit(do_not_specialize=("first", "stop", "total", "whole", "mask"))
 def decode_kernel(
-    weight, scales, peaks, table, out, first, stop, K, total, whole, mask,
-    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, LENGTH: tl.constexpr, BU: tl.constexpr,
-    NATIVE: tl.constexpr,
+    weight, scales, peaks, pairs, table, out, first, stop, K, total, whole, mask,
+    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, LENGTH: tl.constexpr,
+    BU: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """`out` `[stop - first, K]`: these rows of the weight, as `PackedTrellis.dequantize` gives them bit for bit; one
     program per BU units and chunk."""
@@ -279,10 +292,16 @@ def decode_kernel(
     columns = chunk * 32 + tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 4)[None, :]
     for side in tl.static_range(2):
         streams = _streams(weight, start, total * 16, units, after, inside, side, BITS)
+        word = mask
         for j in tl.static_range(16):
-            word = _word(streams[j * BITS // 16], mask, flip, j * BITS % 16, WINDOW, CODE, NATIVE)
-            word = tl.reshape(word, (BU, 4, 4))
-            if CODE == "inst":
+            if CODE == "hyb" and j % 2 == 1:
+                word = word >> 16
+            else:
+                word = _word(streams[j * BITS // 16], mask, flip, pairs, j * BITS % 16, WINDOW, CODE, TABLE, NATIVE)
+                word = tl.reshape(word, (BU, 4, 4))
+            if CODE == "hyb":
+                value = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+            elif CODE == "inst":
                 low = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
                 high = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
                 value = (low + high).to(tl.float16).to(tl.float32)

@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--bits", type=int, nargs="+", default=[4, 2, 3, 8])
     options.add_argument("--trellis", type=int, nargs="*", default=[2, 3, 4], help="bits of trellises")
     options.add_argument("--codebook", type=float, nargs="*", default=[2, 3], help="bits of codebooks, all included")
-    options.add_argument("--code", choices=("inst", "mac", "sum"), default="inst", help="of the trellises")
+    options.add_argument("--code", choices=("inst", "mac", "sum", "hyb"), default="inst", help="of the trellises")
     options.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 8, 32, 64, 128], help=f"of {BUCKETS}")
     options.add_argument("--kind", choices=("bf16", "fp16"), default="bf16")
     options.add_argument("--out", type=Path, default=cache_folder(), help="folder of the JSON file")

@@ -2,6 +2,8 @@
 
     minimise  sum_t weight_t (x_t - value(state_t))^2   over   state_t = (state_{t-1} >> K) | (new K bits << (L - K))
 
+where a state may also have several values, one after another in the sequence.
+
 Dynamic programming over all `2^L` states, `2^K` ways into each (Viterbi, 1967). Tail-biting: the low `L - K` bits of
 the first state, the seam, must be the high `L - K` bits of the last. Trying every seam would cost `2^(L-K)` searches;
 `search` finds a seam with one free search of the sequence begun at its middle (there the ends are far away), and then
@@ -30,34 +32,39 @@ FAR = 1e30
 
 
 def search(x: Tensor, weight: Tensor, values: Tensor, bits: int) -> Tensor:
-    """States int32 `[n, T]` for the sequences `x` `[n, T]` float32 with `weight` `[n, T]` >= 0, `values` `[2^L]`."""
-    middle = x.shape[1] // 2
+    """States int32 `[n, T]` for the sequences `x` `[n, T V]` float32 with `weight` `[n, T V]` >= 0, `values`
+    `[V, 2^L]`; `bits`: K, by which the stream advances from state to state."""
+    vector, steps = len(values), x.shape[1] // len(values)
+    middle = steps // 2
     free = torch.full((len(x),), FREE, dtype=torch.int32, device=x.device)
-    states = _best(x.roll(-middle, 1), weight.roll(-middle, 1), values, bits, free)
-    return _best(x, weight, values, bits, _seam(states[:, x.shape[1] - middle], values, bits))
+    states = _best(x.roll(-middle * vector, 1), weight.roll(-middle * vector, 1), values, bits, free)
+    return _best(x, weight, values, bits, _seam(states[:, steps - middle], values, bits))
 
 
 def improve(x: Tensor, weight: Tensor, values: Tensor, bits: int, states: Tensor, place: int) -> Tensor:
     """The best states with the seam that `states` `[n, T]` have at `place`: at least as good as they are."""
-    turned = _best(x.roll(-place, 1), weight.roll(-place, 1), values, bits, _seam(states[:, place], values, bits))
+    back = -place * len(values)
+    turned = _best(x.roll(back, 1), weight.roll(back, 1), values, bits, _seam(states[:, place], values, bits))
     return turned.roll(place, 1)
 
 
 def reference(x: Tensor, weight: Tensor, values: Tensor, bits: int, seam: Tensor) -> Tensor:
     """`_best` in plain torch; see the module."""
-    (n, length), states = x.shape, len(values)
+    n, (vector, states) = len(x), values.shape
     least = torch.full((n, states >> bits), FAR, device=x.device)
     least[seam == FREE] = 0.0
     held = (seam != FREE).nonzero().flatten()
     least[held, seam[held].long()] = 0.0
     came = list[Tensor]()
     cost = least
-    for t in range(length):
+    for t in range(x.shape[1] // vector):
         if t:
             least, way = cost.view(n, -1, 1 << bits).min(2)
             came.append(way)
-        off = x[:, t, None] - values
-        cost = least.repeat(1, 1 << bits) + weight[:, t, None] * (off * off)
+        cost = least.repeat(1, 1 << bits)
+        for place, value in enumerate(values, t * vector):
+            off = x[:, place, None] - value
+            cost = cost + weight[:, place, None] * (off * off)
     every = torch.arange(states, device=x.device)
     allowed = (seam[:, None] == FREE) | (every >> bits == seam[:, None])
     state = torch.where(allowed, cost, torch.inf).argmin(1)
@@ -70,7 +77,7 @@ def reference(x: Tensor, weight: Tensor, values: Tensor, bits: int, seam: Tensor
 
 
 def _seam(state: Tensor, values: Tensor, bits: int) -> Tensor:
-    return state & ((len(values) >> bits) - 1)
+    return state & ((values.shape[1] >> bits) - 1)
 
 
 def _best(x: Tensor, weight: Tensor, values: Tensor, bits: int, seam: Tensor) -> Tensor:
@@ -81,15 +88,15 @@ def _best(x: Tensor, weight: Tensor, values: Tensor, bits: int, seam: Tensor) ->
         from quant.kernels.viterbi_kernel import best
 
         return best(x, weight, values, bits, seam)
-    states = torch.empty(x.shape, dtype=torch.int32)
+    states = torch.empty((len(x), x.shape[1] // len(values)), dtype=torch.int32)
     run: Any = _compiled(bits)
     arrays = (x.contiguous(), weight.contiguous(), seam.to(torch.int32), states)
-    workers = min(torch.get_num_threads(), len(x))
+    workers, table = min(torch.get_num_threads(), len(x)), values.contiguous().numpy()
     shares = [[array[begin::workers] for array in arrays] for begin in range(workers)]
     if workers <= 1:
-        run(*(array.numpy() for array in arrays), values.numpy())
+        run(*(array.numpy() for array in arrays), table)
     else:
-        list(_pool(workers).map(lambda share: run(*(part.numpy() for part in share), values.numpy()), shares))
+        list(_pool(workers).map(lambda share: run(*(part.numpy() for part in share), table), shares))
     return states
 
 

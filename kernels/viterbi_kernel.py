@@ -27,10 +27,11 @@ MEMORY = 1 << 28  # bytes of `came` and scratch, in one launch
 
 def best(x: Tensor, weight: Tensor, values: Tensor, bits: int, seam: Tensor) -> Tensor:
     """States int32 `[n, T]` of the best path; see `viterbi.reference`."""
-    (n, length), states = x.shape, len(values)
+    n, (vector, states) = len(x), values.shape
+    length = x.shape[1] // vector
     x, weight, values = x.contiguous(), weight.contiguous(), values.contiguous()
     seam = seam.to(torch.int32).contiguous()
-    found = torch.empty(x.shape, dtype=torch.int32, device=x.device)
+    found = torch.empty((n, length), dtype=torch.int32, device=x.device)
     groups, small = states >> bits, states <= 1 << LARGEST
     each = length * groups + (0 if small else 8 * states)
     step = max(1, MEMORY // each)
@@ -43,20 +44,36 @@ def best(x: Tensor, weight: Tensor, values: Tensor, bits: int, seam: Tensor) -> 
         options = {"num_warps": 8, "enable_fp_fusion": False}
         with torch.cuda.device_of(x):
             if small:
-                small_kernel[(count,)](*arguments, length, STATES=states, BITS=bits, **options)
+                small_kernel[(count,)](*arguments, length, STATES=states, BITS=bits, VECTOR=vector, **options)
             else:
                 scratch = torch.empty((count, 2, states), dtype=torch.float32, device=x.device)
                 large_kernel[(count,)](
-                    *arguments, scratch, length, STATES=states, BITS=bits, GROUPS=CHUNK >> bits, **options
+                    *arguments,
+                    scratch,
+                    length,
+                    STATES=states,
+                    BITS=bits,
+                    VECTOR=vector,
+                    GROUPS=CHUNK >> bits,
+                    **options,
                 )
     return found
 
 
 @triton.jit
-def _leave(least, value, x, weight):
-    """Costs `[ways, groups]` of the states that `least` `[groups]` leads into."""
-    off = x - value
-    return least[None, :] + weight * (off * off)
+def _leave(least, first, second, x, weight, t, VECTOR: tl.constexpr):
+    """Costs `[ways, groups]` of the states that `least` `[groups]` leads into at step `t`, from their values."""
+    off = tl.load(x + t * VECTOR) - first
+    cost = least[None, :] + tl.load(weight + t * VECTOR) * (off * off)
+    if VECTOR == 2:
+        off = tl.load(x + t * 2 + 1) - second
+        cost += tl.load(weight + t * 2 + 1) * (off * off)
+    return cost
+
+
+@triton.jit
+def _values(values, number, STATES: tl.constexpr, VECTOR: tl.constexpr):
+    return tl.load(values + number), tl.load(values + (VECTOR - 1) * STATES + number)
 
 
 @triton.jit
@@ -76,23 +93,25 @@ def _trace(state, came, states, length, GROUPS: tl.constexpr, BITS: tl.constexpr
 
 
 @triton.jit
-def small_kernel(x, weight, values, seam, came, states, length, STATES: tl.constexpr, BITS: tl.constexpr):
+def small_kernel(
+    x, weight, values, seam, came, states, length, STATES: tl.constexpr, BITS: tl.constexpr, VECTOR: tl.constexpr
+):
     """All costs in registers."""
     row = tl.program_id(0).to(tl.int64)
     GROUPS: tl.constexpr = STATES >> BITS
     WAYS: tl.constexpr = 1 << BITS
-    x += row * length
-    weight += row * length
+    x += row * length * VECTOR
+    weight += row * length * VECTOR
     came += row * length * GROUPS
     group = tl.arange(0, GROUPS)
     number = tl.arange(0, WAYS)[:, None] * GROUPS + group[None, :]
-    value = tl.load(values + number)
+    first, second = _values(values, number, STATES, VECTOR)
     held = tl.load(seam + row)
-    cost = _leave(_begin(held, group), value, tl.load(x), tl.load(weight))
+    cost = _leave(_begin(held, group), first, second, x, weight, 0, VECTOR)
     for t in range(1, length):
         least, way = tl.min(tl.reshape(cost, (GROUPS, WAYS)), 1, return_indices=True)
         tl.store(came + t * GROUPS + group, way.to(tl.uint8))
-        cost = _leave(least, value, tl.load(x + t), tl.load(weight + t))
+        cost = _leave(least, first, second, x, weight, t, VECTOR)
     cost = tl.where((held < 0) | (number >> BITS == held), cost, float("inf"))
     state = tl.argmin(tl.reshape(cost, (STATES,)), 0)
     tl.debug_barrier()  # what other threads know of `came`
@@ -102,14 +121,14 @@ def small_kernel(x, weight, values, seam, came, states, length, STATES: tl.const
 @triton.jit
 def large_kernel(
     x, weight, values, seam, came, states, scratch, length,
-    STATES: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
+    STATES: tl.constexpr, BITS: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Costs in `scratch` `[2, STATES]`, the old ones in one half and the new ones in the other; GROUPS at a time."""
     row = tl.program_id(0).to(tl.int64)
     ALL: tl.constexpr = STATES >> BITS
     WAYS: tl.constexpr = 1 << BITS
-    x += row * length
-    weight += row * length
+    x += row * length * VECTOR
+    weight += row * length * VECTOR
     came += row * length * ALL
     scratch += row * 2 * STATES
     held = tl.load(seam + row)
@@ -117,7 +136,8 @@ def large_kernel(
     for first in range(0, ALL, GROUPS):
         group = first + tl.arange(0, GROUPS)
         number = way[:, None] * ALL + group[None, :]
-        cost = _leave(_begin(held, group), tl.load(values + number), tl.load(x), tl.load(weight))
+        one, two = _values(values, number, STATES, VECTOR)
+        cost = _leave(_begin(held, group), one, two, x, weight, 0, VECTOR)
         tl.store(scratch + number, cost)
     for t in range(1, length):
         tl.debug_barrier()
@@ -128,7 +148,8 @@ def large_kernel(
             number = way[:, None] * ALL + group[None, :]
             least, came_by = tl.min(tl.load(old + group[:, None] * WAYS + way[None, :]), 1, return_indices=True)
             tl.store(came + t * ALL + group, came_by.to(tl.uint8))
-            tl.store(new + number, _leave(least, tl.load(values + number), tl.load(x + t), tl.load(weight + t)))
+            one, two = _values(values, number, STATES, VECTOR)
+            tl.store(new + number, _leave(least, one, two, x, weight, t, VECTOR))
     tl.debug_barrier()
     final = scratch + (length - 1) % 2 * STATES
     least = float("inf")

@@ -22,21 +22,24 @@ from quant.kernels.layouts import LAYOUTS, LayoutError, PackedTrellis, PackedUni
 from quant.kernels.packed import concatenate
 from quant.kernels.rotated import IDENTITY, PackedRotated
 from quant.kernels.spec import DTYPES, Rotated, Spec, SpecError, Trellis, Uniform, spec_from_dict
-from quant.kernels.trellis import NO_SCALE, deviation, scale_codes, scale_values, values
+from quant.kernels.trellis import NO_SCALE, deviation, read, scale_codes, scale_values, state_values, values
 from quant.recipe import load_recipe, override
 from quant.solvers.basis import rotation
 from quant.solvers.feedback import Feedback
 from quant.solvers.solution import relative_error
+from quant.solvers.trellis import start_table
 from tests import tiny
 
 SMALL = ("spec.base.window=8", "calibration.samples=4", "calibration.sequence_length=32")
 CODES = ("inst", "mac", "sum")
+EVERY = (*CODES, "hyb")
 specs = st.builds(
     Trellis,
     bits=st.integers(1, 4),
     window=st.integers(8, 16),
-    code=st.sampled_from(CODES),
+    code=st.sampled_from(EVERY),
     length=st.sampled_from([32, 64, 256]),
+    table_bits=st.integers(4, 9),
 )
 shapes = st.tuples(st.integers(1, 80), st.integers(1, 5))
 
@@ -44,15 +47,14 @@ shapes = st.tuples(st.integers(1, 80), st.integers(1, 5))
 def random_packed(spec: Trellis, shape: tuple[int, int], seed: int = 0) -> PackedTrellis:
     generator = torch.Generator().manual_seed(seed)
     promised = spec.tensors(shape)
-    return PackedTrellis.from_tensors(
-        spec,
-        shape,
-        {
-            "weight": torch.randint(0, 256, promised["weight"].shape, dtype=torch.uint8, generator=generator),
-            "scales": torch.randint(0, 256, promised["scales"].shape, dtype=torch.uint8, generator=generator),
-            "peaks": torch.rand(promised["peaks"].shape, generator=generator).half(),
-        },
-    )
+    made = {
+        "weight": torch.randint(0, 256, promised["weight"].shape, dtype=torch.uint8, generator=generator),
+        "scales": torch.randint(0, 256, promised["scales"].shape, dtype=torch.uint8, generator=generator),
+        "peaks": torch.rand(promised["peaks"].shape, generator=generator).half(),
+    }
+    if spec.code == "hyb":
+        made["table"] = torch.randn(promised["table"].shape, generator=generator).half()
+    return PackedTrellis.from_tensors(spec, shape, made)
 
 
 def naive_value(code: str, state: int) -> float:
@@ -68,6 +70,12 @@ def naive_value(code: str, state: int) -> float:
     return float(high + low)
 
 
+def naive_pair(spec: Trellis, table: Tensor, state: int) -> tuple[float, float]:
+    word = state * state + state
+    first, second = table[(word >> 15 - spec.table_bits) % (1 << spec.table_bits)].tolist()
+    return (-first if word & 1 << 15 else first), second
+
+
 def naive_dequantize(packed: PackedTrellis) -> Tensor:
     """The definition, bit by bit."""
     spec, (rows, columns) = packed.spec, packed.shape
@@ -78,11 +86,15 @@ def naive_dequantize(packed: PackedTrellis) -> Tensor:
             stream = packed.weight[begin + i * size : begin + (i + 1) * size].tolist()
             bits = [byte >> b & 1 for byte in stream for b in range(8)]
             for t in range(length):
-                state = sum(bits[(t * spec.bits + b) % len(bits)] << b for b in range(spec.window))
+                begun = t - t % spec.vector
+                state = sum(bits[(begun * spec.bits + b) % len(bits)] << b for b in range(spec.window))
                 row = number * spec.length + t
                 code = int(packed.scales[row])
                 scale = 0.0 if code == NO_SCALE else float(packed.peaks[number]) * 2 ** (-code / 16)
-                weight[row, i] = naive_value(spec.code, state) * scale
+                if packed.table is not None:
+                    weight[row, i] = naive_pair(spec, packed.table, state)[t % 2] * scale
+                else:
+                    weight[row, i] = naive_value(spec.code, state) * scale
         begin += columns * size
     return weight
 
@@ -92,8 +104,8 @@ def test_values_are_what_the_docstring_says_and_look_gaussian(code: str) -> None
     table = values(code, 12)
     assert table.tolist() == [naive_value(code, state) for state in range(4096)]
     assert torch.equal(table.half().float(), table)
-    assert abs(float(table.mean())) < 0.03 * deviation(code, 12)
-    assert 2.5 < float((table / deviation(code, 12)).pow(4).mean()) < 3.2  # 3 for a Gaussian
+    assert abs(float(table.mean())) < 0.03 * deviation(table)
+    assert 2.5 < float((table / deviation(table)).pow(4).mean()) < 3.2  # 3 for a Gaussian
 
 
 @settings(max_examples=25, deadline=None)
@@ -107,7 +119,7 @@ def test_the_layout_is_the_definition_at_its_price(spec: Trellis, shape: tuple[i
     assert sum(t.nbytes for t in packed.tensors().values()) == spec.nbytes(shape)
     assert spec_from_dict(spec.to_dict()) == spec
     states = [packed.states(number) for number in range(len(spec.sequences(shape[0])))]
-    again = PackedTrellis.from_states(spec, shape, states, packed.scales, packed.peaks)
+    again = PackedTrellis.from_states(spec, shape, states, packed.scales, packed.peaks, packed.table)
     assert torch.equal(again.weight, packed.weight)
 
 
@@ -129,7 +141,13 @@ def test_parts_of_whole_sequences_can_be_stacked() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"bits": 5}, "bits"), ({"window": 17}, "window"), ({"length": 40}, "32"), ({"code": "hyb"}, "code")],
+    [
+        ({"bits": 5}, "bits"),
+        ({"window": 17}, "window"),
+        ({"length": 40}, "32"),
+        ({"code": "lut"}, "code"),
+        ({"code": "hyb", "table_bits": 10}, "table_bits"),
+    ],
 )
 def test_impossible_trellises_are_refused(settings: dict[str, object], said: str) -> None:
     with pytest.raises(SpecError, match=said):
@@ -145,11 +163,16 @@ def test_scales_of_eight_bits() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 4), st.integers(4, 9), st.integers(8, 40), st.integers(0, 99), st.booleans())
-def test_the_compiled_search_is_the_torch_one(bits: int, window: int, length: int, seed: int, held: bool) -> None:
+@given(
+    st.integers(1, 4), st.integers(1, 2), st.integers(4, 9), st.integers(4, 20), st.integers(0, 99), st.booleans()
+)  # fmt: skip
+def test_the_compiled_search_is_the_torch_one(
+    bits: int, vector: int, window: int, steps: int, seed: int, held: bool
+) -> None:
     generator = torch.Generator().manual_seed(seed)
+    bits, window, length = bits * vector, max(window, bits * vector), steps * vector
     x, weight = torch.randn((3, length), generator=generator), torch.rand((3, length), generator=generator)
-    table = torch.randn(1 << window, generator=generator)
+    table = torch.randn((vector, 1 << window), generator=generator)
     seam = torch.randint(0, 1 << (window - bits) if window > bits else 1, (3,), generator=generator, dtype=torch.int32)
     seam = seam if held else torch.full_like(seam, viterbi.FREE)
     compiled = viterbi._best(x, weight, table, bits, seam)  # pyright: ignore[reportPrivateUsage]
@@ -161,7 +184,7 @@ def test_no_path_with_the_same_seam_is_better() -> None:
     generator = torch.Generator().manual_seed(3)
     x, weight = torch.randn((5, length), generator=generator), torch.rand((5, length), generator=generator)
     table = torch.randn(1 << window, generator=generator)
-    found = viterbi.search(x, weight, table, bits)
+    found = viterbi.search(x, weight, table[None], bits)
     streams = torch.tensor(list(itertools.product((0, 1), repeat=length)))
     states = sum(streams.roll(-b, 1) << b for b in range(window))  # of every circular stream
     for row, path in enumerate(found):
@@ -169,7 +192,7 @@ def test_no_path_with_the_same_seam_is_better() -> None:
         same = (states[:, 0] & 3) == (path[0] & 3)
         mine = (weight[row] * (x[row] - table[path.long()]).square()).sum()
         torch.testing.assert_close(mine, lost[same].min())
-    better = viterbi.improve(x, weight, table, bits, found, 3)
+    better = viterbi.improve(x, weight, table[None], bits, found, 3)
     loss = lambda path: (weight * (x - table[path.long()]).square()).sum(1)  # noqa: E731
     assert bool((loss(better) <= loss(found) + 1e-6).all())
 
@@ -178,14 +201,24 @@ def test_no_path_with_the_same_seam_is_better() -> None:
 def test_error_on_gaussian_input(bits: int, window: int, limit: float) -> None:
     """Independent unit Gaussians in sequences of 256. No code gets below `4^-bits`; scalar 2 bits have 0.1175."""
     x = torch.randn((48 if window == 12 else 24, 256), generator=torch.Generator().manual_seed(0))
-    table = values("inst", window) / deviation("inst", window) * 1.03
-    found = table[viterbi.search(x, torch.ones_like(x), table, bits).long()]
+    table = values("inst", window)[None]
+    table = table / deviation(table) * 1.03
+    found = read(table, viterbi.search(x, torch.ones_like(x), table, bits))
     assert 4.0**-bits < float((x - found).square().mean()) < limit
+
+
+def test_two_values_per_state_on_gaussian_input() -> None:
+    """As above, of `hyb`, whose table is the one that k-means made; a table of 16 pairs is far worse."""
+    x, lost = torch.randn((24, 256), generator=torch.Generator().manual_seed(0)), list[float]()
+    for bits in (9, 4):
+        table = state_values(Trellis(code="hyb", table_bits=bits), start_table(bits)) * 1.03
+        lost.append(float((x - read(table, viterbi.search(x, torch.ones_like(x), table, 4))).square().mean()))
+    assert 4.0**-2 < lost[0] < 0.079 < lost[1]
 
 
 def test_threads_do_not_change_the_path() -> None:
     x = torch.randn((5, 64), generator=torch.Generator().manual_seed(0))
-    table = values("mac", 8) / deviation("mac", 8)
+    table = values("mac", 8)[None] / deviation(values("mac", 8))
     one = viterbi.search(x, torch.ones_like(x), table, 2)
     try:
         torch.set_num_threads(2)

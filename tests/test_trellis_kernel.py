@@ -36,6 +36,8 @@ def weight(rows: int, columns: int, spec: Trellis, seed: int = 0) -> PackedTrell
         "peaks": torch.rand(promised["peaks"].shape, generator=source).half(),
     }
     made["scales"][::7] = 255
+    if spec.code == "hyb":
+        made["table"] = (4 * torch.rand(promised["table"].shape, generator=source) - 2).half()
     return PackedTrellis.from_tensors(spec, (rows, columns), made)
 
 
@@ -48,7 +50,7 @@ def bound(x: Tensor, packed: PackedTrellis, exact: Tensor) -> Tensor:
     of the table's float16, which the kernel does not do; and a float32 roundoff for each of the sums, whose terms are a
     half of a value, or a value and what it carries."""
     code, columns = packed.spec.code, packed.shape[1]
-    largest = {"inst": 2.0, "mac": 1020.0 + 510.0, "sum": 252.0 + 126.0}[code]
+    largest = {"inst": 2.0, "mac": 1020.0 + 510.0, "sum": 252.0 + 126.0, "hyb": 2.0}[code]
     roundoff = torch.finfo(x.dtype).eps * (1 if x.dtype == torch.bfloat16 else 0.5)
     length = x.double().abs()
     allowed = roundoff * exact.abs() + 2.0**-24 * (2 * columns + 32) * largest * length.sum(1)[:, None] * (
@@ -130,7 +132,7 @@ def test_operators_have_shape_rules() -> None:
     with FakeTensorMode():
         x, words = torch.empty((5, 512), dtype=torch.float16), torch.empty(16 * 2 * 16 * 16, dtype=torch.int32)
         held = words, torch.empty(256, dtype=torch.uint8), torch.empty(1, dtype=torch.float16)
-        sizes = 256, 512, 2, 12, "inst", 256
+        held, sizes = (*held, None), (256, 512, 2, 12, "inst", 9, 256)
         out = torch.ops.bitwright.trellis_matmul(x, *held, None, *sizes, torch.float16)
         assert (out.shape, out.dtype) == ((5, 256), torch.float16)
         part = torch.ops.bitwright.trellis_dequantize(*held, *sizes, torch.bfloat16, 8, 40)
@@ -160,6 +162,8 @@ CASES = [
     (3, 33, 70, 64, 8, "sum", torch.float16, Config(8, 256, 1, 1, 3)),
     (16, 40, 33, 32, 16, "inst", torch.bfloat16, Config(16, 256, 1, 1, 2)),
     (17, 31, 40, 32, 12, "mac", torch.float16, Config(16, 256, 1, 1, 1)),
+    (2, 45, 70, 32, 13, "hyb", torch.bfloat16, Config(8, 256, 1, 1, 3)),
+    (5, 80, 33, 64, 8, "hyb", torch.float16, Config(8, 256, 1, 1, 1)),
 ]
 
 
@@ -168,7 +172,7 @@ CASES = [
 )
 def interpreted_matmul(bits: int, case: tuple[Any, ...]) -> None:
     tokens, rows, columns, length, window, code, dtype, config = case
-    packed = weight(rows, columns, Trellis(bits=bits, window=window, code=code, length=length))
+    packed = weight(rows, columns, Trellis(bits=bits, window=window, code=code, length=length, table_bits=7))
     held, x = arrange(packed), some(tokens, columns, dtype) * torch.tensor(0.5) ** (torch.arange(tokens) % 8)[:, None]
     x, bias = x.to(dtype), some(1, rows, dtype, 2)[0]
     exact = x.double() @ packed.dequantize(torch.float64).T
@@ -176,8 +180,8 @@ def interpreted_matmul(bits: int, case: tuple[Any, ...]) -> None:
     found = list[Tensor]()
     for extra in (None, bias, None)[: 3 if config.splits > 2 else 2]:
         out, buffer = guarded((tokens, rows), dtype)
-        parts = held.weight, held.scales, held.peaks, extra, out
-        trellis_launch.launch(x, *parts, rows, columns, bits, window, code, length, config)
+        parts = held.weight, held.scales, held.peaks, held.table, extra, out
+        trellis_launch.launch(x, *parts, rows, columns, bits, window, code, 7, length, config)
         expected = exact if extra is None else exact + bias.double()
         error = (out.double() - expected).abs()
         assert bool((error <= allowed + 2 * torch.finfo(dtype).eps * expected.abs()).all()), float(error.max())
@@ -186,7 +190,10 @@ def interpreted_matmul(bits: int, case: tuple[Any, ...]) -> None:
     assert all(torch.equal(again, found[0]) for again in found[2:])
 
 
-@pytest.mark.parametrize(("bits", "code"), [(1, "inst"), (2, "mac"), (3, "sum"), (4, "inst"), (3, "inst")])
+@pytest.mark.parametrize(
+    ("bits", "code"),
+    [(1, "inst"), (2, "mac"), (3, "sum"), (4, "inst"), (3, "inst"), (1, "hyb"), (2, "hyb"), (3, "hyb"), (4, "hyb")],
+)
 def interpreted_dequantize(bits: int, code: Any) -> None:
     packed = weight(85, 33, Trellis(bits=bits, window=8 + 2 * bits, code=code, length=32))
     held = arrange(packed)
@@ -295,7 +302,10 @@ def interpreted_a_product_is_one_graph() -> None:
     assert torch.equal(whole(x), module(x))
 
 
-SHAPES = [(2, "inst", 12, "fp16", 1), (3, "inst", 16, "bf16", 16), (4, "mac", 16, "bf16", 16), (1, "sum", 8, "fp16", 8)]
+SHAPES = [
+    (2, "inst", 12, "fp16", 1), (3, "inst", 16, "bf16", 16), (4, "mac", 16, "bf16", 16), (1, "sum", 8, "fp16", 8),
+    (2, "hyb", 12, "fp16", 1), (3, "hyb", 16, "bf16", 16),
+]  # fmt: skip
 # every GPU and every shape, not every pair: all 24 were compiled once, and a compilation takes three seconds
 PAIRS = [(capability, SHAPES[number % 2]) for number, capability in enumerate(sorted(SHARED_LIMIT))]
 
@@ -314,9 +324,9 @@ def compiled(capability: int, bits: int, code: str, window: int, kind: str, toke
     config = trellis_launch.choose(tokens, 8192, 8192, 132)
     types = dict.fromkeys(("x", "bias", "out"), f"*{kind}")
     types |= {"weight": "*i32", "scales": "*u8", "peaks": "*fp16", "table": "*fp32", "partial": "*fp32"}
-    types |= {"counters": "*i32"}
+    types |= {"counters": "*i32", "pairs": "*i32"}
     types |= dict.fromkeys(("M", "N", "K", "stride", "count", "each", "total", "whole", "mask"), "i32")
-    constants = trellis_launch.constants(bits, window, code, 256, torch.device("cuda")) | {
+    constants = trellis_launch.constants(bits, window, code, 9, 256, torch.device("cuda")) | {
         "BM": config.bm, "BU": config.bn // 16, "SPLITS": config.splits, "EVEN": True, "BIAS": True,
     }  # fmt: skip
     return compile_for(capability, trellis_kernel, types, constants, config.warps, config.stages)

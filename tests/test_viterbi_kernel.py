@@ -21,9 +21,12 @@ def test_ahead_of_time() -> None:
 
 
 @pytest.mark.parametrize("largest", [13, 3])
-@pytest.mark.parametrize(("bits", "window", "length"), [(1, 5, 9), (2, 8, 14), (3, 9, 8), (4, 8, 7), (2, 10, 1)])
+@pytest.mark.parametrize(
+    ("bits", "window", "length", "vector"),
+    [(1, 5, 9, 1), (2, 8, 14, 1), (3, 9, 8, 1), (4, 8, 7, 1), (2, 10, 1, 1), (4, 8, 6, 2), (6, 9, 5, 2)],
+)
 def interpreted_the_states_of_torch(
-    bits: int, window: int, length: int, largest: int, monkeypatch: pytest.MonkeyPatch
+    bits: int, window: int, length: int, vector: int, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With costs in registers and in memory, whatever the seam, with many ties, and in more than one launch."""
     from quant.kernels import viterbi_kernel
@@ -32,21 +35,23 @@ def interpreted_the_states_of_torch(
     monkeypatch.setattr(viterbi_kernel, "CHUNK", 1 << window - 1)
     monkeypatch.setattr(viterbi_kernel, "MEMORY", 20 << window if largest == 3 else 1 << 28)
     source = torch.Generator().manual_seed(bits)
-    x, weight = torch.randn((3, length), generator=source), torch.rand((3, length), generator=source)
+    x, weight = (make((3, length * vector), generator=source) for make in (torch.randn, torch.rand))
+    states = (vector, 1 << window)
     seam = torch.tensor([viterbi.FREE, 0, (1 << window - bits) - 1], dtype=torch.int32)
-    for table in (torch.randn(1 << window, generator=source), torch.randint(-2, 3, (1 << window,)).float()):
+    for table in (torch.randn(states, generator=source), torch.randint(-2, 3, states, generator=source).float()):
         expected = viterbi.reference(x, weight, table, bits, seam)
         assert torch.equal(viterbi_kernel.best(x, weight, table, bits, seam), expected)
 
 
 @pytest.mark.parametrize(
-    ("capability", "bits", "window"), [*((capability, 2, 12) for capability in sorted(SHARED_LIMIT)), (90, 3, 16)]
+    ("capability", "bits", "window", "vector"),
+    [*((capability, 2, 12, 1) for capability in sorted(SHARED_LIMIT)), (90, 3, 16, 1), (90, 4, 12, 2)],
 )
-def compiled_for(capability: int, bits: int, window: int) -> None:
+def compiled_for(capability: int, bits: int, window: int, vector: int) -> None:
     from quant.kernels import viterbi_kernel as kernels
 
     types = dict.fromkeys(("x", "weight", "values"), "*fp32") | {"seam": "*i32", "came": "*u8", "states": "*i32"}
-    constants, small = {"STATES": 1 << window, "BITS": bits}, window <= kernels.LARGEST
+    constants, small = {"STATES": 1 << window, "BITS": bits, "VECTOR": vector}, window <= kernels.LARGEST
     if not small:
         types, constants = types | {"scratch": "*fp32"}, constants | {"GROUPS": kernels.CHUNK >> bits}
     kernel = kernels.small_kernel if small else kernels.large_kernel

@@ -19,7 +19,7 @@ from quant.kernels.layouts import PackedUniform
 from quant.kernels.packed import Packed
 from quant.kernels.rotated import PackedRotated
 from quant.kernels.spec import DTYPES
-from quant.kernels.trellis import PackedTrellis, deviation, scale_codes, scale_values, values
+from quant.kernels.trellis import PackedTrellis, deviation, read, scale_codes, scale_values, state_values
 from quant.kernels.viterbi import improve
 from quant.solvers.grid import storable
 
@@ -111,11 +111,10 @@ class TunableTrellis(Tunable):
     def __init__(self, packed: Packed, weight: Tensor, train_codes: bool) -> None:
         assert isinstance(packed, PackedTrellis)
         self.packed, self.spec, self.shape = packed, packed.spec, packed.shape
-        self.table = values(self.spec.code, self.spec.window).to(packed.device)
-        self.unit = deviation(self.spec.code, self.spec.window) * 2.0 ** (2 - self.spec.bits)
+        self.table = None if packed.table is None else torch.zeros_like(packed.table, dtype=torch.float32)
+        self.unit = deviation(packed.values()) * 2.0 ** (2 - self.spec.bits)
         self.states = [packed.states(number) for number in range(len(self.spec.sequences(self.shape[0])))]
-        self.levels = torch.empty(self.shape, dtype=torch.float16, device=packed.device)  # the values are exact in it
-        self._read()
+        self.levels = self._levels().half()  # exact
         self.start = packed.row_scales()
         self.peaks = packed.peaks.repeat_interleave(packed.spec.length)[: packed.shape[0]]
         self.gain = torch.zeros_like(self.start, requires_grad=True)
@@ -124,54 +123,73 @@ class TunableTrellis(Tunable):
             scale = torch.where(self.start > 0, self.start, torch.inf)[:, None]
             levels = self.levels.float()
             self.place = (torch.lerp(levels, weight / scale, LEAN_TRELLIS) / self.unit).requires_grad_()
-        else:
+        if self.table is not None:
+            self.table.requires_grad_()
+        elif not train_codes:
             self.states = []
 
     def codes(self) -> list[Tensor]:
         return [] if self.place is None else [self.place]
 
     def scales(self) -> list[Tensor]:
-        return [self.gain]
+        return [self.gain] if self.table is None else [self.gain, self.table]
 
     def settle(self, step: int) -> None:
         if self.place is None:
             return
+        known = self._values().detach()
         scales = scale_values(self._codes(), self.peaks)
         weight = scales.square() / scales.square().mean().clamp_min(1e-30)
         columns = torch.arange(step % EVERY, self.shape[1], EVERY, device=self.place.device)
         wanted = self.place.detach()[:, columns].T * self.unit
         for number, states in enumerate(self.states):
-            first, length = number * self.spec.length, states.shape[1]
+            first, length = number * self.spec.length, states.shape[1] * self.spec.vector
             rows = min(self.spec.length, self.shape[0] - first)
             target, counts = wanted.new_zeros((2, len(columns), length))
             target[:, :rows], counts[:, :rows] = wanted[:, first : first + rows], weight[first : first + rows]
-            seam = length // 2 if step // EVERY % 2 else 0
-            states[columns] = improve(target, counts, self.table, self.spec.bits, states[columns], seam)
-        self._read()
+            seam = states.shape[1] // 2 if step // EVERY % 2 else 0
+            states[columns] = improve(target, counts, known, self.spec.step, states[columns], seam)
+        self.levels.copy_(self._levels().detach())
 
     def held(self) -> list[Tensor]:
         return [] if self.place is None else [*self.states, self.levels]
 
     def weight(self) -> Tensor:
         stored = scale_values(self._codes(), self.peaks)
-        levels = self.levels.float()
-        levels = levels if self.place is None else through(self.place * self.unit, levels)
+        levels = self.levels.float() if self.table is None else self._levels()
+        if self.place is not None:
+            levels = levels + self.unit * through(self.place, torch.zeros_like(self.place))
         return levels * through(self.start * (1 + self.gain), stored)[:, None]
 
     def pack(self) -> Packed:
         if self.place is None:
-            return replace(self.packed, scales=self._codes())
-        return PackedTrellis.from_states(self.spec, self.shape, self.states, self._codes(), self.packed.peaks)
+            return replace(self.packed, scales=self._codes(), table=self._table())
+        parts = self._codes(), self.packed.peaks, self._table()
+        return PackedTrellis.from_states(self.spec, self.shape, self.states, *parts)
 
     def _codes(self) -> Tensor:
         return scale_codes(self.start * (1 + self.gain.detach()), self.peaks)
 
-    def _read(self) -> None:
-        """The values of the states."""
-        for number, states in enumerate(self.states):
-            first = number * self.spec.length
-            part = self.levels[first : first + self.spec.length]
-            part.copy_(self.table[states[:, : len(part)].long()].T)
+    def _table(self) -> Tensor | None:
+        """What is stored."""
+        return None if self.table is None else self._moved(self.table.detach()).half()
+
+    def _moved(self, gain: Tensor) -> Tensor:
+        assert self.packed.table is not None
+        return self.packed.table.float() * (1 + gain)
+
+    def _values(self) -> Tensor:
+        """Of every state; differentiable in the table."""
+        if self.table is None:
+            return self.packed.values()
+        moved = self._moved(self.table)
+        return state_values(self.spec, through(moved, moved.detach().half().float()))
+
+    def _levels(self) -> Tensor:
+        """The values `[out, in]` of the states."""
+        known, length = self._values(), self.spec.length
+        rows = (min(length, self.shape[0] - number * length) for number in range(len(self.states)))
+        return torch.cat([read(known, states)[:, :n].T for n, states in zip(rows, self.states, strict=True)])
 
 
 class TunableRotated(Tunable):

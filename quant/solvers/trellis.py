@@ -10,17 +10,28 @@ the nearest path is the exact best column (but for the seam, which is kept at on
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from quant.kernels.packed import Packed
 from quant.kernels.spec import Trellis
-from quant.kernels.trellis import PackedTrellis, deviation, scale_codes, scale_values, values
+from quant.kernels.trellis import PackedTrellis, deviation, read, scale_codes, scale_values, state_values
 from quant.kernels.viterbi import improve, search
+from quant.solvers.kmeans import MOST, kmeans
 from quant.solvers.rounder import Rehearsal
 
 WIDER = 1.07  # feedback adds to what a column holds; 1.0 to 1.15 tried on two models, flat from 1.05 to 1.1
 HEADROOM = 2**0.25  # what `refit` may add to a sequence's largest scale
+
+
+@cache
+def start_table(bits: int) -> Tensor:
+    """What `hyb` begins with, float16 `[2^bits, 2]`: k-means of Gaussian pairs, their first entry without its sign."""
+    pairs = torch.randn((MOST, 2), generator=torch.Generator().manual_seed(0))
+    pairs[:, 0].abs_()
+    return kmeans(pairs, torch.ones_like(pairs), 1 << bits).half()
 
 
 class TrellisRounder:
@@ -36,8 +47,9 @@ class TrellisRounder:
         number = torch.arange(shape[0]) // spec.length
         self.place = (torch.tensor(starts)[number] + torch.arange(shape[0]) % spec.length).to(device)  # of each row
         self.sequence = number.to(device)
-        self.states = torch.zeros((shape[1], starts[-1]), dtype=torch.int32, device=device)
-        self.table = values(spec.code, spec.window).to(device)
+        self.states = torch.zeros((shape[1], starts[-1] // spec.vector), dtype=torch.int32, device=device)
+        self.table = start_table(spec.table_bits).to(device) if spec.code == "hyb" else None
+        self.values = state_values(spec, self.table).to(device)
         self.peaks = torch.zeros(len(sequences), dtype=torch.float16, device=device)
         self.codes = torch.zeros(shape[0], dtype=torch.uint8, device=device)
         self.rounded, self.sweep = set[int](), 0
@@ -49,30 +61,32 @@ class TrellisRounder:
 
     def fit(self, start: int, weight: Tensor, importance: Tensor, rehearsal: Rehearsal | None = None) -> None:
         spread = ((weight.float().square() @ importance) / importance.sum().clamp_min(1e-30)).sqrt()
-        scales = spread * (WIDER / deviation(self.spec.code, self.spec.window))
+        scales = spread * (WIDER / deviation(self.values))
         top = torch.zeros_like(self.peaks, dtype=torch.float32).scatter_reduce_(0, self.sequence, scales, "amax")
         self.peaks = (top * HEADROOM).clamp_max(torch.finfo(torch.float16).max).half()
         self.codes = scale_codes(scales, self.peaks[self.sequence])
 
     def round(self, columns: Tensor, values: Tensor) -> Tensor:
         column, scales = int(columns), self.scales
-        target, weight = values.new_zeros((2, self.states.shape[1]))
+        target, weight = values.new_zeros((2, sum(self.lengths)))
         target[self.place] = torch.where(scales > 0, values[:, 0] / scales, 0.0)
         weight[self.place] = scales.square() / scales.square().mean().clamp_min(1e-30)
         states, again = self.states[column], column in self.rounded
         for length, first, last in self._alike():
-            x, w, now = (part[first:last].view(-1, length) for part in (target, weight, states))
-            seam = length // 2 if self.sweep % 2 else 0
-            arrays = (x, w, self.table, self.spec.bits)
-            states[first:last] = (improve(*arrays, now, seam) if again else search(*arrays)).flatten()
+            x, w = (part[first:last].view(-1, length) for part in (target, weight))
+            steps = length // self.spec.vector
+            now = states[first // self.spec.vector : last // self.spec.vector].view(-1, steps)
+            seam = steps // 2 if self.sweep % 2 else 0
+            arrays = (x, w, self.values, self.spec.step)
+            now.copy_(improve(*arrays, now, seam) if again else search(*arrays))
         self.rounded.add(column)
-        return (self.table[states[self.place]] * scales)[:, None]
+        return (read(self.values, states)[self.place] * scales)[:, None]
 
     def refit(self, weight: Tensor, hessian: Tensor) -> Tensor:
         """Each row's scale that minimises `tr(D H DT)`, `s = <A H W> / <A H A>` with `A` its values, rounded to a
         code and kept where it helps."""
         self.sweep += 1
-        A = self.table[self.states[:, self.place]].T
+        A = read(self.values, self.states)[:, self.place].T
         pulled = A @ hessian
         gain, curve = (pulled * weight).sum(1), (pulled * A).sum(1)
         best = gain / torch.where(curve > 0, curve, torch.inf)
@@ -83,8 +97,8 @@ class TrellisRounder:
         return A * self.scales[:, None]
 
     def pack(self) -> Packed:
-        states = list(self.states.split(self.lengths, 1))
-        return PackedTrellis.from_states(self.spec, self.shape, states, self.codes, self.peaks)
+        states = list(self.states.split([length // self.spec.vector for length in self.lengths], 1))
+        return PackedTrellis.from_states(self.spec, self.shape, states, self.codes, self.peaks, self.table)
 
     def _alike(self) -> list[tuple[int, int, int]]:
         """Runs of sequences of one length: that length, and where the run begins and ends in a column."""
