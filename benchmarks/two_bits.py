@@ -43,6 +43,9 @@ STEPS: dict[str, Recipe] = {
     "+ descent": replace(TRELLIS, solver=Feedback()),
     "+ rotation": replace(TRELLIS, solver=Feedback(), spec=Rotated()),
     "+ float path's outputs (balanced)": BALANCED,
+    "balanced with pairs of values, table of 64 (HYB)": replace(
+        BALANCED, spec=Rotated(Trellis(code="hyb", table_bits=6))
+    ),
     "balanced + token importance (RSQ)": replace(BALANCED, importance=Attention()),
     "balanced + low-rank branch of rank 4 (EoRA)": replace(BALANCED, spec=LowRank(Rotated(), rank=4)),
     "balanced + block tuning of codes and scales": replace(

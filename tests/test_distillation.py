@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from quant import Recipe, quantize
-from quant.errors import SettingsError
+from quant.errors import CheckpointError, SettingsError
 from quant.estimate import estimate
 from quant.kernels.spec import Rotated, Spec, Trellis, Uniform
 from quant.prepare import prepare
@@ -101,6 +101,13 @@ def test_killed_while_tuning(spec: Spec, words: Path, tmp_path: Path, monkeypatc
     with pytest.raises(Killed):
         quantize(str(model), out, recipe, progress=Kills())
     assert (out / ".bitwright" / "distillation.safetensors").exists()
+    kept = out / ".bitwright" / "distillation.safetensors"
+    whole = kept.read_bytes()
+    for broken, said in ((whole[:-1] + bytes([whole[-1] ^ 1]), "was altered"), (whole[:-9], "damaged")):
+        kept.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=f"{said}.*delete this file"):
+            quantize(str(model), out, recipe, mode="resume")
+    kept.write_bytes(whole)
     seen: list[int] = []
 
     class Watches(Progress):

@@ -17,9 +17,10 @@ from quant.errors import SettingsError, SolverError
 from quant.estimate import estimate
 from quant.eval.perplexity import encode, measure, resolve, rule_for
 from quant.eval.subject import open_subject
+from quant.kernels.layouts import PackedTrellis, PackedUniform
 from quant.kernels.packed import Packed
 from quant.kernels.rotated import PackedRotated
-from quant.kernels.spec import Rotated, Spec, Trellis, Uniform
+from quant.kernels.spec import LowRank, Rotated, Spec, Trellis, Uniform
 from quant.models.walk import Site
 from quant.prepare import prepare
 from quant.progress import Progress
@@ -160,6 +161,7 @@ def test_recipes_with_bad_recoveries_are_refused() -> None:
 SPECS = [
     Uniform(bits=3, group_size=32), Uniform(bits=2, group_size=-1, symmetric=True),
     Uniform(bits=4, group_size=40, scale_dtype="bfloat16"), Trellis(), Rotated(), Rotated(base=Uniform(bits=2)),
+    Rotated(Trellis(code="hyb", table_bits=6)), LowRank(Trellis(bits=3, length=32), rank=4),
 ]  # fmt: skip
 
 
@@ -170,6 +172,19 @@ def solved(spec: Spec, solver: Any = None, rows: int = 64, columns: int = 96) ->
     collector = HessianCollector(columns)
     collector.update(torch.randn(400, columns, generator=generator).cumsum(1) / 4)
     return weight, (solver or Feedback()).solve(weight, collector.finish(), spec).packed
+
+
+def changed(before: Packed, after: Packed) -> float:
+    """The share of a trellis's codes in which they differ."""
+    while not isinstance(before, PackedTrellis | PackedUniform):
+        before, after = before.base, after.base  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+    if isinstance(before, PackedUniform):
+        return 0.0
+    assert isinstance(after, PackedTrellis)
+    assert after.spec == before.spec
+    width = before.spec.step
+    counts = [(before.states(n) ^ after.states(n)) % (1 << width) != 0 for n in range(len(before.peaks))]
+    return sum(int(part.count_nonzero()) for part in counts) / sum(part.numel() for part in counts)
 
 
 @pytest.mark.parametrize("codes", [True, False])
@@ -191,7 +206,9 @@ def test_what_is_trained_is_what_is_stored(spec: Spec, codes: bool) -> None:
         with torch.no_grad():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     for step in range(4):
+        before = one.pack()
         one.settle(step)
+        assert changed(before, one.pack()) <= max(0.01, 1 / weight.shape[1])
     after = one.pack()
     after.validate()
     assert not torch.equal(after.dequantize(), packed.dequantize())
@@ -204,7 +221,7 @@ def test_what_is_trained_is_what_is_stored(spec: Spec, codes: bool) -> None:
 def test_a_layout_without_a_tunable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, packed = solved(Rotated())
     monkeypatch.delitem(KINDS, PackedRotated)
-    with pytest.raises(SettingsError, match="layout 'rotated' cannot be tuned; trellis, uniform can"):
+    with pytest.raises(SettingsError, match="layout 'rotated' cannot be tuned; lowrank, trellis, uniform can"):
         tunable(packed, weight, True)
 
 

@@ -17,6 +17,7 @@ its gradient does (activation checkpointing), so activations cost one block's an
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -26,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 
 from quant.checkpoint.shards import Atomic
-from quant.errors import SettingsError, SolverError
+from quant.errors import CheckpointError, SettingsError, SolverError
 from quant.kernels.packed import Packed
 from quant.models.walk import Site
 from quant.recovery.placed import as_parameter, oriented, placed
@@ -260,17 +261,31 @@ def _keep(path: Path, step: int, parameters: Sequence[Tensor], adam: torch.optim
         for key, value in adam.state.get(parameter, {}).items():
             tensors[f"{number}.{key}"] = torch.as_tensor(value).contiguous().cpu()
     with Atomic(path) as out:
-        out.write(save(tensors, {"step": str(step)}))
+        out.write(save(tensors, {"step": str(step), "sha256": _digest(tensors)}))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(memoryview(tensors[name].contiguous().view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 @torch.no_grad()
 def _restore(path: Path, parameters: Sequence[Tensor], adam: torch.optim.Adam) -> int:
-    """Puts a kept state back; returns the step to go on with."""
+    """Puts a kept state back; returns the step to go on with. Raises `CheckpointError` if the file was altered."""
     if not path.exists():
         return 0
-    with safe_open(path, framework="pt") as file:
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-        step = int(file.metadata()["step"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+            said = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); delete this file to tune from the first step") from None
+    if said.get("sha256") != _digest(found):
+        raise CheckpointError(f"{path}: was altered; delete this file to tune from the first step")
+    step = int(said["step"])
     for number, parameter in enumerate(parameters):
         parameter.copy_(found[f"{number}.value"])
         kept = {

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quant.errors import SettingsError
 from quant.kernels.layouts import PackedUniform
+from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.packed import Packed
 from quant.kernels.rotated import PackedRotated
 from quant.kernels.spec import DTYPES
@@ -103,9 +104,10 @@ class TunableTrellis(Tunable):
     more.
 
     A path stays the best one for a while when places move, and then gives way to another in which several values
-    differ: `settle` searches again, from the seam it has (straight-through estimation and re-encoding, as PV-Tuning,
-    arXiv 2405.14852, does with codebooks). A place starts at its value, moved by `LEAN_TRELLIS` of the way to the float
-    weight.
+    differ: `settle` searches again, from the seam it has, and takes so many new columns, those that gain most first,
+    that at most `MOST` of the matrix's codes change, or one column's (straight-through estimation and re-encoding, as
+    PV-Tuning, arXiv 2405.14852, does with codebooks). A place starts at its value, moved by `LEAN_TRELLIS` of the way
+    to the float weight. The table of `hyb` is trained like a scale.
     """
 
     def __init__(self, packed: Packed, weight: Tensor, train_codes: bool) -> None:
@@ -142,13 +144,22 @@ class TunableTrellis(Tunable):
         weight = scales.square() / scales.square().mean().clamp_min(1e-30)
         columns = torch.arange(step % EVERY, self.shape[1], EVERY, device=self.place.device)
         wanted = self.place.detach()[:, columns].T * self.unit
+        own = (1 << self.spec.step) - 1  # bits of a state that are its own, its code
+        budget = max(int(MOST * self.place.numel() / self.spec.vector), *(states.shape[1] for states in self.states))
         for number, states in enumerate(self.states):
             first, length = number * self.spec.length, states.shape[1] * self.spec.vector
             rows = min(self.spec.length, self.shape[0] - first)
             target, counts = wanted.new_zeros((2, len(columns), length))
             target[:, :rows], counts[:, :rows] = wanted[:, first : first + rows], weight[first : first + rows]
             seam = states.shape[1] // 2 if step // EVERY % 2 else 0
-            states[columns] = improve(target, counts, known, self.spec.step, states[columns], seam)
+            old = states[columns]
+            new = improve(target, counts, known, self.spec.step, old, seam)
+            nearer = [((read(known, path) - target).square() * counts).sum(1) for path in (old, new)]
+            best = (nearer[1] - nearer[0]).sort(stable=True)[1]  # columns that gain most come first
+            spent = ((old ^ new) & own).count_nonzero(1)[best].cumsum(0)
+            taken = best[spent <= budget]
+            budget -= int(spent[len(taken) - 1]) if len(taken) else 0
+            states[columns[taken]] = new[taken]
         self.levels.copy_(self._levels().detach())
 
     def held(self) -> list[Tensor]:
@@ -192,6 +203,40 @@ class TunableTrellis(Tunable):
         return torch.cat([read(known, states)[:, :n].T for n, states in zip(rows, self.states, strict=True)])
 
 
+class TunableLowRank(Tunable):
+    """What its base has, and the values of both factors."""
+
+    def __init__(self, packed: Packed, weight: Tensor, train_codes: bool) -> None:
+        assert isinstance(packed, PackedLowRank)
+        self.packed, self.factors = packed, (packed.lora_b, packed.lora_a)
+        self.base = tunable(packed.base, weight.addmm(*(part.float() for part in self.factors), alpha=-1), train_codes)
+        self.gains = [torch.zeros_like(part, dtype=torch.float32, requires_grad=True) for part in self.factors]
+
+    def codes(self) -> list[Tensor]:
+        return self.base.codes()
+
+    def scales(self) -> list[Tensor]:
+        return [*self.base.scales(), *self.gains]
+
+    def settle(self, step: int) -> None:
+        self.base.settle(step)
+
+    def held(self) -> list[Tensor]:
+        return self.base.held()
+
+    def weight(self) -> Tensor:
+        moved = [part.float() * (1 + gain) for part, gain in zip(self.factors, self.gains, strict=True)]
+        return self.base.weight().addmm(*(through(value, self._stored(value).float()) for value in moved))
+
+    def pack(self) -> Packed:
+        both = (part.float() * (1 + gain.detach()) for part, gain in zip(self.factors, self.gains, strict=True))
+        lora_b, lora_a = (self._stored(value) for value in both)
+        return replace(self.packed, base=self.base.pack(), lora_a=lora_a, lora_b=lora_b)
+
+    def _stored(self, value: Tensor) -> Tensor:
+        return value.detach().to(self.packed.lora_a.dtype)
+
+
 class TunableRotated(Tunable):
     """What its base has, seen through the rotations."""
 
@@ -222,11 +267,13 @@ class TunableRotated(Tunable):
 
 LEAN = 0.49
 LEAN_TRELLIS = 0.5
+MOST = 0.01  # of a trellis's codes may change in a step
 EVERY = 4  # a trellis searches every fourth column in turn: a search of all costs more than a step's gradient
 KINDS: dict[type[Packed], type[Tunable]] = {
     PackedUniform: TunableUniform,
     PackedTrellis: TunableTrellis,
     PackedRotated: TunableRotated,
+    PackedLowRank: TunableLowRank,
 }
 
 
