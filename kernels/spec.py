@@ -207,7 +207,9 @@ class LowRank(Spec):
 
     def __post_init__(self) -> None:
         if isinstance(self.base, LowRank | Smoothed):
-            raise SpecError("a low-rank branch beside a low-rank branch, or around smoothing; smoothing goes around one")
+            raise SpecError(
+                "a low-rank branch beside a low-rank branch, or around smoothing; smoothing goes around one"
+            )
         for name, least, most in (("rank", 1, 4096), ("rounds", 0, 16)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:

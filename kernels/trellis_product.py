@@ -117,6 +117,19 @@ def _word(
 
 
 @triton.jit
+def _row(
+    before, streams, mask, flip, pairs, J: tl.constexpr,
+    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Row J's words; `before`: those of the row before it, which hold this one's in their other half if two share a
+    state."""
+    if CODE == "hyb" and J % 2 == 1:
+        return before >> 16
+    else:
+        return _word(streams[J * BITS // 16], mask, flip, pairs, J * BITS % 16, WINDOW, CODE, TABLE, NATIVE)
+
+
+@triton.jit
 def _operand(word, BU: tl.constexpr, CODE: tl.constexpr):
     """Words as float16 `[BU, 32]` (`inst`, columns twice) or `[BU, 16]`, in the order of `_inputs`: four neighbouring
     columns of a thread are in four registers of the tensor core's operand, or the halves of two."""
@@ -250,10 +263,7 @@ def trellis_kernel(
             streams = _streams(weight, start, size, units, after, inside, side, BITS)
             fresh, word = (), mask
             for j in tl.static_range(16):
-                if CODE == "hyb" and j % 2 == 1:
-                    word = word >> 16
-                else:
-                    word = _word(streams[j * BITS // 16], mask, flip, pairs, j * BITS % 16, WINDOW, CODE, TABLE, NATIVE)
+                word = _row(word, streams, mask, flip, pairs, j, BITS, WINDOW, CODE, TABLE, NATIVE)
                 fresh = fresh + (tl.dot(_operand(word, BU, CODE), inputs, acc[j], out_dtype=tl.float32),)
             acc = fresh
     total_x = tl.sum(tl.sum(sums, 0), 0)
@@ -292,13 +302,10 @@ def decode_kernel(
     columns = chunk * 32 + tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 4)[None, :]
     for side in tl.static_range(2):
         streams = _streams(weight, start, total * 16, units, after, inside, side, BITS)
-        word = mask
+        held = mask
         for j in tl.static_range(16):
-            if CODE == "hyb" and j % 2 == 1:
-                word = word >> 16
-            else:
-                word = _word(streams[j * BITS // 16], mask, flip, pairs, j * BITS % 16, WINDOW, CODE, TABLE, NATIVE)
-                word = tl.reshape(word, (BU, 4, 4))
+            held = _row(held, streams, mask, flip, pairs, j, BITS, WINDOW, CODE, TABLE, NATIVE)
+            word = tl.reshape(held, (BU, 4, 4))
             if CODE == "hyb":
                 value = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
             elif CODE == "inst":

@@ -38,7 +38,8 @@ from quant.errors import CheckpointError, SettingsError, SolverError
 from quant.kernels.packed import Packed
 from quant.models.walk import Site
 from quant.recovery.placed import as_parameter, oriented, placed
-from quant.recovery.tunable import Tunable, through, tunable
+from quant.recovery.trainable import Tunable, through
+from quant.recovery.tunable import tunable
 from quant.recovery.tuning import in_turn
 from quant.rounding import rounding
 
@@ -268,7 +269,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(memoryview(tensors[name].contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -7,9 +7,7 @@ is lost when training ends. A new layout adds one class and one line of `KINDS`.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,40 +18,10 @@ from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.packed import Packed
 from quant.kernels.rotated import PackedRotated
 from quant.kernels.spec import DTYPES
-from quant.kernels.trellis import PackedTrellis, deviation, read, scale_codes, scale_values, state_values
-from quant.kernels.viterbi import improve
+from quant.kernels.trellis import PackedTrellis
+from quant.recovery.trainable import Tunable, through
+from quant.recovery.tunable_trellis import TunableTrellis
 from quant.solvers.grid import storable
-
-
-class Tunable(ABC):
-    """One packed matrix `[out, in]` in training. All its tensors are float32."""
-
-    @abstractmethod
-    def __init__(self, packed: Packed, weight: Tensor, train_codes: bool) -> None:
-        """`weight` float32 `[out, in]`: the float one. `train_codes`: whether the codes will be."""
-
-    def codes(self) -> list[Tensor]:
-        """Parameters that decide the codes; a step of 1 is about one level."""
-        return []
-
-    def settle(self, step: int) -> None:
-        """Finds the codes for what `codes()` are now, after step number `step` has changed them."""
-        return
-
-    def held(self) -> list[Tensor]:
-        """What `settle` has made beside the parameters, for an interrupted training to keep: changed in place."""
-        return []
-
-    def scales(self) -> list[Tensor]:
-        """Parameters that start at 0 and multiply scales as `1 + parameter`."""
-        return []
-
-    @abstractmethod
-    def weight(self) -> Tensor:
-        """What would be stored now, float32 `[out, in]`, differentiable in all parameters."""
-
-    @abstractmethod
-    def pack(self) -> Packed: ...
 
 
 class TunableUniform(Tunable):
@@ -96,111 +64,6 @@ class TunableUniform(Tunable):
 
     def _scales(self) -> Tensor:
         return storable(self.start * (1 + self.gain.detach()), DTYPES[self.spec.scale_dtype])
-
-
-class TunableTrellis(Tunable):
-    """The scale of each row; and `place`, what the search is given: where each value ought to lie. Its unit is what a
-    scalar grid of as many bits would have between its levels: at 2 bits the values' deviation, half of it for each bit
-    more.
-
-    A path stays the best one for a while when places move, and then gives way to another in which several values
-    differ: `settle` searches again, from the seam it has, and takes so many new columns, those that gain most first,
-    that at most `MOST` of the matrix's codes change, or one column's (straight-through estimation and re-encoding, as
-    PV-Tuning, arXiv 2405.14852, does with codebooks). A place starts at its value, moved by `LEAN_TRELLIS` of the way
-    to the float weight. The table of `hyb` is trained like a scale.
-    """
-
-    def __init__(self, packed: Packed, weight: Tensor, train_codes: bool) -> None:
-        assert isinstance(packed, PackedTrellis)
-        self.packed, self.spec, self.shape = packed, packed.spec, packed.shape
-        self.table = None if packed.table is None else torch.zeros_like(packed.table, dtype=torch.float32)
-        self.unit = deviation(packed.values()) * 2.0 ** (2 - self.spec.bits)
-        self.states = [packed.states(number) for number in range(len(self.spec.sequences(self.shape[0])))]
-        self.levels = self._levels().half()  # exact
-        self.start = packed.row_scales()
-        self.peaks = packed.peaks.repeat_interleave(packed.spec.length)[: packed.shape[0]]
-        self.gain = torch.zeros_like(self.start, requires_grad=True)
-        self.place: Tensor | None = None
-        if train_codes:
-            scale = torch.where(self.start > 0, self.start, torch.inf)[:, None]
-            levels = self.levels.float()
-            self.place = (torch.lerp(levels, weight / scale, LEAN_TRELLIS) / self.unit).requires_grad_()
-        if self.table is not None:
-            self.table.requires_grad_()
-        elif not train_codes:
-            self.states = []
-
-    def codes(self) -> list[Tensor]:
-        return [] if self.place is None else [self.place]
-
-    def scales(self) -> list[Tensor]:
-        return [self.gain] if self.table is None else [self.gain, self.table]
-
-    def settle(self, step: int) -> None:
-        if self.place is None:
-            return
-        known = self._values().detach()
-        scales = scale_values(self._codes(), self.peaks)
-        weight = scales.square() / scales.square().mean().clamp_min(1e-30)
-        columns = torch.arange(step % EVERY, self.shape[1], EVERY, device=self.place.device)
-        wanted = self.place.detach()[:, columns].T * self.unit
-        own = (1 << self.spec.step) - 1  # bits of a state that are its own, its code
-        budget = max(int(MOST * self.place.numel() / self.spec.vector), *(states.shape[1] for states in self.states))
-        for number, states in enumerate(self.states):
-            first, length = number * self.spec.length, states.shape[1] * self.spec.vector
-            rows = min(self.spec.length, self.shape[0] - first)
-            target, counts = wanted.new_zeros((2, len(columns), length))
-            target[:, :rows], counts[:, :rows] = wanted[:, first : first + rows], weight[first : first + rows]
-            seam = states.shape[1] // 2 if step // EVERY % 2 else 0
-            old = states[columns]
-            new = improve(target, counts, known, self.spec.step, old, seam)
-            nearer = [((read(known, path) - target).square() * counts).sum(1) for path in (old, new)]
-            best = (nearer[1] - nearer[0]).sort(stable=True)[1]  # columns that gain most come first
-            spent = ((old ^ new) & own).count_nonzero(1)[best].cumsum(0)
-            taken = best[spent <= budget]
-            budget -= int(spent[len(taken) - 1]) if len(taken) else 0
-            states[columns[taken]] = new[taken]
-        self.levels.copy_(self._levels().detach())
-
-    def held(self) -> list[Tensor]:
-        return [] if self.place is None else [*self.states, self.levels]
-
-    def weight(self) -> Tensor:
-        stored = scale_values(self._codes(), self.peaks)
-        levels = self.levels.float() if self.table is None else self._levels()
-        if self.place is not None:
-            levels = levels + self.unit * through(self.place, torch.zeros_like(self.place))
-        return levels * through(self.start * (1 + self.gain), stored)[:, None]
-
-    def pack(self) -> Packed:
-        if self.place is None:
-            return replace(self.packed, scales=self._codes(), table=self._table())
-        parts = self._codes(), self.packed.peaks, self._table()
-        return PackedTrellis.from_states(self.spec, self.shape, self.states, *parts)
-
-    def _codes(self) -> Tensor:
-        return scale_codes(self.start * (1 + self.gain.detach()), self.peaks)
-
-    def _table(self) -> Tensor | None:
-        """What is stored."""
-        return None if self.table is None else self._moved(self.table.detach()).half()
-
-    def _moved(self, gain: Tensor) -> Tensor:
-        assert self.packed.table is not None
-        return self.packed.table.float() * (1 + gain)
-
-    def _values(self) -> Tensor:
-        """Of every state; differentiable in the table."""
-        if self.table is None:
-            return self.packed.values()
-        moved = self._moved(self.table)
-        return state_values(self.spec, through(moved, moved.detach().half().float()))
-
-    def _levels(self) -> Tensor:
-        """The values `[out, in]` of the states."""
-        known, length = self._values(), self.spec.length
-        rows = (min(length, self.shape[0] - number * length) for number in range(len(self.states)))
-        return torch.cat([read(known, states)[:, :n].T for n, states in zip(rows, self.states, strict=True)])
 
 
 class TunableLowRank(Tunable):
@@ -266,9 +129,6 @@ class TunableRotated(Tunable):
 
 
 LEAN = 0.49
-LEAN_TRELLIS = 0.5
-MOST = 0.01  # of a trellis's codes may change in a step
-EVERY = 4  # a trellis searches every fourth column in turn: a search of all costs more than a step's gradient
 KINDS: dict[type[Packed], type[Tunable]] = {
     PackedUniform: TunableUniform,
     PackedTrellis: TunableTrellis,
@@ -284,20 +144,3 @@ def tunable(packed: Packed, weight: Tensor, train_codes: bool) -> Tunable:
         known = ", ".join(sorted(packed.layout for packed in KINDS))
         raise SettingsError(f"layout {packed.layout!r} cannot be tuned; {known} can: set recovery to null")
     return kind(packed, weight, train_codes)
-
-
-class _Through(torch.autograd.Function):
-    """`rounded`, bit for bit, with the gradient of `value`."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
-        return rounded
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradient, None
-
-
-def through(value: Tensor, rounded: Tensor) -> Tensor:
-    found: Any = _Through.apply(value, rounded)
-    return found

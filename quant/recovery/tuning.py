@@ -29,7 +29,8 @@ from quant.errors import SettingsError, SolverError
 from quant.kernels.packed import Packed
 from quant.models.walk import Site
 from quant.recovery.placed import as_parameter, placed
-from quant.recovery.tunable import Tunable, tunable
+from quant.recovery.trainable import Tunable
+from quant.recovery.tunable import tunable
 
 REHEARSED = 3  # steps
 

@@ -1,0 +1,59 @@
+"""What every packed weight in training has (`tunable.py`), and how gradients pass through a rounding."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.kernels.packed import Packed
+
+
+class Tunable(ABC):
+    """One packed matrix `[out, in]` in training. All its tensors are float32."""
+
+    @abstractmethod
+    def __init__(self, packed: Packed, weight: Tensor, train_codes: bool) -> None:
+        """`weight` float32 `[out, in]`: the float one. `train_codes`: whether the codes will be."""
+
+    def codes(self) -> list[Tensor]:
+        """Parameters that decide the codes; a step of 1 is about one level."""
+        return []
+
+    def settle(self, step: int) -> None:
+        """Finds the codes for what `codes()` are now, after step number `step` has changed them."""
+        return
+
+    def held(self) -> list[Tensor]:
+        """What `settle` has made beside the parameters, for an interrupted training to keep: changed in place."""
+        return []
+
+    def scales(self) -> list[Tensor]:
+        """Parameters that start at 0 and multiply scales as `1 + parameter`."""
+        return []
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """What would be stored now, float32 `[out, in]`, differentiable in all parameters."""
+
+    @abstractmethod
+    def pack(self) -> Packed: ...
+
+
+class _Through(torch.autograd.Function):
+    """`rounded`, bit for bit, with the gradient of `value`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient, None
+
+
+def through(value: Tensor, rounded: Tensor) -> Tensor:
+    found: Any = _Through.apply(value, rounded)
+    return found
