@@ -184,7 +184,7 @@ def trellis_dequantize(
     window: int, code: str, table_bits: int, length: int, dtype: torch.dtype, start: int, stop: int,
 ) -> Tensor:  # fmt: skip
     """See `dequantize`."""
-    from quant.kernels.trellis_product import decode_kernel
+    from quant.kernels.trellis_decode import decode_kernel
 
     out = torch.empty((stop - start, columns), dtype=dtype, device=weight.device)
     if out.numel():

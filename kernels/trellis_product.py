@@ -32,101 +32,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quant.kernels.trellis_decode import FLIP, load_streams, neighbours, row_scales, row_words
 from quant.kernels.uniform import collected, is_last, leave, power, stored
 
-FLIP = tl.constexpr(0x7E99C4A0)  # times `inst`'s first mask is its second, 0x3b603b60, modulo 2^32
 PAIRS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
 """How the compiler wants `inst`'s operands: two registers of a lane side by side before Triton 3.8 (`kWidth = 4` where
 operands are joined), one since. The other order is right too, but takes more instructions for `inst` of 2 bits: 3235
 instead of 2451 with Triton 3.7, 3571 instead of 3179 with 3.6, which shuffles words of its loads all the same."""
-
-
-@triton.jit
-def _piece(weight, start, units, inside):
-    """Words uint32 `[units, 4 lanes, 2, 2]` of one piece."""
-    at = units[:, None, None] * 16 + tl.arange(0, 4)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    words = tl.load(weight + start + at, mask=inside[:, None, None], other=0, eviction_policy="evict_first")
-    return tl.reshape(words.to(tl.uint32, bitcast=True), (units.shape[0], 4, 2, 2))
-
-
-@triton.jit
-def _middle(low, high):
-    return low >> 16 | high << 16
-
-
-@triton.jit
-def _streams(weight, start, size, units, after, inside, SIDE: tl.constexpr, BITS: tl.constexpr):
-    """32 bits of the streams from every half word on, BITS registers `[units, 4 lanes, 2, 2]`; `after`: the units that
-    come after `units`, `size`: words of a piece."""
-    if BITS == 1:
-        word = _piece(weight, start, units, inside)
-        then = _piece(weight, start, after, inside)
-        if SIDE == 0:
-            return ((word & 0xFFFF) | then << 16,)
-        else:
-            return (word >> 16 | (then & 0xFFFF0000),)
-    else:
-        word = _piece(weight, start + SIDE * size, units, inside)
-        then = _piece(weight, start + SIDE * size, after, inside)
-        if BITS == 2:
-            return word, _middle(word, then)
-        elif BITS == 4:
-            more = _piece(weight, start + (2 + SIDE) * size, units, inside)
-            return word, _middle(word, more), more, _middle(more, then)
-        else:
-            odd = _piece(weight, start + 2 * size, units, inside)
-            if SIDE == 0:
-                return word, _middle(word, odd), (odd & 0xFFFF) | then << 16
-            else:
-                return word, word >> 16 | (odd & 0xFFFF0000), _middle(odd, then)
-
-
-@triton.jit
-def _word(
-    stream, mask, flip, pairs,
-    SHIFT: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """What a code makes of the state at bit SHIFT of its register: the two halves of `inst`, the two values of `hyb`
-    (`pairs`: its table, 2^TABLE words), else the integer."""
-    if NATIVE:
-        LEFT: tl.constexpr = 1 << (32 - WINDOW - SHIFT)
-        top = tl.inline_asm_elementwise(
-            "mul.lo.u32 $0, $1, $2;", "=r,r,r", [stream, LEFT], dtype=tl.uint32, is_pure=True, pack=1
-        )
-    else:
-        top = stream << (32 - WINDOW - SHIFT)
-    state = top >> (32 - WINDOW)
-    if CODE == "inst":
-        return ((state * 89226354 + 64248484) & mask) ^ flip
-    elif CODE == "hyb":
-        word = state * state + state
-        place = (word >> (15 - TABLE)) & ((1 << TABLE) - 1)
-        return tl.load(pairs + place.to(tl.int32)).to(tl.uint32, bitcast=True) ^ (word & 0x8000)
-    else:
-        if CODE == "mac":
-            word = state * 34038481 + 76625530
-        else:
-            word = (state * 89226354 + 64248484) & 0x3F3F3F3F
-        if NATIVE:
-            return tl.inline_asm_elementwise(
-                "dp4a.u32.u32 $0, $1, $2, $3;", "=r,r,r,r", [word, 0x01010101, 0], dtype=tl.uint32, is_pure=True, pack=1
-            )
-        else:
-            pairs = (word & 0x00FF00FF) + (word >> 8 & 0x00FF00FF)
-            return (pairs & 0xFFFF) + (pairs >> 16)
-
-
-@triton.jit
-def _row(
-    before, streams, mask, flip, pairs, J: tl.constexpr,
-    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """Row J's words; `before`: those of the row before it, which hold this one's in their other half if two share a
-    state."""
-    if CODE == "hyb" and J % 2 == 1:
-        return before >> 16
-    else:
-        return _word(streams[J * BITS // 16], mask, flip, pairs, J * BITS % 16, WINDOW, CODE, TABLE, NATIVE)
 
 
 @triton.jit
@@ -206,20 +118,6 @@ def _upscale(places, columns, begin, end, K, live, BM: tl.constexpr):
     return power(tl.max(tl.max(largest, 0), 0))
 
 
-@triton.jit
-def row_scales(scales, peaks, table, rows, inside, LENGTH: tl.constexpr):
-    """Float32: `table[code] peak`, as `trellis.scale_values` does it."""
-    code = tl.load(scales + rows, mask=inside, other=255).to(tl.int32)
-    return tl.load(table + code) * tl.load(peaks + rows // LENGTH, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _neighbours(units, whole, LENGTH: tl.constexpr):
-    """The units that come after `units`; `whole`: units of whole sequences, each of which is a circle."""
-    TURN: tl.constexpr = LENGTH // 16
-    return tl.where((units % TURN == TURN - 1) & (units < whole), units + 1 - TURN, units + 1)
-
-
 @triton.jit(do_not_specialize=("M", "count", "each", "total", "whole", "mask"))
 def trellis_kernel(
     x, weight, scales, peaks, pairs, table, bias, out, partial, counters,
@@ -235,7 +133,7 @@ def trellis_kernel(
     end = tl.minimum(begin + each, count)
     tokens = tl.program_id(2) * BM + tl.arange(0, BM)
     live, inside = tokens < M, units * 16 < N
-    after = _neighbours(units, whole, LENGTH)
+    after = neighbours(units, whole, LENGTH)
     size = total * 16
     mask = mask.to(tl.uint32, bitcast=True)
     flip = mask * FLIP
@@ -260,10 +158,10 @@ def trellis_kernel(
             if CODE == "mac" or CODE == "sum":
                 sums += some.to(tl.float32)
             inputs = _inputs(some, BM, CODE)
-            streams = _streams(weight, start, size, units, after, inside, side, BITS)
+            streams = load_streams(weight, start, size, units, after, inside, side, BITS)
             fresh, word = (), mask
             for j in tl.static_range(16):
-                word = _row(word, streams, mask, flip, pairs, j, BITS, WINDOW, CODE, TABLE, NATIVE)
+                word = row_words(word, streams, mask, flip, pairs, j, BITS, WINDOW, CODE, TABLE, NATIVE)
                 fresh = fresh + (tl.dot(_operand(word, BU, CODE), inputs, acc[j], out_dtype=tl.float32),)
             acc = fresh
     total_x = tl.sum(tl.sum(sums, 0), 0)
@@ -282,41 +180,3 @@ def trellis_kernel(
                 product = _rows(acc, total_x, up, part * 8, BM, BU, CODE)
             product *= row_scales(scales, peaks, table, rows, rows < N, LENGTH)[:, None]
             stored(product, x, bias, out, out, rows, tokens, rows < N, tokens < M, N, False, BIAS, False)
-
-
-@triton.jit(do_not_specialize=("first", "stop", "total", "whole", "mask"))
-def decode_kernel(
-    weight, scales, peaks, pairs, table, out, first, stop, K, total, whole, mask,
-    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, LENGTH: tl.constexpr,
-    BU: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """`out` `[stop - first, K]`: these rows of the weight, as `PackedTrellis.dequantize` gives them bit for bit; one
-    program per BU units and chunk."""
-    units = first // 16 + tl.program_id(0) * BU + tl.arange(0, BU)
-    chunk = tl.program_id(1)
-    inside = units * 16 < stop
-    after = _neighbours(units, whole, LENGTH)
-    start = chunk.to(tl.int64) * (BITS * total * 16)
-    mask = mask.to(tl.uint32, bitcast=True)
-    flip = mask * FLIP
-    columns = chunk * 32 + tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 4)[None, :]
-    for side in tl.static_range(2):
-        streams = _streams(weight, start, total * 16, units, after, inside, side, BITS)
-        held = mask
-        for j in tl.static_range(16):
-            held = _row(held, streams, mask, flip, pairs, j, BITS, WINDOW, CODE, TABLE, NATIVE)
-            word = tl.reshape(held, (BU, 4, 4))
-            if CODE == "hyb":
-                value = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-            elif CODE == "inst":
-                low = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-                high = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-                value = (low + high).to(tl.float16).to(tl.float32)
-            else:
-                value = word.to(tl.float32) - (510.0 if CODE == "mac" else 126.0)
-            rows = units * 16 + j
-            fits = (rows >= first) & (rows < stop)
-            scale = row_scales(scales, peaks, table, rows, fits, LENGTH)[:, None, None]
-            places = out + (rows - first)[:, None, None].to(tl.int64) * K + (columns + side * 4)[None, :, :]
-            here = fits[:, None, None] & (columns + side * 4 < K)[None, :, :]
-            tl.store(places, (value * scale).to(out.dtype.element_ty), mask=here)
