@@ -28,7 +28,6 @@ SOLVERS: tuple[type[Any], ...] = (Feedback, Nearest)
 RECOVERIES: tuple[type[Any], ...] = (BlockTuning,)
 IMPORTANCES: tuple[type[Any], ...] = (Attention,)
 
-
 MOST_SAMPLES = 1_000_000
 MOST_STEPS = 1000
 
@@ -291,8 +290,9 @@ def respec(spec: Spec, **changes: Any) -> Spec:
         return _with_core(spec, replace(spec.core, **given))
     except SpecError as error:
         raise SettingsError(str(error)) from None
-    except TypeError as error:
-        raise SettingsError(f"the recipe's spec {type(spec.core).__name__}: {error}") from None
+    except TypeError:
+        none = ", ".join(sorted(given.keys() - {item.name for item in fields(spec.core)}))
+        raise SettingsError(f"{type(spec.core).__name__} has no {none}; take a recipe of uniform grids: gptq") from None
 
 
 def _with_core(spec: Spec, core: Spec) -> Spec:

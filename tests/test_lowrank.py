@@ -19,7 +19,7 @@ from quant.kernels import dispatch
 from quant.kernels.layouts import LAYOUTS, LayoutError
 from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.packed import concatenate
-from quant.kernels.spec import DTYPES, LowRank, Rotated, Spec, SpecError, Trellis, Uniform, spec_from_dict
+from quant.kernels.spec import DTYPES, LowRank, Rotated, Smoothed, Spec, SpecError, Trellis, Uniform, spec_from_dict
 from quant.linear import PackedLinear
 from quant.prepare import Settings
 from quant.recipe import Recipe, with_spec
@@ -175,10 +175,15 @@ def test_stacks_of_experts_are_refused(words: Path, tmp_path: Path) -> None:
         quant.quantize(str(model), tmp_path / "out", recipe, settings=Settings(plan=plan))
 
 
-def test_a_checkpoint_keeps_its_promise_and_gives_an_adapter(llama: Path, words: Path, tmp_path: Path) -> None:
-    recipe = Recipe(LowRank(Rotated(Uniform(group_size=32)), rank=8), calibration=tiny.recipe(words).calibration)
+@pytest.mark.parametrize("smooth", [False, True])
+def test_a_checkpoint_keeps_its_promise_and_gives_an_adapter(
+    smooth: bool, llama: Path, words: Path, tmp_path: Path
+) -> None:
+    spec = LowRank(Rotated(Uniform(group_size=32)), rank=8)
+    recipe = Recipe(Smoothed(spec, points=2) if smooth else spec, calibration=tiny.recipe(words).calibration)
     recipe = with_spec(recipe, bits=2)
-    assert recipe.spec == LowRank(Rotated(Uniform(bits=2, group_size=32)), rank=8)
+    spec = LowRank(Rotated(Uniform(bits=2, group_size=32)), rank=8)
+    assert recipe.spec == (Smoothed(spec, points=2) if smooth else spec)
     first = quant.quantize(str(llama), tmp_path / "a", recipe)
     assert first.report["bits"]["promised"] == pytest.approx(first.written.measured_bits)
     quant.quantize(str(llama), tmp_path / "b", recipe)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from quant.checkpoint.manifest import verify, weight_files
 from quant.errors import CheckpointError, ResourceError, SettingsError
 from quant.held import Holder
-from quant.kernels.spec import LowRank
+from quant.kernels.spec import LowRank, Smoothed, Spec
 from quant.linear import stored_name
 from quant.models.source import first_line
 
@@ -38,18 +38,28 @@ def save_adapter(checkpoint: str | Path, out: str | Path) -> int:
         SettingsError: the folder holds something else.
     """
     folder, out = Path(checkpoint), Path(out)
-    sites = {name: site for name, site in verify(folder).items() if isinstance(site.spec, LowRank)}
+    sites = {name: site for name, site in verify(folder).items() if _has_branch(site.spec)}
     if not sites:
         raise CheckpointError(f"{folder}: no site has a low-rank branch; quantize with a LowRank spec to have some")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingsError(f"{out}: not an empty folder; choose another one for the adapter")
     wanted = {stored_name(one.site(), f"lora_{k}"): (name, k) for name, one in sites.items() for k in "ab"}
+    wanted |= {
+        stored_name(one.site(), "smooth"): (name, "") for name, one in sites.items() if isinstance(one.spec, Smoothed)
+    }
     tensors: dict[str, torch.Tensor] = {}
+    smooth: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
         with safe_open(folder / file, "pt") as stored:
             for key in wanted.keys() & set(stored.keys()):
                 name, factor = wanted[key]
+                if not factor:
+                    smooth[name] = stored.get_tensor(key)
+                    continue
                 tensors[f"base_model.model.{name}.lora_{factor.upper()}.weight"] = stored.get_tensor(key)
+    for name, factors in smooth.items():  # an adapter reads the inputs as they are
+        key = f"base_model.model.{name}.lora_A.weight"
+        tensors[key] = tensors[key].float() * factors.float()
     ranks = {name: tensors[f"base_model.model.{name}.lora_A.weight"].shape[0] for name in sites}
     turned = {site.transposed for site in sites.values()}
     config = adapter_config(str(folder), ranks, turned == {True})
@@ -60,6 +70,10 @@ def save_adapter(checkpoint: str | Path, out: str | Path) -> int:
     except (OSError, SafetensorError) as error:
         raise ResourceError(f"{out}: the adapter cannot be written ({first_line(error)})") from None
     return len(sites)
+
+
+def _has_branch(spec: Spec) -> bool:
+    return isinstance(spec.base if isinstance(spec, Smoothed) else spec, LowRank)
 
 
 def adapter_config(base: str, ranks: dict[str, int], transposed: bool) -> dict[str, Any]:
@@ -86,6 +100,6 @@ def detach(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, Holder):
             for slot in module.slots():
-                if isinstance(slot.spec, LowRank):
+                if _has_branch(slot.spec):
                     slot.tensors["lora_b"].zero_()
     return model

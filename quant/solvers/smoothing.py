@@ -8,8 +8,9 @@ factors are
     m_j = max |W_j|^b / max |X_j|^a,   (a, b) = (k / points, 0) or (k / points, 1 - k / points),   k = 1 ... points
 
 (SVDQuant's grid) of geometric mean 1, with `max |X_j|` the mean over the ranges of timesteps. All are tried with
-everything that lies inside, branch and rotation and rounded inputs included, on codes rounded to nearest; the best of
-them and the plain basis are then solved in earnest, and the better one stays.
+everything that lies inside, branch and rotation and rounded inputs included, on codes rounded to nearest (on searched
+grids: those that span the extremes rank factors worse); the best of them and the plain basis are then solved in
+earnest, and the better one stays.
 """
 
 from __future__ import annotations
@@ -35,10 +36,9 @@ def solve_smoothed(solver: Solver, weight: Tensor, statistics: Statistics, spec:
     """`solver`'s solution for `weight` `[out, in]` under the best factors."""
     if statistics.peaks is None:
         raise SolverError("smoothing looks at the inputs, and none were seen; calibrate, or take the spec's base alone")
-    from quant.solvers.grid import MINMAX
     from quant.solvers.nearest import Nearest  # it needs this module
 
-    rough: Solver = Nearest(MINMAX) if isinstance(spec.core, Uniform) else solver
+    rough: Solver = Nearest() if isinstance(spec.core, Uniform) else solver
     tried = factors(weight.float(), statistics.peaks.mean(0), spec.points)
     best = min(tried, key=lambda m: _solve(rough, weight, statistics, spec, m).error)  # the first of equal ones
     plain = torch.ones_like(best)
