@@ -4,6 +4,8 @@ Gaussian input, rotations against plain matrices, and the solver against uniform
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import quant
 from quant.calibration.statistics import Statistics
@@ -19,7 +22,7 @@ from quant.errors import SettingsError
 from quant.kernels import dispatch, viterbi
 from quant.kernels.hadamard import block_for, hadamard
 from quant.kernels.layouts import LAYOUTS, LayoutError, PackedTrellis, PackedUniform
-from quant.kernels.packed import concatenate
+from quant.kernels.packed import Packed, concatenate
 from quant.kernels.rotated import IDENTITY, PackedRotated
 from quant.kernels.spec import DTYPES, Rotated, Spec, SpecError, Trellis, Uniform, spec_from_dict
 from quant.kernels.trellis import NO_SCALE, deviation, read, scale_codes, scale_values, state_values, values
@@ -265,6 +268,49 @@ def test_a_rotated_weight_is_its_base_between_two_matrices(base: Spec, turned: t
     x = torch.randn((2, 3, 40), generator=generator)
     out = dispatch.matmul(x, packed, torch.ones(96))
     torch.testing.assert_close(out, x @ expected.T + 1, rtol=0, atol=1e-5 * size * 40)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Packed):
+    """A float matrix where a packed one is expected."""
+
+    spec: Spec
+    shape: tuple[int, int]
+    matrix: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"matrix": self.matrix}
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.matrix[start:stop].to(dtype)
+
+    def validate(self) -> None: ...
+
+    @classmethod
+    def from_tensors(cls, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Dense:
+        return cls(spec, shape, tensors["matrix"])
+
+
+def test_a_rotated_float_model_says_what_it_said(demo: Path) -> None:
+    """Every linear inside the blocks of a trained model in a rotated basis, activations rotated as they are at run
+    time, nothing quantized: the logits stay within 1e-4 of their size."""
+    model = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32).eval()
+    ids = torch.randint(0, model.config.vocab_size, (2, 48), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids).logits
+        spec, turned = Rotated(outputs=True), 0
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and "layers." in name:
+                inputs, outputs = (rotation(n, spec.block, module.weight) for n in module.weight.shape[::-1])
+                matrix = outputs.apply(inputs.apply(module.weight).T).T.contiguous()
+                dense = Dense(spec.base, (matrix.shape[0], matrix.shape[1]), matrix)
+                packed = PackedRotated.around(spec, dense, inputs, outputs)
+                module.forward = lambda x, packed=packed, module=module: dispatch.matmul(x, packed, module.bias)
+                assert not torch.allclose(matrix, module.weight, atol=1e-2)
+                turned += 1
+        assert turned >= 7
+        off = (model(ids).logits - expected).norm() / expected.norm()
+    assert 0 < float(off) < 1e-4
 
 
 def test_damaged_rotations_are_refused() -> None:
