@@ -115,14 +115,16 @@ def _distillation(prepared: Prepared, seen: _Rehearsal, weights: int, batches: i
     if recipe.distillation is None:
         return 0.0, 0
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    rows = prepared.samples.tokens // max(1, batches)
-    logits = 0 if head is None else 4 * rows * head.weight.shape[0] * 4
+    logits = 0 if head is None else 4 * prepared.samples.tokens // max(1, batches) * head.weight.shape[0] * 4
+    mixed = 1.0  # calibration batches in a step
+    if prepared.source.is_diffusion:
+        mixed = max(1.0, recipe.trajectory.mix / len(prepared.outline[0]["hidden_states"]))
     share = (weights + (0 if head is None else head.weight.numel())) / max(1, seen.block_weights)
-    step = (seen.step + 2 * seen.advance) * share  # the teacher's pass, and what checkpointing does twice
+    step = (seen.step + 2 * seen.advance) * share * mixed  # with the teacher's pass, and what checkpointing does twice
     passes = 4 * batches * seen.advance * share  # teacher and student, before and after
     parameters = sum(parameter.numel() for parameter in model.parameters())
     width = getattr(torch, prepared.settings.dtype).itemsize
-    more = parameters * width + 2 * weights + seen.stored * len(prepared.walk.chain) + logits
+    more = parameters * width + 2 * weights + int(seen.stored * mixed) * len(prepared.walk.chain) + logits
     return recipe.distillation.steps * step + passes, more
 
 

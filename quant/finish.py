@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quant.blocks import fill
+from quant.calibration.mixing import Mixed
 from quant.calibration.samples import moved
 from quant.checkpoint.journal import Journal
 from quant.kernels.packed import Packed
@@ -61,6 +62,8 @@ def _whole(
     prepared: Prepared, journal: Journal, packed: dict[str, Packed], vectors: dict[str, str], progress: Progress
 ) -> Whole:
     entries = prepared.source.entries
+    batches = [moved(batch, prepared.settings.device) for batch in prepared.samples.batches]
+    mixed = Mixed(batches, prepared.recipe.trajectory.mix) if prepared.source.is_diffusion else None
     return Whole(
         prepared.skeleton.model,
         lambda batch: first_tensor(prepared.skeleton.model(**batch)),
@@ -68,7 +71,8 @@ def _whole(
         {site.name: site for site in prepared.walk.sites},
         packed,
         {name: STORED[entries[key].dtype] for name, key in vectors.items()},
-        [moved(batch, prepared.settings.device) for batch in prepared.samples.batches],
+        batches if mixed is None else mixed,
+        None if mixed is None else mixed.times,
         progress.distilling,
         journal.folder / "distillation.safetensors",
         PAUSE,

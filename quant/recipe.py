@@ -27,7 +27,6 @@ from quant.solvers.nearest import Nearest
 SOLVERS: tuple[type[Any], ...] = (Feedback, Nearest)
 RECOVERIES: tuple[type[Any], ...] = (BlockTuning,)
 IMPORTANCES: tuple[type[Any], ...] = (Attention,)
-
 MOST_SAMPLES = 1_000_000
 MOST_STEPS = 1000
 
@@ -56,14 +55,15 @@ class Calibration:
 class Trajectory:
     """For a diffusion transformer: its `calibration.samples` samples go `steps` steps of the model's own scheduler,
     under classifier-free `guidance` (1: none; None: the pipeline's own, and none without a pipeline), and `keep` of
-    each one's steps are calibrated on."""
+    each one's steps are calibrated on. `mix`: rows of different timesteps in a step of the end-to-end tuning."""
 
     steps: int = 20
     keep: int = 4
     guidance: float | None = None
+    mix: int = 40
 
     def __post_init__(self) -> None:
-        for name in ("steps", "keep"):
+        for name in ("steps", "keep", "mix"):
             if not 1 <= getattr(self, name) <= MOST_STEPS:
                 raise SettingsError(f"trajectory.{name} is {getattr(self, name)}; give 1 to {MOST_STEPS}")
 

@@ -1,9 +1,13 @@
-"""`balanced`, then codes, scales and norms tuned end to end against the float model."""
+"""`balanced`, then codes, scales and norms tuned end to end against the float model (a DiT: scales and norms)."""
 
 from quant.kernels.spec import Rotated
-from quant.recipe import Calibration, Recipe
+from quant.recipe import Calibration, Recipe, Trajectory
 from quant.recovery.distillation import Distillation
 
 RECIPE = Recipe(
-    spec=Rotated(), match="float", calibration=Calibration(batch_size=4), distillation=Distillation(codes=2.0)
+    spec=Rotated(),
+    match="float",
+    calibration=Calibration(batch_size=4),
+    trajectory=Trajectory(keep=8),
+    distillation=Distillation(codes=2.0),
 )

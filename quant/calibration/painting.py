@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from quant.calibration.samples import Batch, Samples, moved
 from quant.calibration.texts import resolve
-from quant.calibration.trajectory import joined, rows
+from quant.calibration.trajectory import joined, rows, shapes
 from quant.errors import CalibrationError, ModelError
 from quant.models.diffusion import DiffusionSkeleton, components, named, quiet
 from quant.models.source import COMPONENT, PIPELINE, Source, first_line, read_json
@@ -184,12 +184,8 @@ def _packed(parts: Sequence[Batch], size: int) -> list[Batch]:
     """Parts of the same step joined to batches of at least `size` rows, where their shapes allow it."""
     made: list[Batch] = []
     for part in parts:
-        if made and len(made[-1]["hidden_states"]) < size and _shapes(made[-1]) == _shapes(part):
+        if made and len(made[-1]["hidden_states"]) < size and shapes(made[-1]) == shapes(part):
             made[-1] = joined(made[-1], part)
         else:
             made.append(part)
     return made
-
-
-def _shapes(batch: Batch) -> dict[str, Any]:
-    return {key: value.shape[1:] if isinstance(value, Tensor) else None for key, value in batch.items()}

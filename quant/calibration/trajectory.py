@@ -226,3 +226,8 @@ def joined(first: Batch, second: Batch) -> Batch:
         return torch.cat([a, b]) if isinstance(a, Tensor) and key not in UNBATCHED and a.dim() else a
 
     return {key: both(key, first[key], second[key]) for key in first}
+
+
+def shapes(batch: Batch) -> dict[str, Any]:
+    """Of a sample's tensors: what batches must share to be joined."""
+    return {key: value.shape[1:] if isinstance(value, Tensor) else None for key, value in batch.items()}

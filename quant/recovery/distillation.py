@@ -4,6 +4,7 @@ Solvers and block tuning see one matrix or one block, and weigh an error by its 
 knows what it costs. For `steps` steps of one calibration batch each, with the float model as the teacher,
 
     loss = mean over tokens of KL(teacher || student)        (without a vocabulary: squared error over its energy)
+         = mean over samples of |error|^2 / usual            (a diffusion transformer)
 
 is lowered in what costs no bits: the scales of every tunable layout and the vectors that stay float (norm weights,
 biases), each rounded to what is stored before it is used (the continuous half of PV-Tuning, arXiv 2405.14852, and the
@@ -11,13 +12,16 @@ second phase of EfficientQAT, arXiv 2407.11062); and the codes, by the sign of t
 lie, as in block tuning: what is stored is the code nearest to that, and no step moves it further than `codes / steps`
 levels, so that few codes change at a time. The result is kept only if it is better over all batches.
 
+A diffusion transformer's error differs a hundredfold between its timesteps, and what an error does to the image does
+the opposite. So each sample's is told relative to `usual`, the untuned model's mean at the same timestep: every part
+of the way counts alike. Batches mix timesteps (`calibration/mixing.py`), else steps would pull in turn.
+
 The float model lies in memory whole, for the teacher; a block's quantized weights are made when it runs and again when
 its gradient does (activation checkpointing), so activations cost one block's and the outputs between them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -27,17 +31,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 
-from quant.checkpoint.shards import Atomic
-from quant.errors import CheckpointError, SettingsError, SolverError
+from quant.errors import SettingsError, SolverError
 from quant.kernels.packed import Packed
 from quant.models.walk import Site
+from quant.recovery.interrupted import keep, restore
 from quant.recovery.placed import as_parameter, oriented, placed
+from quant.recovery.timesteps import row_errors, usual_errors
 from quant.recovery.trainable import Tunable, through
 from quant.recovery.tunable import tunable
 from quant.recovery.tuning import in_turn
@@ -50,7 +53,8 @@ class Whole:
     `blocks`: names of its blocks.
 
     `packed`: what each site was solved to. `vectors`: the float parameters to train, with the dtype they are stored in.
-    `batches`: what `output` takes. `progress(done, steps, loss)`: `loss` relative to the untuned one.
+    `batches`: what `output` takes. `times`: for a diffusion transformer the number of each row's timestep, int64
+    `[rows]` by batch. `progress(done, steps, loss)`: `loss` relative to the untuned one.
     `state`: a file that keeps an interrupted training, written every `pause` seconds.
     """
 
@@ -61,6 +65,7 @@ class Whole:
     packed: Mapping[str, Packed]
     vectors: Mapping[str, torch.dtype]
     batches: Sequence[Mapping[str, Any]]
+    times: Sequence[Tensor] | None
     progress: Callable[[int, int, float], None]
     state: Path
     pause: float
@@ -69,7 +74,7 @@ class Whole:
 @dataclass(frozen=True, eq=False)
 class Tuned:
     """`packed` by site, `vectors` by parameter in their stored dtypes. `before`, `after`: mean loss over all batches;
-    nats per token where the model has a vocabulary."""
+    nats per token where the model has a vocabulary, 1 before the tuning of a diffusion transformer."""
 
     packed: Mapping[str, Packed]
     vectors: Mapping[str, Tensor]
@@ -81,6 +86,7 @@ class Tuned:
 class Distillation:
     """See the module. A step takes one calibration batch. `rate`: of Adam, relative to each scale and to the root mean
     square of each vector; it falls to 0 linearly. `codes`: levels by which a place may move, twice; 0 leaves the codes.
+    A diffusion transformer's stay: tuned, they cost its images up to 4 dB (docs/diffusion.md).
     """
 
     steps: int = 128
@@ -97,8 +103,8 @@ class Distillation:
 
     def tune(self, whole: Whole) -> Tuned:
         """Same task, same bytes, however often it was interrupted."""
-        student = _Student(whole, self.codes > 0)
-        before = student.loss_of_all()
+        student = _Student(whole, self.codes > 0 and whole.times is None)
+        before = student.loss_of_all() if whole.times is None else student.measure()
         vectors = {name: whole.model.get_parameter(name).to(kind) for name, kind in whole.vectors.items()}
         if not before > 0:
             return Tuned(whole.packed, vectors, before, before)
@@ -113,12 +119,12 @@ class Distillation:
         parameters, codes = student.parameters(), student.codes()
         adam = torch.optim.Adam(parameters, lr=self.rate, betas=(0.9, 0.95))
         kept = [*parameters, *codes, *student.held()]
-        first, saved = _restore(whole.state, kept, adam), time.monotonic()
+        first, saved = restore(whole.state, kept, adam), time.monotonic()
         for step, number in enumerate(in_turn(len(whole.batches), self.steps, self.seed)):
             if step < first:
                 continue
             decay = 1 - step / self.steps
-            loss = student.backward(whole.batches[number])
+            loss = student.backward(number)
             if not math.isfinite(loss):
                 raise SolverError(
                     f"the end-to-end tuning's loss is not finite at step {step}; lower distillation.rate, or compute "
@@ -135,7 +141,7 @@ class Distillation:
                 parameter.grad = None
             whole.progress(step + 1, self.steps, loss / usual)
             if time.monotonic() - saved > whole.pause and step + 1 < self.steps:
-                _keep(whole.state, step + 1, kept, adam)
+                keep(whole.state, step + 1, kept, adam)
                 saved = time.monotonic()
 
 
@@ -156,6 +162,7 @@ class _Student:
         }
         head = getattr(whole.model, "get_output_embeddings", lambda: None)
         self.vocabulary = head() is not None
+        self.usual: Tensor | None = None
 
     def parameters(self) -> list[Tensor]:
         found = [parameter for one in self.tunables.values() for parameter in one.scales()]
@@ -178,23 +185,39 @@ class _Student:
     @torch.no_grad()
     def loss_of_all(self) -> float:
         total, count = 0.0, 0
-        for batch in self.whole.batches:
+        for number, batch in enumerate(self.whole.batches):
             target = self.whole.output(batch)
             with self._in_place():
-                loss = self._loss(self.whole.output(batch), target)
+                loss = self._loss(number, self.whole.output(batch), target)
             total, count = total + float(loss) * len(target), count + len(target)
         return total / max(1, count)
 
-    def backward(self, batch: Mapping[str, Any]) -> float:
+    @torch.no_grad()
+    def measure(self) -> float:
+        """Learns the untuned error of each timestep; returns the loss, which is now 1, or 0 where there is no error."""
+        assert self.whole.times is not None
+        errors = list[Tensor]()
+        for batch in self.whole.batches:
+            target = self.whole.output(batch)
+            with self._in_place():
+                errors.append(row_errors(self.whole.output(batch), target))
+        self.usual = usual_errors(errors, self.whole.times)
+        return float(bool(self.usual.sum() > 0))
+
+    def backward(self, number: int) -> float:
         """Adds the gradients of the loss on one batch to the parameters'; returns the loss."""
+        batch = self.whole.batches[number]
         with torch.no_grad():
             target = self.whole.output(batch)
         with self._in_place():
-            loss = self._loss(self.whole.output(batch), target)
+            loss = self._loss(number, self.whole.output(batch), target)
             loss.backward()
         return float(loss.detach())
 
-    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
+    def _loss(self, number: int, output: Tensor, target: Tensor) -> Tensor:
+        if self.usual is not None and self.whole.times is not None:
+            usual = self.usual[self.whole.times[number].to(self.usual.device)]
+            return (row_errors(output, target) / usual.clamp_min(1e-30)).mean()
         output, target = output.float(), target.float()
         if not self.vocabulary:
             return (output - target).square().sum() / target.square().sum().clamp_min(1e-30)
@@ -252,46 +275,3 @@ class _Vector:
 
 def _within(name: str, block: str) -> bool:
     return name == block or name.startswith(block + ".")
-
-
-def _keep(path: Path, step: int, parameters: Sequence[Tensor], adam: torch.optim.Adam) -> None:
-    """Writes an interrupted training's state, by rename."""
-    tensors: dict[str, Tensor] = {}
-    for number, parameter in enumerate(parameters):
-        tensors[f"{number}.value"] = parameter.detach().contiguous().cpu()
-        for key, value in adam.state.get(parameter, {}).items():
-            tensors[f"{number}.{key}"] = torch.as_tensor(value).contiguous().cpu()
-    with Atomic(path) as out:
-        out.write(save(tensors, {"step": str(step), "sha256": _digest(tensors)}))
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def _restore(path: Path, parameters: Sequence[Tensor], adam: torch.optim.Adam) -> int:
-    """Puts a kept state back; returns the step to go on with. Raises `CheckpointError` if the file was altered."""
-    if not path.exists():
-        return 0
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-            said = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); delete this file to tune from the first step") from None
-    if said.get("sha256") != _digest(found):
-        raise CheckpointError(f"{path}: was altered; delete this file to tune from the first step")
-    step = int(said["step"])
-    for number, parameter in enumerate(parameters):
-        parameter.copy_(found[f"{number}.value"])
-        kept = {
-            key: found[f"{number}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{number}.{key}" in found
-        }
-        if kept:
-            adam.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in kept.items()}
-    return step
