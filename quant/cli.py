@@ -7,11 +7,10 @@ another run; 8 disk or memory; 130 interrupted, 143 terminated (both leave a fol
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import signal
 import sys
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,17 +19,17 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from quant.budget import within
 from quant.checkpoint.journal import Mode
 from quant.checkpoint.words import code_bits
-from quant.display import Display, human
+from quant.display import Display
 from quant.errors import BitwrightError, SettingsError
 from quant.estimate import Estimate, estimate
 from quant.kernels.spec import SpecError
 from quant.memory import map_large
-from quant.pipeline import Result, run
+from quant.outcome import show_estimates, show_results
+from quant.pipeline import run_all
 from quant.prepare import Prepared, Settings, prepare
 from quant.progress import Progress
 from quant.recipe import Recipe, load_recipe, override, shipped_recipes, with_spec
@@ -98,38 +97,42 @@ def quantize(
         str | None, typer.Option(help="Of the computation; default: float32 on a CPU, else bfloat16.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration windows.")] = None,
+    components: Annotated[
+        str | None, typer.Option(help="Of a pipeline: transformer,text_encoder; default: its transformer.")
+    ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Keep sites of this pattern float ('*.down_proj').")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Quantize only sites of this pattern.")] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan.json with the spec of some or all sites.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what is in --out and begin anew.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print sites, bytes, memory and time; write nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print bytes, memory, time; write nothing.")] = False,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; default: torch's choice, and one to solve small matrices.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
 ) -> None:
-    _exclude(resume, restart, recipe, time_budget)
+    _exclude(resume, restart, recipe, time_budget, components)
     values = {"text": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
     make = lambda name: _with(_recipe(name, bits, group_size, symmetric, activations), settings, values, only, skip)  # noqa: E731
     place, console = _place(device, dtype, plan, threads), Console(stderr=True, quiet=quiet)
     with Display(console) if not quiet else _Silent() as shown:
-        ready = lambda made: prepare(model, made, place, shown)  # noqa: E731
-        prepared = within(time_budget, make, ready, shown.step) if time_budget else ready(make(recipe))
-        predicted, result = None, None
-        if dry_run:
-            shown.step("rehearsing the largest block")
-            predicted = estimate(prepared)
-        else:
-            mode: Mode = "resume" if resume else "restart" if restart else "new"
-            result = run(prepared, out or _folder(prepared), mode, shown)
-    if predicted is not None:
-        _show_estimate(prepared, predicted, as_json, quiet)
+        ready = lambda made, part="": prepare(model, made, place, shown, part)  # noqa: E731
+        names = [name.strip() for name in (components or "").split(",")]
+        chosen = within(time_budget, make, ready, shown.step) if time_budget else None
+        parts = [chosen] if chosen else [ready(make(recipe), name) for name in names]
+        mode: Mode = "resume" if resume else "restart" if restart else "new"
+        predicted = _rehearse(parts, shown) if dry_run else []
+        result = None if dry_run else run_all(parts, out or _folder(parts[0]), mode, shown)
+    if predicted:
+        show_estimates(parts, predicted, as_json, quiet)
     if result is not None:
-        _show_result(result, prepared.source.nbytes(), console, as_json)
+        show_results(parts, result, console, as_json)
+
+
+def _rehearse(parts: Sequence[Prepared], shown: Progress) -> list[Estimate]:
+    shown.step("rehearsing the largest block")
+    return [estimate(part) for part in parts]
 
 
 class _Silent(Progress):
@@ -161,7 +164,9 @@ def _folder(prepared: Prepared) -> Path:
     return Path(f"{Path(prepared.source.name).name}-{bits}bit")
 
 
-def _exclude(resume: bool, restart: bool, recipe: str | None, time_budget: str | None) -> None:
+def _exclude(resume: bool, restart: bool, recipe: str | None, time_budget: str | None, components: str | None) -> None:
+    if time_budget and components:
+        raise SettingsError("--time-budget picks the recipe of one model; leave out --components, or give --recipe")
     if resume and restart:
         raise SettingsError("--resume and --restart exclude each other")
     if time_budget and (recipe or resume):
@@ -185,65 +190,6 @@ def _with(
         raise SettingsError(f"{given[0].split('=')[0]} has no effect: this recipe reads no text; leave it out")
     recipe = override(recipe, given)
     return replace(recipe, only=tuple(only or recipe.only), skip=tuple(skip or recipe.skip))
-
-
-def _show_estimate(prepared: Prepared, predicted: Estimate, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        print(json.dumps({**predicted.to_dict(), "plan": prepared.plan.to_dict(), "left_float": prepared.walk.left}))
-        return
-    console = Console(quiet=quiet)
-    title = f"plan for {escape(prepared.source.name)}"
-    table = Table("sites", "count", "rows x in", "bits", "group", "bits/weight", "bytes each", title=title)
-    alike = Counter((_starred(s.name), s.shape, prepared.plan.specs[s.name]) for s in prepared.walk.sites)
-    for (name, (rows, columns), spec), count in alike.items():
-        data = spec.to_dict() if spec else {}
-        cost = (
-            (f"{spec.bits_per_weight((rows, columns)):.3f}", f"{spec.nbytes((rows, columns)):,}")
-            if spec
-            else ("", "float")
-        )
-        shown = (str(data.get("base", data).get(key, "")) for key in ("bits", "group_size"))
-        table.add_row(escape(name), str(count), f"{rows} x {columns}", *shown, *cost)
-    console.print(table)
-    for (name, reason), count in Counter((_starred(n), why) for n, why in prepared.walk.left.items()).items():
-        times = f" ({count})" if count > 1 else ""
-        console.print(f"float: {escape(name)}{times}: {escape(reason)}", highlight=False)
-    facts = Table(show_header=False, title="prediction")
-    facts.add_row(
-        "quantized weights", f"{predicted.weights:,} in {predicted.sites} sites at {predicted.promised_bits:.4f} bits"
-    )
-    facts.add_row("weight files", f"{predicted.weight_bytes:,} bytes, exactly (now {predicted.float_bytes:,})")
-    facts.add_row("peak memory", human(predicted.peak_rss_bytes))
-    if predicted.peak_gpu_bytes:
-        facts.add_row("peak GPU memory", human(predicted.peak_gpu_bytes))
-    if predicted.spilled_bytes:
-        facts.add_row("activations on disk", human(predicted.spilled_bytes))
-    facts.add_row("time", f"{predicted.seconds:.0f} s (rehearsed in {predicted.rehearsal_seconds:.0f} s)")
-    console.print(facts)
-
-
-def _starred(name: str) -> str:
-    """A name without its block's number."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
-def _show_result(result: Result, float_bytes: int, console: Console, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"out": str(result.out), **result.report}))
-        return
-    report, written = result.report, result.written
-    total = sum(written.files.values())
-    console.print(
-        f"[bold]{escape(str(result.out))}[/bold]: {written.measured_bits:.3f} bits per quantized weight on disk, "
-        f"{human(total)} of weights (from {human(float_bytes)}), {report['seconds']:.0f} s, "
-        f"peak memory {human(report['peak_rss_bytes'])}"
-    )
-    noted = [site for site in report["sites"] if site["notes"]]
-    if noted:
-        console.print(f"[yellow]{len(noted)} sites have notes[/yellow]; see report.html")
-    console.print(f"verified: logits after reloading within {report['verification']['worst_difference']:.1e}")
-    original, made = shlex.quote(report["model"]["name"]), shlex.quote(str(result.out))
-    console.print(f"next: quant-eval {escape(made)} --against {escape(original)}", soft_wrap=True)
 
 
 def _terminate(*_: object) -> None:

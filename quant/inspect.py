@@ -26,16 +26,17 @@ from rich.text import Text
 
 from quant.checkpoint import words
 from quant.checkpoint.journal import FOLDER
-from quant.checkpoint.manifest import PackedSite, read_config, read_sites, stored_tensors, verify
+from quant.checkpoint.manifest import METHOD, PackedSite, read_config, read_sites, stored_tensors, verify
 from quant.checkpoint.pipelines import component
 from quant.checkpoint.provenance import command as quantize_command
 from quant.checkpoint.shards import Piece
 from quant.errors import BitwrightError, CheckpointError, ResumeError, SettingsError
-from quant.models.source import Source
+from quant.models.diffusion import components
+from quant.models.source import COMPONENT, Source
 
 MOST_SITES, MOST_NAMES = 100, 5
 RUN = ("model", "recipe", "plan", "calibration", "compute", "versions")  # said in words, as `made`
-NOT_SHOWN = (*RUN, "made", "left_float", "sites", "command", "resume", "damage")
+NOT_SHOWN = (*RUN, "components", "made", "left_float", "sites", "command", "resume", "damage")
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
@@ -81,7 +82,12 @@ def look(folder: Path, check: bool = True) -> dict[str, Any]:
         ModelError: a float model's files cannot be read.
         ResumeError: an unfinished run's own account cannot be read.
     """
-    folder = component(folder)
+    home, folder = folder, component(folder)
+    if folder != home and len(ours := [name for name in components(home) if _made(home / name)]) > 1:
+        whole = {name: look(home / name, check) for name in ours}
+        first = whole.pop(COMPONENT, None) or whole.pop(ours[0])
+        damage = [each["damage"] for each in (first, *whole.values()) if each.get("damage")]
+        return {**first, "damage": damage[0] if damage else None, "components": whole}
     if not folder.is_dir():
         state = "a file" if folder.exists() else "not there"
         raise SettingsError(f"{folder}: {state}; give the folder of a checkpoint")
@@ -96,6 +102,12 @@ def look(folder: Path, check: bool = True) -> dict[str, Any]:
     if config.get("quantization_config") is not None:
         return {"kind": "packed", **common, **_packed(folder, config["quantization_config"], check)}
     return {"kind": "float", **common, **_float(folder)}
+
+
+def _made(folder: Path) -> bool:
+    """Whether a component of a pipeline is packed, or is being packed."""
+    config = folder / "config.json"
+    return (folder / FOLDER).is_dir() or (config.is_file() and METHOD in config.read_text(errors="replace"))
 
 
 def _packed(folder: Path, quantization: dict[str, Any], check: bool) -> dict[str, Any]:
@@ -206,6 +218,8 @@ def _float(folder: Path) -> dict[str, Any]:
 
 def _show(found: Mapping[str, Any]) -> None:
     """The JSON's plain values as lines, the run in words, the sites as a table, and a command to copy."""
+    for name, one in found.get("components", {}).items():
+        _show({"component": name, **one})
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=150)

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from quant.checkpoint.journal import FOLDER, Journal, Mode, complete, finished_r
 from quant.checkpoint.provenance import provenance
 from quant.checkpoint.verify import compare_logits
 from quant.checkpoint.writer import Written, write_checkpoint
-from quant.errors import BitwrightError, ModelError, ResourceError, out_of_memory
+from quant.errors import BitwrightError, ModelError, ResourceError, SettingsError, out_of_memory
 from quant.finish import STORED, distil
 from quant.kernels.spec import spec_from_dict
 from quant.linear import stored_name, stored_weight
@@ -47,11 +47,12 @@ from quant.threads import threads
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run. `report`: the content of report.json."""
+    """A finished run. `report`: the content of report.json. `others`: of a pipeline's further components."""
 
     out: Path
     written: Written
     report: dict[str, Any] = field(repr=False)
+    others: tuple[Result, ...] = ()
 
 
 def quantize(
@@ -62,26 +63,43 @@ def quantize(
     settings: Settings | None = None,
     mode: Mode = "new",
     progress: Progress | None = None,
+    components: Sequence[str] = (),
 ) -> Result:
     """Quantizes `model` (a local folder or a hub name) into the packed checkpoint folder `out`.
 
     `mode`: "new" wants an empty or absent folder, "resume" continues an unfinished run to the same bytes, "restart"
-    begins anew.
+    begins anew. `components`: of a diffusers pipeline (`("transformer", "text_encoder")`), its transformer without.
 
     Raises:
         BitwrightError: see `quant.errors` for the kinds; the folder can then be resumed unless the message says no.
     """
     progress = progress or Progress()
-    prepared = prepare(model, recipe or Recipe(), settings, progress)
-    return run(prepared, Path(out), mode, progress)
+    parts = [prepare(model, recipe or Recipe(), settings, progress, part) for part in components or ("",)]
+    return run_all(parts, Path(out), mode, progress)
+
+
+def run_all(parts: Sequence[Prepared], out: Path, mode: Mode = "new", progress: Progress | None = None) -> Result:
+    """A model, or several components of a pipeline, one after another into the same folder."""
+    names = [part.source.inside for part in parts]
+    if len(set(names)) < len(names):
+        raise SettingsError(f"components {', '.join(names)}: name each once")
+    results: list[Result] = []
+    for part in parts:
+        begun = not results or (out / part.source.inside).exists()  # a killed run may not have come to this one
+        results.append(run(part, out, mode if begun or mode == "restart" else "new", progress, names))
+    return replace(results[0], others=tuple(results[1:]))
 
 
 @torch.no_grad()
-def run(prepared: Prepared, out: Path, mode: Mode = "new", progress: Progress | None = None) -> Result:
-    """The computation, the checkpoint and its verification."""
+def run(
+    prepared: Prepared, out: Path, mode: Mode = "new", progress: Progress | None = None, parts: Sequence[str] = ()
+) -> Result:
+    """The computation, the checkpoint and its verification. `parts`: all components of the pipeline that are to be
+    quantized into `out`."""
     progress = progress or Progress()
     began, source = time.perf_counter(), prepared.source
-    check_home(out, source)
+    parts = parts or [source.inside]
+    check_home(out, source, parts)
     place = out / source.inside
     if mode == "resume" and complete(place):
         progress.step("checking: the checkpoint is already complete")
@@ -99,7 +117,7 @@ def run(prepared: Prepared, out: Path, mode: Mode = "new", progress: Progress | 
         if prepared.recipe.distillation is not None:
             report["distillation"] = journal.record(len(prepared.walk.chain))
         written = write_checkpoint(prepared, journal, report)
-        copy_beside(source, out)
+        copy_beside(source, out, parts)
         progress.step("verifying: reloading from disk")
         report["verification"] = compare_logits(place, prepared, logits)
         report["seconds"] = round(time.perf_counter() - began, 2)
@@ -107,7 +125,7 @@ def run(prepared: Prepared, out: Path, mode: Mode = "new", progress: Progress | 
         report["peak_gpu_bytes"] = torch.cuda.max_memory_allocated() if "cuda" in prepared.settings.device else 0
         report["peak_rss_bytes"] = peak_bytes()
         written.finish(report)
-        copy_card(source, out)
+        copy_card(source, out, parts)
         journal.close()
     return Result(out, written, report)
 

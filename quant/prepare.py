@@ -23,12 +23,12 @@ from quant.machine import check_device, versions
 from quant.models.arguments import build
 from quant.models.diffusion import DiffusionSkeleton
 from quant.models.skeleton import Skeleton
-from quant.models.source import Source, find
+from quant.models.source import COMPONENT, Source, find
 from quant.models.stream import Forward
 from quant.models.walk import Walk, walk
 from quant.plan import Plan, make_plan
 from quant.progress import Progress
-from quant.recipe import Recipe
+from quant.recipe import Calibration, Recipe
 from quant.threads import threads
 
 TRACE_TOKENS = 16
@@ -93,8 +93,10 @@ class Prepared:
 
     def identity(self) -> dict[str, Any]:
         """What two runs must share to give the same bytes."""
+        part = self.source.inside
+        named = {"component": part} if part not in ("", COMPONENT) else {}
         return {
-            "model": {"name": self.source.name, "sha256": self.source.fingerprint()},
+            "model": {"name": self.source.name, "sha256": self.source.fingerprint(), **named},
             "recipe": self.recipe.to_dict(),
             "plan": self.plan.to_dict(),
             "calibration": {
@@ -112,11 +114,14 @@ class Prepared:
         }
 
 
-def prepare(model: str, recipe: Recipe, settings: Settings | None = None, progress: Progress | None = None) -> Prepared:
-    """Everything up to the first computation: find the model, walk it, plan it, draw the calibration windows."""
+def prepare(
+    model: str, recipe: Recipe, settings: Settings | None = None, progress: Progress | None = None, part: str = ""
+) -> Prepared:
+    """Everything up to the first computation: find the model, walk it, plan it, draw the calibration windows. `part`:
+    which component of a pipeline, its transformer without."""
     settings, progress = settings or Settings(), progress or Progress()
     progress.step("reading the model")
-    source = find(model)
+    source = find(model, part)
     skeleton = skeleton_of(source, settings)
     found = walk(skeleton.model, _trace(skeleton), only=recipe.only, skip=recipe.skip)
     skeleton.lent = found.lent
@@ -151,6 +156,9 @@ def _draw(
         return lambda: _follow(skeleton, found, recipe, settings, progress)
     progress.step("reading the calibration text")
     calibration = recipe.calibration
+    given = Path(calibration.text) if calibration is not None else Path()
+    if calibration is not None and skeleton.source.inside and (given.suffix == ".safetensors" or given.is_dir()):
+        calibration = replace(calibration, text=Calibration.text)  # what was given is for the transformer
     drawn = noise(skeleton.config) if calibration is None else draw(calibration, skeleton.source, skeleton.config)
     return lambda: drawn
 

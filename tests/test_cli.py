@@ -142,7 +142,7 @@ def test_interrupted_says_how_to_go_on(quantize, tmp_path: Path, monkeypatch: py
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run", interrupted)
+    monkeypatch.setattr(cli, "run_all", interrupted)
     code, _, err = quantize("--model", MODEL, "--recipe", "rtn", "--out", tmp_path / "a b")
     assert code == 130
     assert "--resume" in err

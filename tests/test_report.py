@@ -206,7 +206,7 @@ def test_the_command_asks_for_the_same(recipe: Recipe, monkeypatch: pytest.Monke
     assert words[0] == "quantize"
     result = CliRunner().invoke(quant.cli.app, words[1:])
     assert isinstance(result.exception, Asked), result.output
-    model, given, settings, _ = asked
+    model, given, settings, *_ = asked
     assert (model, given) == ("./my models/it's", recipe)
     assert (settings.device, settings.dtype, settings.threads) == ("cpu", "float32", 1)
     assert settings.plan == Path("plan.json")

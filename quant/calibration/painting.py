@@ -21,7 +21,7 @@ from quant.calibration.texts import resolve
 from quant.calibration.trajectory import joined, rows, shapes
 from quant.errors import CalibrationError, ModelError
 from quant.models.diffusion import DiffusionSkeleton, components, named, quiet
-from quant.models.source import COMPONENT, PIPELINE, Source, first_line, read_json
+from quant.models.source import PIPELINE, Source, first_line, read_json
 from quant.models.stream import outside_blocks
 from quant.recipe import Calibration, Recipe
 
@@ -102,7 +102,7 @@ def _load(skeleton: DiffusionSkeleton) -> Any:
     cls = named(read_json(home / PIPELINE).get("_class_name"), "DiffusionPipeline", home / PIPELINE)
     try:
         with quiet():
-            pipe = cls.from_pretrained(home, torch_dtype=skeleton.dtype, **{COMPONENT: skeleton.model})
+            pipe = cls.from_pretrained(home, torch_dtype=skeleton.dtype, **{skeleton.source.inside: skeleton.model})
     except Exception as error:  # whatever a component's loader raises
         raise ModelError(f"{home}: diffusers cannot load this pipeline ({first_line(error)})") from error
     for part in pipe.components.values():

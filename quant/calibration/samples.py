@@ -49,7 +49,7 @@ class Samples:
 
 def load_tokenizer(source: Source) -> Any:
     try:
-        return transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=False)
     except Exception as error:  # tokenizers raise of every kind, down to a bare Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

@@ -112,7 +112,12 @@ def _front_matter(report: Report) -> str:
     lines = [f"{key}: {json.dumps(source[key])}" for key in ("license", "base_model") if source[key]]
     lines += ["base_model_relation: quantized"] if source["base_model"] else []
     tags = ["bitwright", "quantized", *([f"{asked}-bit"] if asked else [])]
-    lines += ["library_name: transformers", f"tags: {json.dumps(tags)}", "quantization:", "  method: bitwright"]
+    lines += [
+        f"library_name: {source.get('library', 'transformers')}",
+        f"tags: {json.dumps(tags)}",
+        "quantization:",
+        "  method: bitwright",
+    ]
     lines += [f"  format_version: {report['format_version']}", f"  bits_per_weight: {report['bits']['measured']:.5g}"]
     return "\n".join(["---", *lines, "---"])
 
@@ -133,6 +138,8 @@ def _sizes(report: Report) -> list[tuple[str, str]]:
 
 
 def _loading(report: Report) -> str:
+    if report["source"].get("library") == "diffusers":
+        return _loading_pipeline(report["source"]["component"], report["source"]["architecture"])
     generates = report["source"]["architecture"].endswith("ForCausalLM")
     kind = "AutoModelForCausalLM" if generates else "AutoModel"
     use = """
@@ -148,6 +155,22 @@ tokenizer = AutoTokenizer.from_pretrained("{FOLDER}"){use if generates else ""}
 
 `{kind}.from_pretrained("{FOLDER}")` works too, once `quant` is imported. `quant.load(..., dequantize=True)` gives a
 plain float model. Without `quant`, transformers refuses the folder."""
+
+
+def _loading_pipeline(component: str, architecture: str) -> str:
+    whole = f"""from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{FOLDER}")
+transformer = quant.load("{FOLDER}", device="cpu")"""
+    alone = f"""from diffusers import {architecture}
+
+transformer = {architecture}.from_pretrained("{FOLDER}")"""
+    return f"""```python
+import quant  # the package bitwright, which teaches diffusers to read this
+{whole if component else alone}  # verified by checksums; packed weights stay packed
+```
+
+`quant.load(..., dequantize=True)` gives a plain float model. Without `quant`, diffusers refuses the folder."""
 
 
 def _evaluation(results: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ files are copied, never a pickle.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from quant.checkpoint.journal import FOLDER, complete
@@ -21,35 +21,36 @@ KINDS = (".json", ".txt", ".model", ".jinja", ".safetensors")
 ALONE = ("scheduler",)  # what may lie in a transformer's own folder
 
 
-def check_home(out: Path, source: Source) -> None:
-    """Raises `ResumeError` if a pipeline is to be written among files that are not ours."""
-    place = out / source.inside
-    if not source.inside or not out.is_dir() or (place / FOLDER).exists() or complete(place):
+def check_home(out: Path, source: Source, parts: Sequence[str]) -> None:
+    """Raises `ResumeError` if a pipeline is to be written among files that are not ours. `parts`: the components that
+    are quantized."""
+    places = [out / part for part in parts]
+    if not source.inside or not out.is_dir() or any((place / FOLDER).exists() or complete(place) for place in places):
         return
     if any(out.iterdir()):
         raise ResumeError(f"{out}: holds files that are not bitwright's; choose another --out")
 
 
-def beside(source: Source) -> Iterator[Path]:
+def beside(source: Source, parts: Sequence[str]) -> Iterator[Path]:
     """The files to copy, below `source.home`."""
-    if not source.is_diffusion:
+    if not source.is_diffusion and not source.inside:
         return
     names = components(source.home) if source.inside else ALONE
     if source.inside:
         yield source.home / PIPELINE
-    for name in sorted(set(names) - {source.inside}):
+    for name in sorted(set(names) - set(parts)):
         folder = source.home / name
         found = sorted(folder.rglob("*")) if folder.is_dir() and name not in ("", ".", "..") else []
         yield from (path for path in found if path.suffix in KINDS and path.is_file())
 
 
-def copy_beside(source: Source, out: Path) -> None:
+def copy_beside(source: Source, out: Path, parts: Sequence[str]) -> None:
     """Copies them below `out`, each whole or not at all.
 
     Raises:
         ResourceError: the disk is full.
     """
-    for path in beside(source):
+    for path in beside(source, parts):
         target = out / path.relative_to(source.home)
         part = target.with_name(target.name + ".part")
         try:
@@ -61,7 +62,14 @@ def copy_beside(source: Source, out: Path) -> None:
             raise disk_error(target, error) from None
 
 
-def copy_card(source: Source, out: Path) -> None:
-    """The model card and the report to the pipeline's folder too, where people look for them."""
-    for name in ("README.md", "report.html") if source.inside else ():
+def copy_card(source: Source, out: Path, parts: Sequence[str]) -> None:
+    """The model card and the report to the pipeline's folder too, where people look for them: those of the first of the
+    components, and where the others' are."""
+    if not source.inside or source.inside != parts[0]:
+        return
+    for name in ("README.md", "report.html"):
         shutil.copyfile(out / source.inside / name, out / name)
+    if len(parts) > 1:
+        also = "".join(f"- `{part}`: [its card]({part}/README.md)\n" for part in parts[1:])
+        with (out / "README.md").open("a", encoding="utf-8") as card:
+            card.write(f"\n## Other packed components\n\n{also}")

@@ -47,6 +47,8 @@ def origin(source: Source) -> dict[str, Any]:
     return {
         "bytes": source.nbytes(),
         "parameters": sum(math.prod(entry.shape) for entry in source.entries.values()),
+        "component": source.inside,
+        "library": "diffusers" if source.is_diffusion else "transformers",
         "architecture": str(source.config.get("_class_name") or (source.config.get("architectures") or ["unknown"])[0]),
         "base_model": source.name if on_hub else None,
         "revision": source.folder.name if on_hub else None,
@@ -59,6 +61,7 @@ def command(run: Mapping[str, Any]) -> str:
     recipe, compute = run["recipe"], run["compute"]
     name, changes = _nearest(_flat(recipe))
     words = ["quantize", "--model", run["model"]["name"], "--recipe", name]
+    words += ["--components", run["model"]["component"]] if "component" in run["model"] else []
     own = changes.pop("spec.bits", None) or changes.pop("spec.base.bits", None)
     if bits := own or code_bits(recipe["spec"]):  # said even where it is the recipe's own
         words += ["--bits", str(bits)]

@@ -63,6 +63,12 @@ class Source:
         """The pipeline's folder, or its own."""
         return self.folder.parent if self.inside else self.folder
 
+    @property
+    def tokenizer(self) -> Path:
+        """Where its tokenizer lies: a pipeline has a text encoder's beside it, under a like name."""
+        beside = self.home / self.inside.replace("text_encoder", "tokenizer")
+        return beside if self.inside and beside.is_dir() else self.folder
+
     def _weight_files(self) -> list[str]:
         index = self.folder / f"{self.stem}.safetensors.index.json"
         if (self.folder / f"{self.stem}.safetensors").is_file():  # as transformers does: before an index, and alone
@@ -151,11 +157,12 @@ class Source:
         return digest.hexdigest()
 
 
-def find(model: str) -> Source:
-    """The source behind `--model`: a local folder, or a hub name.
+def find(model: str, part: str = "") -> Source:
+    """The source behind `--model`: a local folder, or a hub name. `part`: which component of a diffusers pipeline; ""
+    for its transformer, or for a model that stands alone.
 
     Raises:
-        ModelError: no such folder and the hub cannot give it.
+        ModelError: no such folder and the hub cannot give it, or it has no such component.
     """
     try:
         folder = Path(model).expanduser()
@@ -163,7 +170,7 @@ def find(model: str) -> Source:
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a user who does not exist
         raise ModelError(f"{model}: not a folder ({first_line(error)})") from None
     if found:
-        return _at(folder.resolve(), str(model).rstrip("/"))
+        return _at(folder.resolve(), str(model).rstrip("/"), part)
     if there or model.startswith((".", "/", "~")):
         raise ModelError(f"{model}: not a folder; give the folder that holds config.json and the .safetensors files")
     from huggingface_hub import snapshot_download
@@ -173,7 +180,7 @@ def find(model: str) -> Source:
         folder = Path(snapshot_download(model, allow_patterns=list(NEEDED), ignore_patterns=list(DUPLICATES)))
         if (folder / PIPELINE).is_file():
             folder = Path(snapshot_download(model, allow_patterns=list(NEEDED)))
-        return _at(folder, model)
+        return _at(folder, model, part)
     except (OSError, HFValidationError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{model}: no folder of this name here, and the hub did not give it ({first_line(error)}). "
@@ -181,17 +188,24 @@ def find(model: str) -> Source:
         ) from None
 
 
-def _at(folder: Path, name: str) -> Source:
-    """The model in a folder: its own, or the transformer of a pipeline."""
+def _at(folder: Path, name: str, part: str) -> Source:
+    """The model in a folder: its own, or a component of a pipeline."""
     if not (folder / PIPELINE).is_file() or (folder / "config.json").is_file():
+        if part:
+            raise ModelError(
+                f"{folder}: no diffusers pipeline (no {PIPELINE}), so it has no components; leave them out"
+            )
         return Source(folder, name)
-    if not (folder / COMPONENT / "config.json").is_file():
-        parts = sorted(key for key, value in read_json(folder / PIPELINE).items() if isinstance(value, list))
+    part = part or COMPONENT
+    has = {key: value for key, value in read_json(folder / PIPELINE).items() if isinstance(value, list)}
+    if part not in has or not (folder / part / "config.json").is_file():
         raise ModelError(
-            f"{folder}: a diffusers pipeline without a transformer (it has {', '.join(parts)}); bitwright quantizes "
-            "diffusion transformers, not UNets"
+            f"{folder}: a diffusers pipeline without a {part} (it has {', '.join(sorted(has))}); bitwright quantizes "
+            "diffusion transformers and text encoders, not UNets"
         )
-    return Source(folder / COMPONENT, name, COMPONENT)
+    if has[part][:1] != ["transformers"] and not part.startswith(COMPONENT):
+        raise ModelError(f"{folder}: its {part} is {has[part]}; bitwright quantizes transformers and text encoders")
+    return Source(folder / part, name, part)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,147 @@
+"""A pipeline's text encoder beside its transformer: packed as a language model, loaded with the whole pipeline."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_dit
+import torch
+from typer.testing import CliRunner
+
+import quant
+from quant.cli import app
+from quant.errors import ModelError, SettingsError
+from quant.inspect import look
+from quant.linear import PackedLinear
+from quant.progress import Progress
+from quant.recipe import Calibration, Recipe, Trajectory, override
+
+BOTH = ("transformer", "text_encoder_3")
+QUICK = ["solver.search.steps=4", "solver.sweeps=0", "solver.search.stretches=[]"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD3 with its three text encoders, of two blocks each, and a tokenizer of characters."""
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        PreTrainedTokenizerFast,
+        T5Config,
+        T5EncoderModel,
+    )
+
+    diffusers = tiny_dit.library()
+    place = tmp_path_factory.mktemp("components")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        in_channels=3, out_channels=3, block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",), latent_channels=4, norm_num_groups=4, layers_per_block=1,
+        shift_factor=0.0,
+    ).eval()  # fmt: skip
+    config = CLIPTextConfig(
+        vocab_size=128, hidden_size=12, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, projection_dim=20, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    encoders = [CLIPTextModelWithProjection(config).eval() for _ in range(2)]
+    larger = T5Config(vocab_size=128, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    folder = tiny.add_tokenizer(place / "tokenizer")
+    tokenizers = [PreTrainedTokenizerFast.from_pretrained(folder, model_max_length=16) for _ in range(3)]
+    made = diffusers.StableDiffusion3Pipeline(
+        tiny_dit.transformer("SD3Transformer2DModel"), diffusers.FlowMatchEulerDiscreteScheduler(), vae,
+        encoders[0], tokenizers[0], encoders[1], tokenizers[1], T5EncoderModel(larger).eval(), tokenizers[2],
+    )  # fmt: skip
+    made.save_pretrained(place / "float")
+    return place / "float"
+
+
+def recipe(source: Path) -> Recipe:
+    few = Calibration(str(tiny.text(source.parent, 600)), samples=3, sequence_length=8, batch_size=2)
+    quick = override(Recipe(), QUICK)
+    way = Trajectory(steps=2, keep=1)
+    return replace(quick, spec=quant.Uniform(bits=8, group_size=-1), calibration=few, trajectory=way)
+
+
+def paint(folder: Path) -> torch.Tensor:
+    pipe: Any = tiny_dit.library().DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    made = pipe("a red car", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np")
+    return torch.from_numpy(made.images)
+
+
+def test_both_are_packed_and_load_as_one_pipeline(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "packed"
+    result = quant.quantize(str(source), out, recipe(source), components=BOTH)
+    assert result.report["source"]["component"] == "transformer"
+    assert [one.report["source"]["component"] for one in result.others] == ["text_encoder_3"]
+    assert "prompts" not in result.others[0].report["calibration"]["text"]
+    assert "--components text_encoder_3" in result.others[0].report["command"]
+    pipe: Any = tiny_dit.library().DiffusionPipeline.from_pretrained(out)
+    for part in (pipe.transformer, pipe.text_encoder_3):
+        assert any(isinstance(module, PackedLinear) for module in part.modules())
+    assert float((paint(out) - paint(source)).abs().mean()) < 0.05
+    found = look(out)
+    assert (found["kind"], found["damage"]) == ("packed", None)
+    assert found["components"]["text_encoder_3"]["kind"] == "packed"
+    card = (out / "README.md").read_text()
+    assert "DiffusionPipeline.from_pretrained" in card
+    assert "text_encoder_3/README.md" in card
+    assert "AutoModel" in (out / "text_encoder_3" / "README.md").read_text()
+    weights = out / "text_encoder_3" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert "model.safetensors" in look(out)["damage"]
+
+
+def test_killed_in_the_second_component_it_resumes_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    class Stop(Progress):
+        begun = 0
+
+        def begin(self, blocks: int, weights: int, done: int) -> None:
+            self.begun += 1
+
+        def advanced(self, index: int, weights: int) -> None:
+            if self.begun == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quant.quantize(str(source), tmp_path / "stopped", recipe(source), components=BOTH, progress=Stop())
+    resumed = quant.quantize(str(source), tmp_path / "stopped", recipe(source), components=BOTH, mode="resume")
+    assert resumed.others[0].report["resumed_blocks"] == 1
+    quant.quantize(str(source), tmp_path / "straight", recipe(source), components=BOTH)
+    assert tiny.contents(tmp_path / "stopped") == tiny.contents(tmp_path / "straight")
+
+
+def test_the_command_predicts_what_it_then_writes(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe(source).to_dict()))
+    given = [
+        "--model",
+        str(source),
+        "--out",
+        str(tmp_path / "out"),
+        "--components",
+        ",".join(BOTH),
+        "--json",
+        "--quiet",
+    ]
+    given += ["--recipe", str(tmp_path / "recipe.json"), "--device", "cpu", "--threads", "1"]
+    predicted = json.loads(CliRunner().invoke(app, [*given, "--dry-run"]).stdout.splitlines()[-1])
+    made = json.loads(CliRunner().invoke(app, given).stdout.splitlines()[-1])
+    assert predicted["transformer"]["weight_files"] == made["files"]
+    assert predicted["text_encoder_3"]["weight_files"] == made["components"]["text_encoder_3"]["files"]
+
+
+def test_what_cannot_be_quantized_is_refused(source: Path, tmp_path: Path) -> None:
+    for wrong, error, said in (
+        ("vae", ModelError, "bitwright quantizes transformers and text encoders"),
+        ("text_encoder_4", ModelError, "a diffusers pipeline without a text_encoder_4"),
+        ("text_encoder", SettingsError, "name each once"),
+    ):
+        with pytest.raises(error, match=said):
+            quant.quantize(str(source), tmp_path / "out", recipe(source), components=("text_encoder", wrong))
+    with pytest.raises(ModelError, match="it has no components"):
+        quant.quantize(str(source / "transformer"), tmp_path / "out", recipe(source), components=("text_encoder",))
