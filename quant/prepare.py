@@ -29,6 +29,8 @@ from quant.models.walk import Walk, walk
 from quant.plan import Plan, make_plan
 from quant.progress import Progress
 from quant.recipe import Calibration, Recipe
+from quant.recovery.tunable import check_tunable
+from quant.recovery.tuning import BlockTuning
 from quant.threads import threads
 
 TRACE_TOKENS = 16
@@ -126,6 +128,10 @@ def prepare(
     found = walk(skeleton.model, _trace(skeleton), only=recipe.only, skip=recipe.skip)
     skeleton.lent = found.lent
     plan = make_plan(recipe, found, settings.plan)
+    if recipe.distillation is not None or isinstance(recipe.recovery, BlockTuning):
+        for spec in plan.specs.values():
+            if spec is not None:
+                check_tunable(spec)
     return Prepared(source, skeleton, found, plan, _draw(skeleton, found, recipe, settings, progress), recipe, settings)
 
 

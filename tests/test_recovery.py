@@ -25,6 +25,7 @@ from quant.models.walk import Site
 from quant.prepare import prepare
 from quant.progress import Progress
 from quant.recipe import override, recipe_from_dict
+from quant.recovery.distillation import Distillation
 from quant.recovery.tunable import KINDS, tunable
 from quant.recovery.tuning import BlockTuning, Task
 from quant.solvers.feedback import Feedback
@@ -223,6 +224,15 @@ def test_a_layout_without_a_tunable_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delitem(KINDS, PackedRotated)
     with pytest.raises(SettingsError, match="layout 'rotated' cannot be tuned; lowrank, trellis, uniform can"):
         tunable(packed, weight, True)
+
+
+@pytest.mark.parametrize("how", [{"recovery": BlockTuning()}, {"distillation": Distillation()}])
+def test_what_cannot_be_tuned_is_refused_before_any_work(
+    how: dict[str, Any], llama: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(KINDS, PackedTrellis)
+    with pytest.raises(SettingsError, match="layout 'trellis' cannot be tuned"):
+        prepare(str(llama), replace(tiny.recipe(words), spec=Rotated(), **how))
 
 
 def task(change: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> Task:

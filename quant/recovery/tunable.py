@@ -8,6 +8,7 @@ is lost when training ends. A new layout adds one class and one line of `KINDS`.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from quant.kernels.layouts import PackedUniform
 from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.packed import Packed
 from quant.kernels.rotated import PackedRotated
-from quant.kernels.spec import DTYPES
+from quant.kernels.spec import DTYPES, Spec
 from quant.kernels.trellis import PackedTrellis
 from quant.recovery.trainable import Tunable, through
 from quant.recovery.tunable_trellis import TunableTrellis
@@ -139,8 +140,18 @@ KINDS: dict[type[Packed], type[Tunable]] = {
 
 def tunable(packed: Packed, weight: Tensor, train_codes: bool) -> Tunable:
     """Raises `SettingsError` for a layout that has nothing to train."""
-    kind = KINDS.get(type(packed))
-    if kind is None:
-        known = ", ".join(sorted(packed.layout for packed in KINDS))
-        raise SettingsError(f"layout {packed.layout!r} cannot be tuned; {known} can: set recovery to null")
-    return kind(packed, weight, train_codes)
+    check_tunable(packed.spec)
+    return KINDS[type(packed)](packed, weight, train_codes)
+
+
+def check_tunable(spec: Spec) -> None:
+    """Raises `SettingsError` for a spec that has a layout with nothing to train."""
+    known = {packed.layout for packed in KINDS}
+    inner: Any = spec
+    while inner is not None:
+        if inner.layout not in known:
+            raise SettingsError(
+                f"layout {inner.layout!r} cannot be tuned; {', '.join(sorted(known))} can: set recovery and "
+                "distillation to null"
+            )
+        inner = getattr(inner, "base", None)
