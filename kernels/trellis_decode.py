@@ -73,7 +73,14 @@ def _word(
     elif CODE == "hyb":
         word = state * state + state
         place = (word >> (15 - TABLE)) & ((1 << TABLE) - 1)
-        return tl.load(pairs + place.to(tl.int32)).to(tl.uint32, bitcast=True) ^ (word & 0x8000)
+        if NATIVE:  # a plain load would be given a buffer in shared memory ahead of time, as if it came from far
+            pair = tl.inline_asm_elementwise(
+                "{.reg .u64 at; mad.wide.u32 at, $1, 4, $2; ld.global.nc.b32 $0, [at];}", "=r,r,l",
+                [place, pairs.to(tl.int64)], dtype=tl.uint32, is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            pair = tl.load(pairs + place.to(tl.int32)).to(tl.uint32, bitcast=True)
+        return pair ^ (word & 0x8000)
     else:
         if CODE == "mac":
             word = state * 34038481 + 76625530
