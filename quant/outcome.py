@@ -36,13 +36,13 @@ def _show_estimate(prepared: Prepared, predicted: Estimate, console: Console) ->
     table = Table("sites", "count", "rows x in", "bits", "group", "bits/weight", "bytes each", title=title)
     alike = Counter((_starred(s.name), s.shape, prepared.plan.specs[s.name]) for s in prepared.walk.sites)
     for (name, (rows, columns), spec), count in alike.items():
-        data = spec.to_dict() if spec else {}
+        data = spec.core.to_dict() if spec else {}
         cost = (
             (f"{spec.bits_per_weight((rows, columns)):.3f}", f"{spec.nbytes((rows, columns)):,}")
             if spec
             else ("", "float")
         )
-        shown = (str(data.get("base", data).get(key, "")) for key in ("bits", "group_size"))
+        shown = (str(data.get(key, "")) for key in ("bits", "group_size"))
         table.add_row(escape(name), str(count), f"{rows} x {columns}", *shown, *cost)
     console.print(table)
     for (name, reason), count in Counter((_starred(n), why) for n, why in prepared.walk.left.items()).items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -62,7 +63,8 @@ def command(run: Mapping[str, Any]) -> str:
     name, changes = _nearest(_flat(recipe))
     words = ["quantize", "--model", run["model"]["name"], "--recipe", name]
     words += ["--components", run["model"]["component"]] if "component" in run["model"] else []
-    own = changes.pop("spec.bits", None) or changes.pop("spec.base.bits", None)
+    place = next((path for path in changes if re.fullmatch(r"spec(\.base)*\.bits", path)), "")
+    own = changes.pop(place, None)
     if bits := own or code_bits(recipe["spec"]):  # said even where it is the recipe's own
         words += ["--bits", str(bits)]
     for path, value in changes.items():
