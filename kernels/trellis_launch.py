@@ -34,10 +34,10 @@ MASK = 0x8FFF8FFF - (1 << 32)
 """Of `inst`; an argument of the kernels, see `trellis_product.py`."""
 
 
-def choose(tokens: int, rows: int, columns: int, processors: int) -> Config:
+def choose(tokens: int, rows: int, columns: int, processors: int, code: str = "inst") -> Config:
     """The configuration without a tuned one: 256 rows per warp, K split until every multiprocessor has about 8 warps.
-    Two copies of a chunk are on their way while one is decoded."""
-    bm = 8 if tokens <= 8 else 16
+    Two copies of a chunk are on their way while one is decoded. `hyb`'s lookups leave registers for 8 tokens."""
+    bm = 8 if tokens <= 8 or code == "hyb" else 16
     programs = -(-rows // (16 * UNIT)) * -(-tokens // bm)
     return Config(bm, 16 * UNIT, 1, 3, even_splits(columns, min(32, processors * 8 // programs), CHUNK))
 
@@ -142,7 +142,7 @@ def launch(
         return
     x = x if x.stride(1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
     config = config or tuned(x.device, tokens, rows, columns, bits, f"{code}-{KINDS[x.dtype]}", CHUNK)
-    config = config or choose(tokens, rows, columns, processor(x.device)[0])
+    config = config or choose(tokens, rows, columns, processor(x.device)[0], code)
     grid = (-(-rows // config.bn), config.splits, -(-tokens // config.bm))
     partial, counters = out, out
     if config.splits > 1:

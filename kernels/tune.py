@@ -193,7 +193,7 @@ def fastest(
                 times[config] = measure.clock(call, len(packed), nbytes / 4e12)  # how many calls, no more
 
     if isinstance(spec, Trellis):
-        default = trellis_launch.choose(*sizes, count)
+        default = trellis_launch.choose(*sizes, count, spec.code)
         measured([default, *trellis_launch.candidates(*sizes, count)])
     elif isinstance(spec, Codebook):
         length = spec.chosen((rows, columns)).length

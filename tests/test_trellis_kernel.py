@@ -321,7 +321,7 @@ def compiled(capability: int, bits: int, code: str, window: int, kind: str, toke
     """The default configuration for a matrix of 8192 x 8192."""
     from quant.kernels.trellis_product import trellis_kernel
 
-    config = trellis_launch.choose(tokens, 8192, 8192, 132)
+    config = trellis_launch.choose(tokens, 8192, 8192, 132, code)
     types = dict.fromkeys(("x", "bias", "out"), f"*{kind}")
     types |= {"weight": "*i32", "scales": "*u8", "peaks": "*fp16", "table": "*fp32", "partial": "*fp32"}
     types |= {"counters": "*i32", "pairs": "*i32"}
