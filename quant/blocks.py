@@ -81,8 +81,10 @@ class BlockSolver:
         float_store: Outputs | None,
         on_site: Callable[[Solved], None],
         room: Callable[[str], Activations] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
-        """`room`: makes a store for the outputs of a submodule that later passes need no more compute."""
+        """`room`: makes a store for the outputs of a submodule that later passes need no more compute. `weights`: how
+        much each batch counts, of mean 1 over tokens."""
         self.replay, self.recipe, self.plan = replay, recipe, plan
         self.batches, self.store, self.float_store = batches, store, float_store
         self.on_site = on_site
@@ -90,7 +92,8 @@ class BlockSolver:
         self.remembered: list[Remembered] = []
         self.model: nn.Module = replay.model
         self.rounding = Rounding(replay.model)
-        self.weights: list[torch.Tensor] | None = None  # of each batch's tokens in the block, where they differ
+        # of each batch's tokens in the block, where they differ
+        self.weights = None if weights is None else [torch.tensor(weight) for weight in weights]
 
     def solve(self, index: int, block: Block, originals: dict[str, torch.Tensor]) -> list[Solved]:
         """Solves block `index` of the chain and leaves its dequantized weights in the model. `originals` is filled with

@@ -150,7 +150,8 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
     with Replay(model, chain) as replay:
         room = lambda name: _activations(prepared, journal.folder, name, len(batches))  # noqa: E731
         aim = float_store if matched else None
-        solver = BlockSolver(replay, recipe, prepared.plan, calibration, store, aim, progress.site, room)
+        counts = prepared.samples.weights if recipe.trajectory.weighting == "image" else None
+        solver = BlockSolver(replay, recipe, prepared.plan, calibration, store, aim, progress.site, room, counts)
         for index, name in enumerate(chain):
             began = time.perf_counter()
             progress.block(index, name)

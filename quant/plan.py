@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,21 @@ class Plan:
         return {name: None if spec is None else spec.to_dict() for name, spec in self.specs.items()}
 
 
-def make_plan(recipe: Recipe, found: Walk, file: Path | None = None) -> Plan:
-    """The recipe's spec for each site, with those that a plan file names replaced.
+def make_plan(recipe: Recipe, found: Walk, file: Path | None = None, bits: Mapping[str, int] | None = None) -> Plan:
+    """The recipe's spec for each site, with those that a plan file names replaced. `bits`: of each site, where they
+    were chosen by measurement.
 
     Raises:
         SettingsError: the file cannot be read, names a site that is not there, or holds an impossible spec.
     """
     sites = {site.name: site for site in found.sites}
     specs: dict[str, Spec | None] = {}
-    own = (
-        spread(recipe, found)
-        if recipe.average is not None
-        else {n: raised(recipe, recipe.spec, s) for n, s in sites.items()}
-    )
+    if bits is not None:
+        own = {name: of_width(recipe.spec, bits[name], site) for name, site in sites.items()}
+    elif recipe.average is not None:
+        own = spread(recipe, found)
+    else:
+        own = {name: raised(recipe, recipe.spec, site) for name, site in sites.items()}
     if file is None:
         return Plan(dict(own))
     try:
@@ -102,6 +105,14 @@ def raised(recipe: Recipe, spec: Spec, site: Site) -> Spec:
     if site.modulation and (core.to_dict().get("bits") or 0) < least:
         spec = respec(spec, bits=least) if isinstance(core, Uniform | Trellis) else Uniform(bits=least)
     return fitted(spec, site)
+
+
+def of_width(spec: Spec, bits: int, site: Site) -> Spec:
+    """The spec with codes of so many bits, a uniform grid where its own have no such width."""
+    try:
+        return fitted(respec(spec, bits=bits), site)
+    except SettingsError:
+        return fitted(Uniform(bits=bits), site)
 
 
 def fitted(spec: Spec, site: Site) -> Spec:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quant.allocation import allocate, sensitivities
 from quant.calibration import painting, trajectory
 from quant.calibration.samples import Batch, Samples, draw, moved, noise
 from quant.calibration.trajectory import cast
@@ -26,7 +27,7 @@ from quant.models.skeleton import Skeleton
 from quant.models.source import COMPONENT, Source, find
 from quant.models.stream import Forward
 from quant.models.walk import Walk, walk
-from quant.plan import Plan, make_plan
+from quant.plan import Plan, make_plan, of_width
 from quant.progress import Progress
 from quant.recipe import Calibration, Recipe
 from quant.recovery.tunable import check_tunable
@@ -37,6 +38,8 @@ TRACE_TOKENS = 16
 TRACE_ROWS = 2
 PROBE_TOKENS = 64
 SPILL_BYTES = 2 * 1024**3
+WIDTHS = (2, 3, 4, 8)
+PROBED = 20  # batches that the sensitivity of a site is measured on, spread over all
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,13 @@ class Settings:
 @dataclass(frozen=True)
 class Prepared:
     """A model that was walked and planned, with its calibration inputs: all that is known before work starts. `draw`:
-    makes them; a diffusion transformer's own run to get there is work, and waits until they are asked for."""
+    makes them; a diffusion transformer's own run to get there is work, and waits until they are asked for. `make`: the
+    plan, from them where it is measured."""
 
     source: Source
     skeleton: Skeleton
     walk: Walk
-    plan: Plan
+    make: Callable[[Samples | None], Plan]
     draw: Callable[[], Samples]
     recipe: Recipe
     settings: Settings
@@ -72,6 +76,15 @@ class Prepared:
     @cached_property
     def samples(self) -> Samples:
         return self.draw()
+
+    @cached_property
+    def plan(self) -> Plan:
+        plan = self.make(self.samples if measured(self.recipe, self.source) else None)
+        if self.recipe.distillation is not None or isinstance(self.recipe.recovery, BlockTuning):
+            for spec in plan.specs.values():
+                if spec is not None:
+                    check_tunable(spec)
+        return plan
 
     @property
     def outline(self) -> tuple[Batch, int]:
@@ -127,12 +140,38 @@ def prepare(
     skeleton = skeleton_of(source, settings)
     found = walk(skeleton.model, _trace(skeleton), only=recipe.only, skip=recipe.skip)
     skeleton.lent = found.lent
-    plan = make_plan(recipe, found, settings.plan)
-    if recipe.distillation is not None or isinstance(recipe.recovery, BlockTuning):
-        for spec in plan.specs.values():
-            if spec is not None:
-                check_tunable(spec)
-    return Prepared(source, skeleton, found, plan, _draw(skeleton, found, recipe, settings, progress), recipe, settings)
+    make = lambda samples: _plan(skeleton, found, recipe, settings, samples, progress)  # noqa: E731
+    prepared = Prepared(
+        source, skeleton, found, make, _draw(skeleton, found, recipe, settings, progress), recipe, settings
+    )
+    if not measured(recipe, source):
+        _ = prepared.plan  # what is wrong with it is said at once
+    return prepared
+
+
+def measured(recipe: Recipe, source: Source) -> bool:
+    """Whether the bits of each site are chosen by what its error costs (`allocation.py`)."""
+    chosen = source.is_diffusion if recipe.widths is None else bool(recipe.widths)
+    return recipe.average is not None and recipe.calibration is not None and chosen
+
+
+def _plan(
+    skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, samples: Samples | None, progress: Progress
+) -> Plan:
+    if samples is None or recipe.average is None:
+        return make_plan(recipe, found, settings.plan)
+    progress.step("measuring what an error of each site costs")
+    widths, names = sorted(recipe.widths or WIDTHS), skeleton.names_under("")
+    which = range(0, len(samples.batches), max(1, len(samples.batches) // PROBED))
+    batches = [moved(samples.batches[number], settings.device) for number in which]
+    weights = [1.0 if samples.weights is None else samples.weights[number] for number in which]
+    skeleton.load(names)
+    with threads(settings.threads or torch.get_num_threads()):
+        costs = sensitivities(skeleton.model, found, batches, weights, widths)
+    skeleton.unload(names)
+    size = lambda site, bits: of_width(recipe.spec, bits, site).nbytes(site.shape)  # noqa: E731
+    bits = allocate(found.sites, widths, costs, size, recipe.average)
+    return make_plan(recipe, found, settings.plan, bits)
 
 
 def skeleton_of(
@@ -184,6 +223,7 @@ def _follow(
         threads(settings.threads or torch.get_num_threads()),
         Forward(skeleton, found.chain, settings.spill_bytes) as forward,
     ):
-        samples = trajectory.follow(skeleton, forward, recipe)
+        weighed = recipe.trajectory.weighting == "image" or measured(recipe, source)
+        samples = trajectory.follow(skeleton, forward, recipe, weighed)
     said = f"; the pipeline was not run: {missing}" if source.inside else ""
     return replace(samples, text=samples.text + said)

@@ -17,6 +17,8 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from quant.calibration.importance import Attention
+from quant.calibration.settings import Calibration as Calibration
+from quant.calibration.settings import Trajectory as Trajectory
 from quant.errors import SettingsError
 from quant.kernels.spec import LowRank, Rotated, Smoothed, Spec, SpecError, Uniform, spec_from_dict
 from quant.recovery.distillation import Distillation
@@ -27,50 +29,6 @@ from quant.solvers.nearest import Nearest
 SOLVERS: tuple[type[Any], ...] = (Feedback, Nearest)
 RECOVERIES: tuple[type[Any], ...] = (BlockTuning,)
 IMPORTANCES: tuple[type[Any], ...] = (Attention,)
-MOST_SAMPLES = 1_000_000
-MOST_STEPS = 1000
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Which text the inputs come from. `text`: a name or a file; `samples` windows of `sequence_length` tokens, cut at
-    random places by `seed`; `batch_size` windows run at once (it can change the last bits of a sum).
-    """
-
-    text: str = "python-docs:calibration"
-    samples: int = 128
-    sequence_length: int = 512
-    seed: int = 0
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "sequence_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"calibration.{name} is {getattr(self, name)}; give at least 1")
-        if self.samples > MOST_SAMPLES:
-            raise SettingsError(f"calibration.samples is {self.samples:,}; at most {MOST_SAMPLES:,} windows are cut")
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """For a diffusion transformer: its `calibration.samples` samples go `steps` steps of the model's own scheduler,
-    under classifier-free `guidance` (1: none; None: the pipeline's own, and none without a pipeline), and `keep` of
-    each one's steps are calibrated on. `mix`: rows of different timesteps in a step of the end-to-end tuning."""
-
-    steps: int = 20
-    keep: int = 4
-    guidance: float | None = None
-    mix: int = 40
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "keep", "mix"):
-            if not 1 <= getattr(self, name) <= MOST_STEPS:
-                raise SettingsError(f"trajectory.{name} is {getattr(self, name)}; give 1 to {MOST_STEPS}")
-
-    def kept(self, sample: int, steps: int) -> set[int]:
-        """The steps that are kept of one sample: spread evenly, and shifted from sample to sample."""
-        keep = min(self.keep, steps)
-        return {(sample + place * steps // keep) % steps for place in range(keep)}
 
 
 @dataclass(frozen=True)
@@ -91,7 +49,9 @@ class Recipe:
     its outputs back to the float path's; None: nothing. `distillation`: what is done to the whole model once all blocks
     are solved; None: nothing. `importance`: how much each token counts in a Hessian; None:
     all the same. `average`: at most so many bits per weight over all sites, overhead included, by giving some of them
-    one bit more than `spec` (see `plan.py`); None: `spec` everywhere. `calibration` None: data-free, no text is read.
+    one bit more than `spec` (see `plan.py`); None: `spec` everywhere. `widths`: bits
+    among which `average` then chooses by what an error of each site costs at the output (`allocation.py`); None: a
+    diffusion transformer has (2, 3, 4, 8), others none. `calibration` None: data-free, no text is read.
     `trajectory`: where the inputs of a diffusion transformer come from; it reads no text. `modulation_bits`: the least
     that its adaLN modulations get (see `plan.py`).
     `only`, `skip`: glob patterns over site names.
@@ -108,6 +68,7 @@ class Recipe:
     distillation: Distillation | None = None
     importance: Any = None
     average: float | None = None
+    widths: tuple[int, ...] | None = None
     modulation_bits: int = 4
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
@@ -121,6 +82,8 @@ class Recipe:
             raise SettingsError(f"importance is {self.importance!r}; give an Attention() in a recipe file, or null")
         if self.importance is not None and self.calibration is None:
             raise SettingsError("importance weighs the calibration text's tokens, and this recipe has none; give one")
+        if any(not 1 <= width <= 8 for width in self.widths or ()):
+            raise SettingsError(f"widths are {list(self.widths or ())}; give numbers of bits from 1 to 8")
 
     def to_dict(self) -> dict[str, Any]:
         data = {item.name: getattr(self, item.name) for item in fields(self)}

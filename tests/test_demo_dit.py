@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,3 +66,20 @@ def test_tuning_end_to_end_counts_every_timestep(tmp_path: Path) -> None:
     assert after.size.linear_bits == before.size.linear_bits
     errors = [(one.noise, two.noise) for one, two in zip(before.steps, after.steps, strict=True)]
     assert all(x is not None and y is not None and y < 0.95 * x for x, y in (errors[0], errors[-2]))
+
+
+def test_bits_where_they_count_beat_as_many_spread_evenly(tmp_path: Path) -> None:
+    """`average` on a diffusion transformer: the same bytes or fewer, better images."""
+    pytest.importorskip("scipy", reason="not installed; pip install 'bitwright[diffusers]'")
+    small = ["calibration.samples=40", "trajectory.steps=10", "spec.bits=3", "spec.group_size=32", "modulation_bits=1"]
+    even = override(quant.load_recipe("gptq"), small)
+    quant.quantize(str(MODEL), tmp_path / "even", even)
+    bits = json.loads((tmp_path / "even" / "transformer" / "report.json").read_text())["bits"]["promised"]
+    mixed = quant.quantize(str(MODEL), tmp_path / "mixed", replace(even, average=bits))
+    assert mixed.report["bits"]["promised"] <= bits
+    assert len({site["spec"]["bits"] for site in mixed.report["sites"]}) > 1
+    hung = judge_images([tmp_path / "even", tmp_path / "mixed"], against=MODEL, rule=Rule(images=40, steps=10))
+    before, after = hung.pictures
+    assert before.psnr is not None
+    assert after.psnr is not None
+    assert after.psnr > before.psnr + 0.5

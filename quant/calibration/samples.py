@@ -7,7 +7,7 @@ The starting places are the ones that the shared rule for comparing tools prescr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +26,14 @@ from quant.recipe import Calibration
 @dataclass(frozen=True)
 class Samples:
     """`text`, `sha256`: what the batches were cut from; `tokens`: how many. `probe`: what the verification runs on,
-    where it is not a part of the first batch."""
+    where it is not a part of the first batch. `weights`: how much each batch counts, of mean 1 over rows."""
 
     batches: tuple[Batch, ...]
     text: str
     sha256: str
     tokens: int
     probe: Batch | None = None
+    weights: Sequence[float] | None = None
 
     def tokens_sha256(self) -> str:
         """What the model will be given: it tells two tokenizers apart where the text does not."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from quant.calibration.effects import SAMPLES, effects, relative
 from quant.calibration.samples import Batch, Samples
 from quant.calibration.texts import resolve
 from quant.checkpoint.shards import sha256
@@ -43,8 +45,8 @@ class Way:
     null: dict[str, Any] | None
 
 
-def follow(skeleton: DiffusionSkeleton, forward: Forward, recipe: Recipe) -> Samples:
-    """The calibration inputs that a recipe asks for.
+def follow(skeleton: DiffusionSkeleton, forward: Forward, recipe: Recipe, weighed: bool) -> Samples:
+    """The calibration inputs that a recipe asks for. `weighed`: with each batch's effect on the final image.
 
     Raises:
         CalibrationError: the file with prompts or tensors does not fit, or the latents leave the range of numbers.
@@ -55,12 +57,16 @@ def follow(skeleton: DiffusionSkeleton, forward: Forward, recipe: Recipe) -> Sam
         raise SettingsError("importance weighs the tokens of a text; set it to null for a diffusion transformer")
     schedule = scheduler(skeleton.source)
     way, name, digest = _start(skeleton, calibration, trajectory, schedule)
-    batches = _walk(forward, way, calibration, trajectory, getattr(torch, str(skeleton.dtype).partition(".")[2]))
+    where = (calibration, trajectory, getattr(torch, str(skeleton.dtype).partition(".")[2]))
+    found = _effects(forward, way, *where) if weighed else None
+    batches, numbers = _walk(forward, way, *where)
     steps = f"{trajectory.steps} steps of {type(schedule).__name__}" if schedule else "noise at all timesteps"
     kept = f"{min(trajectory.keep, trajectory.steps)} kept of each sample"
     text = f"{name}; {steps}, {kept}, guidance {trajectory.guidance or 1:g}, seed {calibration.seed}"
     tokens = sum(len(batch["hidden_states"]) for batch in batches)
-    return Samples(tuple(batches), text, digest, tokens, rows(batches[len(batches) // 2], torch.tensor([0])))
+    weights = found and relative(found, numbers, [len(batch["hidden_states"]) for batch in batches])
+    probe = rows(batches[len(batches) // 2], torch.tensor([0]))
+    return Samples(tuple(batches), text, digest, tokens, probe, weights)
 
 
 def outline(skeleton: DiffusionSkeleton, calibration: Calibration, trajectory: Trajectory) -> tuple[Batch, int]:
@@ -141,35 +147,68 @@ def _told(calibration: Calibration, given: Mapping[str, Any]) -> tuple[dict[str,
 
 def _walk(
     forward: Forward, way: Way, calibration: Calibration, trajectory: Trajectory, dtype: torch.dtype
-) -> list[Batch]:
-    """All samples together, a step at a time; returns what was kept."""
-    batches: list[Batch] = []
-    count, parts = len(way.x), torch.arange(len(way.x)).split(calibration.batch_size)
-    schedule = way.schedule
-    times = schedule.timesteps if schedule is not None else torch.linspace(999, 1, trajectory.steps).round()
+) -> tuple[list[Batch], list[int]]:
+    """All samples together, a step at a time; returns what was kept, and the number of each batch's step."""
+    batches, steps = list[Batch](), list[int]()
+    count, schedule, times = len(way.x), way.schedule, _times(way, trajectory)
     for number, time in enumerate(times):
-        x = (
-            way.x
-            if schedule is None or not hasattr(schedule, "scale_model_input")
-            else schedule.scale_model_input(way.x, time)
-        )
-        given = cast({"hidden_states": x, **way.given, "timestep": _time(time, way.given).expand(count).clone()}, dtype)
-        null = None if way.null is None else {**given, "class_labels": way.null["class_labels"]}
+        given, null = _given(way, schedule, time, way.x, dtype)
         kept = torch.tensor([n for n in range(count) if number in trajectory.kept(n, len(times))], dtype=torch.int64)
         for some in kept.split(calibration.batch_size) if len(kept) else ():
             part = rows(given, some)
             batches.append(part if null is None else joined(part, rows(null, some)))
+            steps.append(number)
         if schedule is None:
-            way.x = torch.randn(x.shape, generator=torch.Generator().manual_seed(calibration.seed + 1 + number))
+            generator = torch.Generator().manual_seed(calibration.seed + 1 + number)
+            way.x = torch.randn(way.x.shape, generator=generator)
         elif number + 1 < len(times):
-            said = torch.cat(forward([rows(given, part) for part in parts])).float().cpu()
-            if null is not None:
-                free = torch.cat(forward([rows(null, part) for part in parts])).float().cpu()
-                said = free + (trajectory.guidance or 1) * (said - free)
+            said = _said(forward, given, null, calibration.batch_size, trajectory.guidance or 1)
             way.x = _step(schedule, said, time, way.x, calibration.seed)
         if not bool(way.x.isfinite().all()):
             raise CalibrationError(f"the latents are not finite after step {number + 1}; try --dtype float32")
-    return batches
+    return batches, steps
+
+
+def _effects(
+    forward: Forward, way: Way, calibration: Calibration, trajectory: Trajectory, dtype: torch.dtype
+) -> list[float]:
+    """Of each step, measured on the first samples; all alike where there is no schedule."""
+    times, size = _times(way, trajectory), calibration.batch_size
+    if way.schedule is None:
+        return [1.0] * len(times)
+    few = torch.arange(min(SAMPLES, len(way.x)))
+    null = None if way.null is None else rows({"hidden_states": way.x, **way.null}, few)
+    some = Way(rows({"hidden_states": way.x, **way.given}, few), way.x[few], way.schedule, null)
+    some.given.pop("hidden_states")
+
+    def say(schedule: Any, number: int, x: Tensor) -> Tensor:
+        return _said(forward, *_given(some, schedule, times[number], x, dtype), size, trajectory.guidance or 1)
+
+    def step(schedule: Any, number: int, said: Tensor, x: Tensor) -> Tensor:
+        return _step(schedule, said, times[number], x, calibration.seed)
+
+    return effects(say, step, deepcopy(way.schedule), some.x, len(times), calibration.seed)
+
+
+def _times(way: Way, trajectory: Trajectory) -> Tensor:
+    return way.schedule.timesteps if way.schedule is not None else torch.linspace(999, 1, trajectory.steps).round()
+
+
+def _given(way: Way, schedule: Any, time: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Batch, Batch | None]:
+    """The model's arguments at one step, and under guidance those of the unconditional half."""
+    seen = schedule.scale_model_input(x, time) if hasattr(schedule, "scale_model_input") else x
+    when = _time(time, way.given).expand(len(x)).clone()
+    given = cast({"hidden_states": seen, **way.given, "timestep": when}, dtype)
+    return given, None if way.null is None else {**given, "class_labels": way.null["class_labels"]}
+
+
+def _said(forward: Forward, given: Batch, null: Batch | None, size: int, guidance: float) -> Tensor:
+    parts = torch.arange(len(given["hidden_states"])).split(size)
+    said = torch.cat(forward([rows(given, part) for part in parts])).float().cpu()
+    if null is not None:
+        free = torch.cat(forward([rows(null, part) for part in parts])).float().cpu()
+        said = free + guidance * (said - free)
+    return said
 
 
 def _step(schedule: Any, said: Tensor, time: Tensor, x: Tensor, seed: int) -> Tensor:

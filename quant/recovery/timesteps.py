@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
 
 
 def row_errors(output: Tensor, target: Tensor) -> Tensor:
@@ -18,3 +19,11 @@ def usual_errors(errors: Sequence[Tensor], times: Sequence[Tensor]) -> Tensor:
     error, time = torch.cat(list(errors)), torch.cat(list(times)).to(errors[0].device)
     sums = torch.zeros(int(time.max()) + 1, device=error.device).index_add_(0, time, error)
     return sums / time.bincount().clamp_min(1)
+
+
+def output_error(model: nn.Module, output: Tensor, target: Tensor) -> float:
+    """Mean over tokens of KL(target || output) where the model has a vocabulary, else of the rows' squared errors."""
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        return float(row_errors(output, target).mean())
+    output, target = output.float().log_softmax(-1), target.float().log_softmax(-1)
+    return float(kl_div(output, target, reduction="sum", log_target=True)) / target[..., 0].numel()

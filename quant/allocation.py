@@ -1,0 +1,141 @@
+"""Mixed precision: bits per site by what its error costs at the model's output (MixDQ, arXiv 2405.17873, section 3.3).
+
+One site at a time gets the error that each number of bits would leave in it, the others stay float, and the whole model
+says what became of its output: for a diffusion transformer the squared error of the prediction, each timestep weighted
+by how far an error there moves the final image (`calibration/effects.py`), so that the sum is the image's own error as
+long as errors are small; for a language model KL in nats. Then an integer program picks one width for each site:
+
+    minimise  sum cost[i, b] x[i, b]   with   sum_b x[i, b] = 1,   sum bytes[i, b] x[i, b] <= budget
+
+Solving every site at every width would take as many runs as there are widths. What feedback leaves is known without:
+rounding errors are white, `e` with a mean square of `4^-bits` of the row's, and the weight's error is `e V`, with `V`
+the factor that feedback itself uses (`solvers/factor.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.calibration.batch import Batch
+from quant.calibration.capture import Stage
+from quant.calibration.statistics import Statistics
+from quant.errors import CalibrationError, SettingsError
+from quant.models.stream import first_tensor
+from quant.models.walk import Site, Walk
+from quant.recovery.placed import as_parameter, oriented
+from quant.recovery.timesteps import output_error
+from quant.solvers.factor import factorise
+
+DAMP = 0.01
+
+
+@torch.no_grad()
+def sensitivities(
+    model: nn.Module, found: Walk, batches: Sequence[Batch], weights: Sequence[float], widths: Sequence[int]
+) -> dict[str, tuple[float, ...]]:
+    """For each site the cost at the model's output of each of `widths` bits. `batches`: what the whole float model is
+    run on; `weights[n]`: how much batch `n` counts."""
+    targets = [first_tensor(model(**batch)) for batch in batches]
+    factors = _factors(model, found, batches)
+    costs: dict[str, tuple[float, ...]] = {}
+    for number, site in enumerate(found.sites):
+        parameter = model.get_parameter(site.parameter)
+        kept = parameter.data
+        generator = torch.Generator().manual_seed(number)
+        white = torch.randn(site.shape, generator=generator).to(kept.device)
+        matrix = oriented(kept, site).float().reshape(site.shape)
+        error = white * matrix.square().mean(1, keepdim=True).sqrt()
+        if (factor := factors.get(site.name)) is not None:
+            order, feedback = factor
+            error = torch.empty_like(error).index_copy_(1, order, error @ feedback)
+        found_costs: list[float] = []
+        for bits in widths:
+            parameter.data = kept + as_parameter(site, error * 2.0**-bits).to(kept)
+            outputs = (first_tensor(model(**batch)) for batch in batches)
+            parts = [w * output_error(model, out, t) for w, out, t in zip(weights, outputs, targets, strict=True)]
+            found_costs.append(sum(parts) / max(1e-30, sum(weights)))
+        parameter.data = kept
+        if not all(math.isfinite(cost) for cost in found_costs):
+            raise CalibrationError(f"{site.name}: the model's output with an error in it is not finite; try float32")
+        costs[site.name] = tuple(found_costs)
+    return costs
+
+
+def _factors(model: nn.Module, found: Walk, batches: Sequence[Batch]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Order of the columns and `V` for every linear; sites of a stage share them."""
+    stages = [stage for block in found.blocks for stage in block.stages if stage[0].kind == "linear"]
+    watched = [Stage(model, stage, cross=False) for stage in stages]
+    with ExitStack() as watching:
+        for stage in watched:
+            watching.enter_context(stage.watch(stage.take(None), alone=False))
+        for batch in batches:
+            model(**batch)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for stage, one in zip(stages, watched, strict=True):
+        statistics: Statistics = one.finish()[0]
+        factor = factorise(statistics, "gar", DAMP, statistics.hessian.shape[0], 1)
+        if not isinstance(factor, str):
+            factors |= {site.name: (factor.order.to(factor.feedback.device), factor.feedback) for site in stage}
+    return factors
+
+
+def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: float) -> list[int]:
+    """For each row the number of the option chosen: least sum of costs with a sum of sizes of at most `budget`.
+
+    Raises:
+        SettingsError: scipy is not installed, or the smallest options are already too large.
+    """
+    least = sum(min(row) for row in sizes)
+    if least > budget:
+        raise SettingsError(f"a budget of {budget:.0f} bytes; the narrowest widths take {least}: give more")
+    scipy: Any = _scipy()
+    import numpy as np
+
+    flat_costs, flat_sizes = (np.array([x for row in rows for x in row], dtype=float) for rows in (costs, sizes))
+    rows = np.array([n for n, row in enumerate(costs) for _ in row])
+    one_each = (rows[None] == np.arange(len(costs))[:, None]).astype(float)
+    solved = scipy.milp(
+        flat_costs / max(flat_costs.max(), 1e-300),
+        integrality=np.ones(len(rows)),
+        bounds=scipy.Bounds(0, 1),
+        constraints=[
+            scipy.LinearConstraint(one_each, 1, 1),
+            scipy.LinearConstraint(flat_sizes[None] / budget, -np.inf, 1),
+        ],
+        options={"mip_rel_gap": 1e-6},
+    )
+    if solved.x is None:
+        raise SettingsError(f"the integer program of {len(costs)} sites found no solution ({solved.message})")
+    picked = np.asarray(solved.x).round().astype(bool)
+    return [int(np.flatnonzero(picked[rows == n])[0]) for n in range(len(costs))]
+
+
+def _scipy() -> Any:
+    try:
+        from scipy import optimize
+    except ImportError:
+        raise SettingsError(
+            "bits chosen by sensitivity need scipy's integer program: pip install scipy, or set widths to [] to spread "
+            "the average evenly"
+        ) from None
+    return optimize
+
+
+def allocate(
+    sites: Sequence[Site],
+    widths: Sequence[int],
+    costs: Mapping[str, Sequence[float]],
+    nbytes: Callable[[Site, int], int],
+    average: float,
+) -> dict[str, int]:
+    """Bits of each site, at most `average` per weight in all, overhead included."""
+    sizes = [[nbytes(site, bits) for bits in widths] for site in sites]
+    weights = sum(math.prod(site.shape) for site in sites)
+    picked = cheapest([costs[site.name] for site in sites], sizes, average * weights / 8)
+    return {site.name: widths[choice] for site, choice in zip(sites, picked, strict=True)}

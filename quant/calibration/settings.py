@@ -1,0 +1,55 @@
+"""What a recipe says about calibration inputs: of a text, and of a diffusion transformer's own way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from quant.errors import SettingsError
+
+MOST_SAMPLES = 1_000_000
+MOST_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text the inputs come from. `text`: a name or a file; `samples` windows of `sequence_length` tokens, cut at
+    random places by `seed`; `batch_size` windows run at once (it can change the last bits of a sum).
+    """
+
+    text: str = "python-docs:calibration"
+    samples: int = 128
+    sequence_length: int = 512
+    seed: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "sequence_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"calibration.{name} is {getattr(self, name)}; give at least 1")
+        if self.samples > MOST_SAMPLES:
+            raise SettingsError(f"calibration.samples is {self.samples:,}; at most {MOST_SAMPLES:,} windows are cut")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """For a diffusion transformer: its `calibration.samples` samples go `steps` steps of the model's own scheduler,
+    under classifier-free `guidance` (1: none; None: the pipeline's own, and none without a pipeline), and `keep` of
+    each one's steps are calibrated on. `mix`: rows of different timesteps in a step of the end-to-end tuning.
+    `weighting`: of timesteps in Hessians; `image`: by how far an error there moves the final image."""
+
+    steps: int = 20
+    keep: int = 4
+    guidance: float | None = None
+    mix: int = 40
+    weighting: Literal["uniform", "image"] = "uniform"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "keep", "mix"):
+            if not 1 <= getattr(self, name) <= MOST_STEPS:
+                raise SettingsError(f"trajectory.{name} is {getattr(self, name)}; give 1 to {MOST_STEPS}")
+
+    def kept(self, sample: int, steps: int) -> set[int]:
+        """The steps that are kept of one sample: spread evenly, and shifted from sample to sample."""
+        keep = min(self.keep, steps)
+        return {(sample + place * steps // keep) % steps for place in range(keep)}

@@ -1,0 +1,59 @@
+"""Mixed precision: the integer program finds the optimum, and bits where they count beat as many spread evenly."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy", reason="not installed; pip install 'bitwright[diffusers]'")
+
+from quant.allocation import cheapest
+from quant.errors import SettingsError
+from quant.recipe import Recipe, override
+from tests import tiny
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_program_finds_what_brute_force_finds(seed: int) -> None:
+    draw = random.Random(seed)
+    sizes = [sorted(draw.sample(range(10, 200), 4)) for _ in range(6)]
+    costs = [sorted((draw.random() ** 4 for _ in range(4)), reverse=True) for _ in range(6)]
+    low, high = sum(row[0] for row in sizes), sum(row[-1] for row in sizes)
+    budget = low + draw.random() * (high - low)
+    found = cheapest(costs, sizes, budget)
+    assert sum(row[n] for row, n in zip(sizes, found, strict=True)) <= budget
+    best = min(
+        sum(row[n] for row, n in zip(costs, chosen, strict=True))
+        for chosen in itertools.product(range(4), repeat=6)
+        if sum(row[n] for row, n in zip(sizes, chosen, strict=True)) <= budget
+    )
+    assert sum(row[n] for row, n in zip(costs, found, strict=True)) == pytest.approx(best, rel=1e-5)
+
+
+def test_a_budget_below_everything_is_refused() -> None:
+    with pytest.raises(SettingsError, match="narrowest widths take 30"):
+        cheapest([[1.0, 0.5], [1.0, 0.5]], [[10, 20], [20, 40]], 29)
+    with pytest.raises(SettingsError, match="widths"):
+        Recipe(widths=(2, 9))
+
+
+def test_a_language_model_takes_it_when_asked(llama: Path, words: Path) -> None:
+    """KL at the output decides, and the plan keeps to the average; without widths it stays as it was."""
+    from quant.prepare import prepare
+
+    even = override(tiny.recipe(words, bits=2), ["average=4.2"])
+    plain, chosen = (prepare(str(llama), recipe) for recipe in (even, replace(even, widths=(2, 3, 4, 8))))
+    sizes = {site.name: site.shape for site in plain.walk.sites}
+    bits = [
+        8 * sum(spec.nbytes(sizes[name]) for name, spec in one.plan.specs.items() if spec)
+        / sum(rows * columns for rows, columns in sizes.values())
+        for one in (plain, chosen)
+    ]  # fmt: skip
+    assert bits[1] <= 4.2
+    assert len({spec.core.to_dict()["bits"] for spec in chosen.plan.specs.values() if spec}) > 1
+    again = prepare(str(llama), replace(even, widths=(2, 3, 4, 8)))
+    assert again.plan == chosen.plan
