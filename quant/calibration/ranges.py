@@ -54,6 +54,6 @@ class RangeCollector:
 
 
 def timestep(batch: Mapping[str, Any]) -> float:
-    """The timestep of a batch; 0 where its model has none."""
+    """The timestep of a batch, its first row's; 0 where its model has none."""
     time = batch.get("timestep")
-    return float(time.flatten()[0]) if isinstance(time, Tensor) else 0.0
+    return 0.0 if time is None else float(torch.as_tensor(time).flatten()[0])
