@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text as Styled
 
+from quant.eval.columns import Column, some, tables
 from quant.eval.generate import Generation
 from quant.eval.report import Report
-
-
-@dataclass(frozen=True)
-class _Column:
-    """A heading, how a report fills it ("" for nothing to say), and what it means."""
-
-    heading: str
-    cell: Callable[[Report], str]
-    meaning: str
-
-
-def _some(value: float | None, form: str, unit: float = 1.0) -> str:
-    return "" if value is None else format(value / unit, form)
 
 
 def _figure(value: float | None) -> str:
@@ -36,54 +22,29 @@ def _figure(value: float | None) -> str:
 
 
 _COLUMNS = (
-    _Column("MB", lambda r: _some(r.size.bytes, ",.2f", 1e6), "weight files, 10^6 bytes"),
-    _Column("bits", lambda r: _some(r.size.linear_bits, ".3f"), "per weight of the quantized linears, measured"),
-    _Column("all", lambda r: _some(r.size.total_bits, ".3f"), "bits per parameter of the whole checkpoint"),
-    _Column("perplexity", lambda r: _figure(r.perplexity and r.perplexity.token), "per token"),
-    _Column("x", lambda r: _some(r.ratio, ".4f"), "perplexity over the original's"),
-    _Column("bits/byte", lambda r: _some(r.perplexity and r.perplexity.bits_per_byte, ".4f"), "compares tokenizers"),
-    _Column("KL", lambda r: _some(r.divergence and r.divergence.kl, ".5f"), "nats per token to the original"),
-    _Column("KL 99%", lambda r: _some(r.divergence and r.divergence.kl_p99, ".4f"), "its 99th percentile"),
-    _Column("top-1", lambda r: _some(r.divergence and r.divergence.top1, ".2%"), "same first choice"),
-    _Column("token cos", lambda r: _some(r.hidden and r.hidden.token, ".5f"), "hidden states against the original's"),
-    _Column("line cos", lambda r: _some(r.hidden and r.hidden.sentence, ".5f"), "averaged over each line"),
-    _Column("lowest", lambda r: _some(r.hidden and r.hidden.sentence_min, ".5f"), "the worst line"),
-    _Column("prefix", lambda r: _some(r.common_prefix, ".1f"), "tokens that greedy continuations share"),
-    _Column("repeat", lambda r: _some(r.repetition, ".0%"), "repeated 4-grams in them"),
-    _Column("prefill/s", lambda r: _some(r.speed.prefill, ",.0f"), "tokens per second, one window"),
-    _Column("decode/s", lambda r: _some(r.speed.decode, ",.1f"), "tokens per second, greedy, batch 1"),
-    _Column(
-        "RAM MB", lambda r: _some(r.memory.model + r.memory.running, ",.0f", 1e6), "tensors and rise while running"
-    ),
+    Column("MB", lambda r: some(r.size.bytes, ",.2f", 1e6), "weight files, 10^6 bytes"),
+    Column("bits", lambda r: some(r.size.linear_bits, ".3f"), "per weight of the quantized linears, measured"),
+    Column("all", lambda r: some(r.size.total_bits, ".3f"), "bits per parameter of the whole checkpoint"),
+    Column("perplexity", lambda r: _figure(r.perplexity and r.perplexity.token), "per token"),
+    Column("x", lambda r: some(r.ratio, ".4f"), "perplexity over the original's"),
+    Column("bits/byte", lambda r: some(r.perplexity and r.perplexity.bits_per_byte, ".4f"), "compares tokenizers"),
+    Column("KL", lambda r: some(r.divergence and r.divergence.kl, ".5f"), "nats per token to the original"),
+    Column("KL 99%", lambda r: some(r.divergence and r.divergence.kl_p99, ".4f"), "its 99th percentile"),
+    Column("top-1", lambda r: some(r.divergence and r.divergence.top1, ".2%"), "same first choice"),
+    Column("token cos", lambda r: some(r.hidden and r.hidden.token, ".5f"), "hidden states against the original's"),
+    Column("line cos", lambda r: some(r.hidden and r.hidden.sentence, ".5f"), "averaged over each line"),
+    Column("lowest", lambda r: some(r.hidden and r.hidden.sentence_min, ".5f"), "the worst line"),
+    Column("prefix", lambda r: some(r.common_prefix, ".1f"), "tokens that greedy continuations share"),
+    Column("repeat", lambda r: some(r.repetition, ".0%"), "repeated 4-grams in them"),
+    Column("prefill/s", lambda r: some(r.speed.prefill, ",.0f"), "tokens per second, one window"),
+    Column("decode/s", lambda r: some(r.speed.decode, ",.1f"), "tokens per second, greedy, batch 1"),
+    Column("RAM MB", lambda r: some(r.memory.model + r.memory.running, ",.0f", 1e6), "tensors and rise while running"),
 )
 
 
 def table(reports: Sequence[Report], width: int) -> Group:
     """One row per report. A column that no report fills is left out; what does not fit continues in a table below."""
-    columns = [column for column in _COLUMNS if any(column.cell(report) for report in reports)]
-    name = min(32, max(len("model"), *(len(report.model) for report in reports)))
-    parts: list[list[_Column]] = [[]]
-    left = room = width - name - 2
-    for column in columns:
-        need = 3 + max(len(column.heading), *(len(column.cell(report)) for report in reports))
-        if need > left and parts[-1]:
-            parts.append([])
-            left = room
-        parts[-1].append(column)
-        left -= need
-    legend = "; ".join(f"{column.heading}: {column.meaning}" for column in columns)
-    grids = [_grid(reports, part, name) for part in parts]
-    return Group(Styled(_title(reports[-1])), *grids, Styled(legend, style="dim"))
-
-
-def _grid(reports: Sequence[Report], columns: Sequence[_Column], name: int) -> Table:
-    grid = Table(box=SIMPLE_HEAD, pad_edge=False)
-    grid.add_column("model", overflow="fold", min_width=name, max_width=name)
-    for column in columns:
-        grid.add_column(column.heading, justify="right", no_wrap=True)
-    for report in reports:
-        grid.add_row(report.model, *(column.cell(report) or "-" for column in columns))
-    return grid
+    return tables(_title(reports[-1]), reports, _COLUMNS, width)
 
 
 def continuations(reports: Sequence[Report]) -> list[Panel]:

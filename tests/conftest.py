@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from torch import Tensor
 
 import quant
+from quant.calibration.statistics import Statistics
 from tests import tiny
 from tests.processes import Children, Start
 
@@ -66,3 +69,14 @@ def packed_moe(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("moe")
     quant.quantize(str(tiny.model("mixtral", folder / "model")), folder / "out", tiny.recipe(words, bits=3))
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def trained(demo: Path) -> tuple[Tensor, Statistics]:
+    """160 rows of a trained weight of the demo model, and the Hessian of outputs of another one: inputs with real
+    correlations."""
+    stored = safetensors.torch.load_file(demo / "model.safetensors")
+    names = sorted(name for name in stored if "gate_proj" in name)
+    weight, other = stored[names[0]].float(), stored[names[1]].float()
+    hessian = other.T @ other
+    return weight[:160], Statistics(hessian / hessian.diagonal().mean(), 1000)

@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,16 +128,6 @@ def test_altered_contents_are_refused(name: str, value: float, said: str) -> Non
     del tensors[name]
     with pytest.raises(LayoutError, match="missing"):
         PackedBinary.from_tensors(packed.spec, packed.shape, tensors)
-
-
-@pytest.fixture(scope="module")
-def trained(demo: Path) -> tuple[Tensor, Statistics]:
-    """A trained weight of the demo model, and the Hessian of outputs of another one: inputs with real correlations."""
-    stored = safetensors.torch.load_file(demo / "model.safetensors")
-    names = sorted(name for name in stored if "gate_proj" in name)
-    weight, other = stored[names[0]].float(), stored[names[1]].float()
-    hessian = other.T @ other
-    return weight[:160], Statistics(hessian / hessian.diagonal().mean(), 1000)
 
 
 def test_less_error_than_one_bit_and_less_bits_than_two(trained: tuple[Tensor, Statistics]) -> None:

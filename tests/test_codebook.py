@@ -7,7 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -203,16 +202,6 @@ def test_two_bits_of_pairs_beat_the_best_scalar_code() -> None:
     x = torch.randn((20_000, 2), generator=torch.Generator().manual_seed(1))
     table = kmeans.kmeans(x, torch.ones_like(x), 16)
     assert float((x - table[kmeans.nearest(x, torch.ones_like(x), table)]).square().mean()) < 0.112
-
-
-@pytest.fixture(scope="module")
-def trained(demo: Path) -> tuple[Tensor, Statistics]:
-    """A trained weight of the demo model, and the Hessian of outputs of another one: inputs with real correlations."""
-    stored = safetensors.torch.load_file(demo / "model.safetensors")
-    names = sorted(name for name in stored if "gate_proj" in name)
-    weight, other = stored[names[0]].float(), stored[names[1]].float()
-    hessian = other.T @ other
-    return weight[:160], Statistics(hessian / hessian.diagonal().mean(), 1000)
 
 
 def test_fewer_bits_less_error_than_a_uniform_grid(trained: tuple[Tensor, Statistics]) -> None:

@@ -22,9 +22,8 @@ from quant.kernels.rotated import IDENTITY, PackedRotated, Rotation
 from quant.kernels.spec import LowRank, Rotated, Spec
 from quant.linear import PackedLinear
 from tests.ahead import Compiled, compile_for
+from tests.guarded import guarded, intact
 from tests.rerun import rerun
-
-GUARD = 64  # elements before and after a buffer
 
 
 def weight(rows: int, columns: int, spec: Codebook, seed: int = 0) -> PackedCodebook:
@@ -164,13 +163,6 @@ def test_ahead_of_time() -> None:
     rerun(__file__, "compiled")
 
 
-def guarded(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A poisoned matrix and the buffer with its guard bands."""
-    buffer = torch.full((shape[0] * shape[1] + 2 * GUARD,), torch.nan, dtype=dtype)
-    buffer[:GUARD] = buffer[-GUARD:] = 7.0
-    return buffer[GUARD:-GUARD].view(shape), buffer
-
-
 CASES = [
     (1, 100, 150, Codebook(length=6, index_bits=11, second_bits=2, share=0.24), torch.float16, 8, 2),
     (2, 40, 128, Codebook(length=5, index_bits=9, rows=20), torch.bfloat16, 8, 1),
@@ -198,7 +190,7 @@ def interpreted_matmul(case: tuple[Any, ...]) -> None:
         expected = exact if extra is None else exact + bias.double()
         error = (out.double() - expected).abs()
         assert bool((error <= allowed + 2 * torch.finfo(dtype).eps * expected.abs()).all()), float(error.max())
-        assert bool((buffer[:GUARD] == 7).all() and (buffer[-GUARD:] == 7).all())
+        assert intact(buffer)
         found.append(out)
     assert torch.equal(found[0], found[2])
 

@@ -325,18 +325,6 @@ def test_damaged_rotations_are_refused() -> None:
         Rotated(Rotated())
 
 
-@pytest.fixture(scope="module")
-def trained(demo: Path) -> tuple[Tensor, Statistics]:
-    """A trained weight of the demo model, and the Hessian of outputs of another one: inputs with real correlations."""
-    import safetensors.torch
-
-    stored = safetensors.torch.load_file(demo / "model.safetensors")
-    names = sorted(name for name in stored if "gate_proj" in name)
-    weight, other = stored[names[0]].float(), stored[names[1]].float()
-    hessian = other.T @ other
-    return weight[:160], Statistics(hessian / hessian.diagonal().mean(), 1000)
-
-
 def test_fewer_bits_less_error_than_a_uniform_grid(trained: tuple[Tensor, Statistics]) -> None:
     weight, statistics = trained
     uniform = Feedback().solve(weight, statistics, Uniform(bits=2, group_size=64))

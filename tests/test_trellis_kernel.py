@@ -21,9 +21,8 @@ from quant.kernels.spec import DTYPES, LowRank, Rotated, Spec, Trellis
 from quant.kernels.trellis_order import ArrangedTrellis, arrange, chunks, plain, units
 from quant.linear import PackedLinear
 from tests.ahead import SHARED_LIMIT, Compiled, compile_for
+from tests.guarded import guarded, intact
 from tests.rerun import rerun
-
-GUARD = 64  # elements before and after a buffer
 
 
 def weight(rows: int, columns: int, spec: Trellis, seed: int = 0) -> PackedTrellis:
@@ -149,13 +148,6 @@ def test_ahead_of_time() -> None:
     rerun(__file__, "compiled")
 
 
-def guarded(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A poisoned matrix and the buffer with its guard bands."""
-    buffer = torch.full((shape[0] * shape[1] + 2 * GUARD,), torch.nan, dtype=dtype)
-    buffer[:GUARD] = buffer[-GUARD:] = 7.0
-    return buffer[GUARD:-GUARD].view(shape), buffer
-
-
 CASES = [
     (1, 70, 100, 32, 12, "inst", torch.float16, Config(8, 256, 1, 1, 2)),
     (2, 300, 64, 256, 16, "mac", torch.bfloat16, Config(8, 256, 1, 1, 1)),
@@ -185,7 +177,7 @@ def interpreted_matmul(bits: int, case: tuple[Any, ...]) -> None:
         expected = exact if extra is None else exact + bias.double()
         error = (out.double() - expected).abs()
         assert bool((error <= allowed + 2 * torch.finfo(dtype).eps * expected.abs()).all()), float(error.max())
-        assert bool((buffer[:GUARD] == 7).all() and (buffer[-GUARD:] == 7).all())
+        assert intact(buffer)
         found.append(out)
     assert all(torch.equal(again, found[0]) for again in found[2:])
 

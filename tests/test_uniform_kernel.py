@@ -16,9 +16,8 @@ from quant.kernels.order import Arranged, arrange, pieces, plain
 from quant.kernels.spec import DTYPES, Uniform
 from quant.linear import PackedLinear
 from tests.ahead import SHARED_LIMIT, Compiled, compile_for
+from tests.guarded import guarded, intact
 from tests.rerun import rerun
-
-GUARD = 64  # elements before and after a buffer
 
 
 def weight(rows: int, columns: int, spec: Uniform, seed: int = 0) -> PackedUniform:
@@ -126,13 +125,6 @@ def test_ahead_of_time() -> None:
     rerun(__file__, "compiled")
 
 
-def guarded(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A poisoned matrix and the buffer with its guard bands."""
-    buffer = torch.full((shape[0] * shape[1] + 2 * GUARD,), torch.nan, dtype=dtype)
-    buffer[:GUARD] = buffer[-GUARD:] = 7.0
-    return buffer[GUARD:-GUARD].view(shape), buffer
-
-
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def interpreted_matmul(bits: int, dtype: torch.dtype) -> None:
@@ -177,7 +169,7 @@ def check(tokens: int, rows: int, columns: int, spec: Uniform, dtype: torch.dtyp
         expected = exact if extra is None else exact + bias.double() + residual.double()
         error = (out.double() - expected).abs()
         assert bool((error <= allowed + 2 * torch.finfo(dtype).eps * expected.abs()).all()), float(error.max())
-        assert bool((buffer[:GUARD] == 7).all() and (buffer[-GUARD:] == 7).all())
+        assert intact(buffer)
         results.append(out)
     again, _ = guarded((tokens, rows), dtype)
     launch.launch(
