@@ -51,10 +51,12 @@ class Stage:
 
     def take(self, weights: torch.Tensor | None, reference: torch.Tensor | None = None, time: float = 0.0) -> Take:
         """Adds what it is given to the collectors. `weights` `[B, T]`: of the batch's tokens; for linears only, since
-        an expert's rows do not say which tokens they are. `time`: the batch's timestep."""
-        weights = None if self.site.kind == "experts" else weights
+        an expert's rows do not say which tokens they are. Of no dimension: of all of them. `time`: the batch's
+        timestep."""
+        given = None if self.site.kind == "experts" and weights is not None and weights.dim() else weights
 
         def add(expert: int, x: torch.Tensor) -> None:
+            weights = given if given is None or given.dim() else given.to(x.device).expand(x.shape[:-1])
             if weights is not None and x.shape[:-1] not in (weights.shape, (weights.numel(),)):
                 raise CalibrationError(
                     f"{self.site.name}: its inputs {list(x.shape)} are not those of the {list(weights.shape)} tokens "
