@@ -20,6 +20,8 @@ from quant.errors import SettingsError, SolverError
 from quant.kernels import dispatch
 from quant.kernels.spec import LowRank, Rotated, Smoothed, Spec, Uniform, rounds_inputs
 from quant.linear import PackedLinear
+from quant.models.arguments import build, find_form
+from quant.models.stream import first_tensor
 from quant.prepare import prepare
 from quant.progress import Progress
 from quant.recipe import Calibration, Trajectory, load_recipe, override, with_spec
@@ -185,6 +187,28 @@ def test_what_cannot_round_is_refused_in_words() -> None:
         with_spec(Recipe(), group_size=40, activations=8)
     with pytest.raises(SettingsError, match="activations is 6"):
         with_spec(Recipe(), activations=6)
+
+
+def test_a_pipeline_library_loads_rounded_inputs(tmp_path: Path) -> None:
+    diffusers = tiny_dit.library()
+    source = tiny_dit.folder("FluxTransformer2DModel", tmp_path / "float", "FlowMatchEulerDiscreteScheduler")
+    small = {"calibration": Calibration(samples=3, batch_size=2), "trajectory": Trajectory(steps=3, keep=2)}
+    recipe = Recipe(spec=Smoothed(EIGHT, points=1), **small)  # pyright: ignore[reportArgumentType]
+    quant.quantize(str(source), tmp_path / "w8a8", recipe)
+    model = diffusers.FluxTransformer2DModel.from_pretrained(source)
+    form = find_form(model)
+    given = build(model, form.layout, form.traced, 2)
+    loaded = (
+        diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "w8a8"),
+        quant.load(tmp_path / "w8a8"),
+        quant.load(tmp_path / "w8a8", dequantize=True),
+    )
+    with torch.no_grad():
+        expected = first_tensor(model(**given))
+        found = [first_tensor(one(**given)) for one in loaded]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])  # which rounds nothing
+    assert float((found[0] - expected).norm() / expected.norm()) < 0.01
 
 
 @pytest.mark.slow
