@@ -163,7 +163,8 @@ def load(
     `checkpoint`: a local folder or a hub name. `device`: where all of it goes, "auto", or a map from modules to devices
     (`device_map` in transformers). `dtype` of what is not packed and of the computation: by default float32 on a CPU
     and the checkpoint's own ("auto") elsewhere. `dequantize`: a plain float model with the same weights, for tools that
-    know nothing of this package; the memory of a float model, and no inputs rounded. `verify`: check every file's sha256 first.
+    know nothing of this package; the memory of a float model, and no inputs rounded. `verify`: check every file's
+    sha256 first.
 
     Raises:
         CheckpointError: the folder is not a sound packed checkpoint; says which file or tensor.
