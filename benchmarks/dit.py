@@ -40,6 +40,7 @@ from quant.recipe import with_spec
 
 PEERS = ("quanto max", "quanto hqq", "autoround rtn", "autoround", "autoround asym", "autoround algext")
 GRIDS = ("rtn", "gptq", "gptq_float", "rounding")  # recipes whose groups are chosen here
+PLAIN = {"codebook": "vq4dit"}  # without its recovery
 LEAST = 4  # bits of modulations under the default of a recipe
 SHOWN = ("what", "bits", "PSNR", "pooled", "worst", "SSIM", "Fréchet", "right", "seconds")
 
@@ -133,7 +134,10 @@ def hand_over(prepared: Prepared, place: Path) -> None:
 
 def ours(row: dict[str, Any], args: Namespace, place: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     group = args.group_size if row["what"] in GRIDS else None
-    recipe = with_spec(quant.load_recipe(row["what"]), bits=row["nominal"], group_size=group)
+    named = quant.load_recipe(PLAIN.get(row["what"], row["what"]))
+    recipe = with_spec(
+        replace(named, recovery=None) if row["what"] in PLAIN else named, bits=row["nominal"], group_size=group
+    )
     recipe = replace(recipe, modulation_bits=LEAST if row["modulations raised"] else 1)
     out = place / "ours"
     result = quant.quantize(str(args.model), out, recipe, mode="restart")

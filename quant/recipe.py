@@ -21,13 +21,14 @@ from quant.calibration.settings import Calibration as Calibration
 from quant.calibration.settings import Trajectory as Trajectory
 from quant.errors import SettingsError
 from quant.kernels.spec import LowRank, Rotated, Smoothed, Spec, SpecError, Uniform, spec_from_dict
+from quant.recovery.assignments import Assignments
 from quant.recovery.distillation import Distillation
 from quant.recovery.tuning import BlockTuning
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
 
 SOLVERS: tuple[type[Any], ...] = (Feedback, Nearest)
-RECOVERIES: tuple[type[Any], ...] = (BlockTuning,)
+RECOVERIES: tuple[type[Any], ...] = (BlockTuning, Assignments)
 IMPORTANCES: tuple[type[Any], ...] = (Attention,)
 
 

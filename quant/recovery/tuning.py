@@ -95,7 +95,7 @@ class BlockTuning:
             )
 
     def recover(self, task: Task) -> Recovered:
-        before, energy = _loss(task, {name: packed.dequantize() for name, packed in task.packed.items()})
+        before, energy = losses(task, {name: packed.dequantize() for name, packed in task.packed.items()})
         share = before / energy if energy > 0 else 0.0
         if not before > 0:
             return Recovered(task.packed, share, share)
@@ -103,21 +103,13 @@ class BlockTuning:
         with torch.enable_grad():
             self._train(task, tunables, before / task.batches)
         packed = {name: one.pack() for name, one in tunables.items()}
-        after, _ = _loss(task, {name: one.dequantize() for name, one in packed.items()})
+        after, _ = losses(task, {name: one.dequantize() for name, one in packed.items()})
         if not after < before:
             return Recovered(task.packed, share, share)
         return Recovered(packed, share, after / energy)
 
     def rehearse(self, task: Task, batches: int) -> float:
-        began = time.perf_counter()
-        few = replace(self, steps=min(self.steps, REHEARSED))
-        few.recover(task)
-        whole = time.perf_counter() - began
-        began = time.perf_counter()
-        _loss(task, {name: packed.dequantize() for name, packed in task.packed.items()})
-        passing = time.perf_counter() - began
-        step = max(0.0, whole - 2 * passing) / few.steps
-        return step * self.steps + 2 * passing * batches / task.batches
+        return rehearsed(self, task, batches)
 
     def _train(self, task: Task, tunables: Mapping[str, Tunable], usual: float) -> None:
         """`usual`: a batch's loss before training."""
@@ -127,7 +119,7 @@ class BlockTuning:
         for step, batch in enumerate(in_turn(task.batches, self.steps, self.seed + task.seed)):
             decay = 1 - step / self.steps
             weights = {name: one.weight() for name, one in tunables.items()}
-            loss = _distance(task, weights, batch)[0] / usual
+            loss = distance(task, weights, batch)[0] / usual
             if not bool(torch.isfinite(loss)):
                 raise SolverError(
                     f"{task.name}: the tuning loss is not finite at step {step}; lower recovery.codes and "
@@ -148,6 +140,19 @@ class BlockTuning:
             task.on_step(step + 1, self.steps, float(loss.detach()))
 
 
+def rehearsed(recovery: Any, task: Task, batches: int) -> float:
+    """See `Recovery.rehearse`: a few of its `steps`, and the two passes over all batches apart from them."""
+    began = time.perf_counter()
+    few = replace(recovery, steps=min(recovery.steps, REHEARSED))
+    few.recover(task)
+    whole = time.perf_counter() - began
+    began = time.perf_counter()
+    losses(task, {name: packed.dequantize() for name, packed in task.packed.items()})
+    passing = time.perf_counter() - began
+    step = max(0.0, whole - 2 * passing) / few.steps
+    return step * recovery.steps + 2 * passing * batches / task.batches
+
+
 def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
     """None for experts that no token of this batch reached."""
     found: Any = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -162,13 +167,13 @@ def in_turn(batches: int, steps: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def _loss(task: Task, weights: Mapping[str, Tensor]) -> tuple[float, float]:
+def losses(task: Task, weights: Mapping[str, Tensor]) -> tuple[float, float]:
     """Squared error and energy of the block's output, summed over all batches."""
-    found = [_distance(task, weights, batch) for batch in range(task.batches)]
+    found = [distance(task, weights, batch) for batch in range(task.batches)]
     return sum(float(error) for error, _ in found), sum(float(energy) for _, energy in found)
 
 
-def _distance(task: Task, weights: Mapping[str, Tensor], batch: int) -> tuple[Tensor, Tensor]:
+def distance(task: Task, weights: Mapping[str, Tensor], batch: int) -> tuple[Tensor, Tensor]:
     """Squared error and energy of the block's output on one batch."""
     with placed(task.model, {site.parameter: as_parameter(site, weights[site.name]) for site in task.sites}):
         outputs = _floats(task.output(batch))

@@ -51,6 +51,20 @@ class CodebookRounder:
         self.rounded = set[int]()
         self._scale(torch.zeros(shape[0], dtype=torch.uint8, device=device))
 
+    @classmethod
+    def of(cls, packed: PackedCodebook) -> CodebookRounder:
+        """The rounder as it was when it packed this."""
+        made = cls(packed.spec, packed.shape, packed.device)
+        tensors, fine = packed.tensors(), packed.fine(0)
+        made.tables = [tensors[name].float() for name in ("codebook", "second") if name in tensors]
+        made.peaks = tensors["peaks"]
+        made.fine = made.fine.index_fill(0, fine, True)
+        first, second = packed.indices()
+        made.index[0] = first
+        made.index[1][:, fine] = second.long()
+        made._scale(tensors["scales"])
+        return made
+
     def fit(self, start: int, weight: Tensor, importance: Tensor, rehearsal: Rehearsal | None = None) -> None:
         share = importance.float() / importance.sum().clamp_min(1e-30)
         scales = (weight.float().square() @ share).sqrt() * WIDER
@@ -59,8 +73,8 @@ class CodebookRounder:
         self._scale(scale_codes(scales, self.peaks[self.group]))
         ranked = importance.sort(descending=True, stable=True)[1]
         self.fine = torch.zeros_like(self.fine).index_fill_(0, ranked[: self.spec.finer(self.shape[1])], True)
-        x = self._vectors(weight.float() * (WIDER * self.inverse)[:, None])
-        counts = self._vectors(self.energy[:, None] * share)
+        x = self.vectors(weight.float() * (WIDER * self.inverse)[:, None])
+        counts = self.vectors(self.energy[:, None] * share)
         for group, (first, last) in enumerate(self.ranges):
             part, count = x[first:last], counts[first:last]
             for number, table in enumerate(self.tables):
@@ -71,7 +85,7 @@ class CodebookRounder:
 
     def round(self, columns: Tensor, values: Tensor) -> Tensor:
         column = int(columns)
-        x, counts = (self._vectors(v)[:, 0] for v in (values * self.inverse[:, None], self.energy[:, None]))
+        x, counts = (self.vectors(v)[:, 0] for v in (values * self.inverse[:, None], self.energy[:, None]))
         rounded = torch.empty_like(x)
         for group, (first, last) in enumerate(self.ranges):
             tables = [table[group] for table in self.tables]
@@ -144,7 +158,7 @@ class CodebookRounder:
 
     def _gathered(self, matrix: Tensor) -> list[Tensor]:
         """What each entry of the tables gathers of `matrix` `[out, in]`: the transpose of the scaled `_levels`."""
-        vectors, sums = self._vectors(matrix * self.scales[:, None]), list[Tensor]()
+        vectors, sums = self.vectors(matrix * self.scales[:, None]), list[Tensor]()
         for number, table in enumerate(self.tables):
             columns = self.fine if number else slice(None)
             index = (self.index[number][:, columns] + self.offsets[number]).flatten()
@@ -152,7 +166,7 @@ class CodebookRounder:
             sums.append(flat.index_add_(0, index, vectors[:, columns].flatten(0, 1)).view_as(table))
         return sums
 
-    def _vectors(self, matrix: Tensor) -> Tensor:
+    def vectors(self, matrix: Tensor) -> Tensor:
         """`[out, k]` as vectors `[vector rows, k, length]`, zero where a vector is longer than its rows."""
         laid = matrix.new_zeros((self.index.shape[1] * self.spec.length, matrix.shape[1]))
         laid[self.place] = matrix
