@@ -14,7 +14,10 @@ from typing import Any
 Report = Mapping[str, Any]
 Site = Mapping[str, Any]
 METHODS = {"Feedback": "GPTQ (arXiv 2210.17323)", "Nearest": "round to nearest"}  # others: by their class
-RECOVERIES = {"BlockTuning": "block tuning (SignRound, arXiv 2309.05516, on codes; Adam on scales)"}
+RECOVERIES = {
+    "BlockTuning": "block tuning (SignRound, arXiv 2309.05516, on codes; Adam on scales)",
+    "Assignments": "assignments of vectors learned among candidates (VQ4DiT, arXiv 2408.17131)",
+}
 
 
 def notes(report: Report) -> list[tuple[str, str]]:
