@@ -140,3 +140,8 @@ LAYOUTS: dict[str, type[Packed]] = {
     )
 }
 """The only table from a name to a class: files on disk need names."""
+
+
+def shared_names(spec: Spec | None) -> tuple[str, ...]:
+    """The tensors that matrices stacked along the rows have in common, those of what the spec goes around included."""
+    return () if spec is None else (*LAYOUTS[spec.layout].shared, *shared_names(getattr(spec, "base", None)))

@@ -79,7 +79,9 @@ def check_tensors(spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tens
 def concatenate(parts: Sequence[Packed]) -> Packed:
     """The parts stacked along the rows. They share spec, columns and `shared` tensors, or `LayoutError` says what
     differs."""
-    first, stored = parts[0], [part.tensors() for part in parts]
+    from quant.kernels.layouts import shared_names  # it needs this module
+
+    first, stored, shared = parts[0], [part.tensors() for part in parts], shared_names(parts[0].spec)
     for part in parts[:-1]:
         if part.shape[0] % part.spec.unit:
             raise LayoutError(
@@ -91,10 +93,10 @@ def concatenate(parts: Sequence[Packed]) -> Packed:
                 f"cannot stack {part.spec} of {part.shape[1]} columns on {first.spec} of {first.shape[1]}; "
                 "parts must share spec and columns"
             )
-        if any(not torch.equal(tensors[name], stored[0][name]) for name in first.shared if name in tensors):
-            raise LayoutError(f"cannot stack parts that differ in {' or '.join(first.shared)}")
+        if any(not torch.equal(tensors[name], stored[0][name]) for name in shared if name in tensors):
+            raise LayoutError(f"cannot stack parts that differ in {' or '.join(shared)}")
     joined = {
-        name: tensor if name in first.shared else torch.cat([tensors[name] for tensors in stored])
+        name: tensor if name in shared else torch.cat([tensors[name] for tensors in stored])
         for name, tensor in stored[0].items()
     }
     return type(first).from_tensors(first.spec, (sum(part.shape[0] for part in parts), first.shape[1]), joined)

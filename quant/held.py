@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quant.kernels.arranged import checkpoint_order, has_order, is_arranged, kernel_order, weight_of
 from quant.kernels.available import runs_triton
-from quant.kernels.layouts import LAYOUTS, Packed
+from quant.kernels.layouts import LAYOUTS, Packed, shared_names
 from quant.kernels.packed import concatenate
 from quant.kernels.reference import Weight
 from quant.kernels.spec import DTYPES, Spec
@@ -71,7 +71,7 @@ class Slot:
 
     def _each(self, name: str) -> bool:
         """Whether a tensor in kernel order is stacked, one for each expert."""
-        return self.experts > 0 and name not in LAYOUTS[self.spec.layout].shared
+        return self.experts > 0 and name not in shared_names(self.spec)
 
     def _tensors(self, expert: int) -> dict[str, Tensor]:
         return {name: part[expert] if self._each(name) else part for name, part in self.tensors.items()}

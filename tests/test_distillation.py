@@ -91,7 +91,10 @@ class Kills(Progress):
             raise Killed
 
 
-@pytest.mark.parametrize("spec", [Uniform(bits=2, group_size=32), Rotated(Trellis(window=8, length=64))], ids=str)
+KILLED = [Uniform(bits=2, group_size=32), Rotated(Trellis(window=8, length=64, code="hyb", table_bits=4))]
+
+
+@pytest.mark.parametrize("spec", KILLED, ids=str)
 def test_killed_while_tuning(spec: Spec, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("gemma3", tmp_path / "model")
     recipe = replace(tiny.recipe(words), spec=spec, solver=FAST, distillation=Distillation(steps=7, codes=0.5))

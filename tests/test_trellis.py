@@ -349,8 +349,9 @@ def test_dead_rows_and_columns_stay_zero(trained: tuple[Tensor, Statistics]) -> 
     assert Feedback().solve(torch.zeros_like(weight), trained[1], Trellis(window=8)).weight.abs().max() == 0
 
 
-def test_a_checkpoint_keeps_its_promise_and_runs(llama: Path, words: Path, tmp_path: Path) -> None:
-    recipe = override(load_recipe("balanced"), [f"calibration.text={words}", *SMALL])
+@pytest.mark.parametrize("code", ["inst", "hyb"])
+def test_a_checkpoint_keeps_its_promise_and_runs(code: str, llama: Path, words: Path, tmp_path: Path) -> None:
+    recipe = override(load_recipe("balanced"), [f"calibration.text={words}", *SMALL, f"spec.base.code={code}"])
     first = quant.quantize(str(llama), tmp_path / "a", recipe)
     assert first.report["bits"]["promised"] == pytest.approx(first.written.measured_bits)
     quant.quantize(str(llama), tmp_path / "b", recipe)
@@ -370,9 +371,10 @@ def test_a_fraction_of_a_bit_is_spread_over_the_sites(llama: Path, words: Path, 
         quant.quantize(str(llama), tmp_path / "none", override(recipe, ["average=2.001"]))
 
 
-def test_stacks_of_experts(words: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", ["inst", "hyb"])
+def test_stacks_of_experts(code: str, words: Path, tmp_path: Path) -> None:
     model = tiny.model("mixtral", tmp_path / "model")
-    recipe = override(load_recipe("balanced"), [f"calibration.text={words}", *SMALL])
+    recipe = override(load_recipe("balanced"), [f"calibration.text={words}", *SMALL, f"spec.base.code={code}"])
     result = quant.quantize(str(model), tmp_path / "out", recipe)
     stacks = [site for site in result.report["sites"] if site["experts"]]
     assert stacks

@@ -98,7 +98,8 @@ class TrellisRounder:
 
     def pack(self) -> Packed:
         states = list(self.states.split([length // self.spec.vector for length in self.lengths], 1))
-        return PackedTrellis.from_states(self.spec, self.shape, states, self.codes, self.peaks, self.table)
+        table = None if self.table is None else self.table.clone()  # each matrix is stored with one of its own
+        return PackedTrellis.from_states(self.spec, self.shape, states, self.codes, self.peaks, table)
 
     def _alike(self) -> list[tuple[int, int, int]]:
         """Runs of sequences of one length: that length, and where the run begins and ends in a column."""
