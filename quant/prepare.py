@@ -215,6 +215,11 @@ def _follow(
         return trajectory.noise(skeleton)
     missing = painting.complete(source) if (source := skeleton.source).inside else "it stands alone"
     if missing is None:
+        if recipe.trajectory.weighting == "image":
+            raise SettingsError(
+                "trajectory.weighting=image is measured for a transformer that is calibrated alone, not in a pipeline; "
+                f"give {source.folder} as the model, or leave it uniform"
+            )
         progress.step("running the pipeline from noise to image")
         with threads(settings.threads or torch.get_num_threads()):
             return painting.follow(skeleton, found.chain, recipe, settings.spill_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import quant
 from quant.calibration.samples import moved
 from quant.checkpoint.manifest import verify
-from quant.errors import CalibrationError, ModelError
+from quant.errors import CalibrationError, ModelError, SettingsError
 from quant.estimate import estimate
 from quant.linear import PackedLinear
 from quant.models.arguments import Form, build, find_form
@@ -224,6 +225,9 @@ def test_a_pipeline_is_calibrated_as_it_paints(tmp_path: Path) -> None:
     assert "its own guidance" in samples.text
     assert [len(batch["hidden_states"]) for batch in samples.batches] == [4, 4, 4, 4]  # half of them without a label
     assert all(1000 in batch["class_labels"].tolist() for batch in samples.batches)
+    weighed = replace(recipe, trajectory=replace(recipe.trajectory, weighting="image"))
+    with pytest.raises(SettingsError, match="float/transformer as the model, or leave it uniform"):
+        _ = prepare(str(tmp_path / "float"), weighed).samples
     streamed = prepare(str(tmp_path / "float"), recipe, quant.Settings(spill_bytes=0)).samples
     assert streamed.tokens_sha256() == samples.tokens_sha256()
     (tmp_path / "float" / "vae").rename(tmp_path / "elsewhere")
