@@ -84,6 +84,8 @@ class Prepared:
             for spec in plan.specs.values():
                 if spec is not None:
                     check_tunable(spec)
+        if self.recipe.distillation is not None:
+            self.recipe.distillation.check({*plan.specs, *(name for name, _ in self.skeleton.model.named_parameters())})
         return plan
 
     @property

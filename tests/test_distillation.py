@@ -65,6 +65,23 @@ def test_codes_of_a_trellis_get_better(demo: Path, tuned: tuple[Any, Any], tmp_p
     assert len(changed) > 20
 
 
+def test_only_what_is_named_is_tuned(demo: Path, tuned: tuple[Any, Any], tmp_path: Path) -> None:
+    plain = tuned[0]
+    recipe = replace(
+        recipe_from_dict(plain.report["recipe"]), distillation=Distillation(steps=6, codes=1.0, only=("*.mlp.*",))
+    )
+    assert recipe_from_dict(recipe.to_dict()) == recipe
+    some = quantize(str(demo), tmp_path / "some", recipe)
+    assert some.report["distillation"]["after"] < some.report["distillation"]["before"]
+    before, after = (load_file(run.out / "model.safetensors") for run in (plain, some))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.endswith("proj.weight") for name in changed)
+    assert all(".mlp." in name for name in changed)
+    lost = override(recipe, ['distillation.only=["*.norm9.*"]'])
+    with pytest.raises(SettingsError, match="matches no linear and no parameter"):
+        quantize(str(demo), tmp_path / "none", lost)
+
+
 def test_it_is_told(tuned: tuple[Any, Any]) -> None:
     card, page = ((tuned[1].out / name).read_text() for name in ("README.md", "report.html"))
     assert "end-to-end tuning" in card

@@ -24,9 +24,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,16 @@ class Tuned:
 class Distillation:
     """See the module. A step takes one calibration batch. `rate`: of Adam, relative to each scale and to the root mean
     square of each vector; it falls to 0 linearly. `codes`: levels by which a place may move, twice; 0 leaves the codes.
-    A diffusion transformer's stay: tuned, they cost its images up to 4 dB (docs/diffusion.md).
+    A diffusion transformer's stay: tuned, they cost its images up to 4 dB (docs/diffusion.md). `only`: patterns over
+    the names of sites and vectors; what none matches is left as it was solved (QuEST, arXiv 2402.03666, tunes the
+    layers that read the time embedding and the most sensitive ones). Empty: all.
     """
 
     steps: int = 128
     rate: float = 0.005
     codes: float = 0.0
     seed: int = 0
+    only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not all(0 <= r < math.inf for r in (self.rate, self.codes)) or not self.rate + self.codes:
@@ -101,9 +105,17 @@ class Distillation:
                 "rates finite and not negative, and one of them above 0"
             )
 
+    def check(self, names: Collection[str]) -> None:
+        """Raises `SettingsError` if a pattern of `only` matches none of the sites and parameters."""
+        for pattern in self.only:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise SettingsError(
+                    f"distillation.only: {pattern!r} matches no linear and no parameter; --dry-run lists the linears"
+                )
+
     def tune(self, whole: Whole) -> Tuned:
         """Same task, same bytes, however often it was interrupted."""
-        student = _Student(whole, self.codes > 0 and whole.times is None)
+        student = _Student(whole, self.codes > 0 and whole.times is None, self.only)
         before = student.loss_of_all() if whole.times is None else student.measure()
         vectors = {name: whole.model.get_parameter(name).to(kind) for name, kind in whole.vectors.items()}
         if not before > 0:
@@ -148,7 +160,7 @@ class Distillation:
 class _Student:
     """The model with trainable weights. Where it is not being run it is the teacher."""
 
-    def __init__(self, whole: Whole, train_codes: bool) -> None:
+    def __init__(self, whole: Whole, train_codes: bool, only: tuple[str, ...]) -> None:
         self.whole, self.model = whole, whole.model
         self.tunables: dict[str, Tunable] = {}
         for name, packed in whole.packed.items():
@@ -163,19 +175,25 @@ class _Student:
         head = getattr(whole.model, "get_output_embeddings", lambda: None)
         self.vocabulary = head() is not None
         self.usual: Tensor | None = None
+        wanted = lambda name: not only or any(fnmatchcase(name, pattern) for pattern in only)  # noqa: E731
+        self.chosen = [one for name, one in self.tunables.items() if wanted(name)]
+        self.moved = [one.change for name, one in self.vectors.items() if one.unit > 0 and wanted(name)]
+        if not self.chosen and not self.moved:
+            raise SettingsError(
+                f"distillation.only {list(only)} matches nothing that can be tuned; leave it empty for all"
+            )
 
     def parameters(self) -> list[Tensor]:
-        found = [parameter for one in self.tunables.values() for parameter in one.scales()]
-        return found + [one.change for one in self.vectors.values() if one.unit > 0]
+        return [parameter for one in self.chosen for parameter in one.scales()] + self.moved
 
     def codes(self) -> list[Tensor]:
-        return [parameter for one in self.tunables.values() for parameter in one.codes()]
+        return [parameter for one in self.chosen for parameter in one.codes()]
 
     def held(self) -> list[Tensor]:
-        return [tensor for one in self.tunables.values() for tensor in one.held()]
+        return [tensor for one in self.chosen for tensor in one.held()]
 
     def settle(self, step: int) -> None:
-        for one in self.tunables.values():
+        for one in self.chosen:
             one.settle(step)
 
     def result(self) -> tuple[dict[str, Packed], dict[str, Tensor]]:
