@@ -4,4 +4,4 @@ from quant.kernels.spec import Codebook
 from quant.recipe import Recipe
 from quant.recovery.assignments import Assignments
 
-RECIPE = Recipe(spec=Codebook(), match="float", recovery=Assignments())
+RECIPE = Recipe(spec=Codebook(bits=2), match="float", recovery=Assignments())

@@ -148,7 +148,7 @@ def test_bad_settings_are_refused(values: dict[str, Any]) -> None:
 def test_recipes_with_bad_recoveries_are_refused() -> None:
     with pytest.raises(SettingsError, match="no calibration"):
         Recipe(calibration=None, recovery=BlockTuning())
-    with pytest.raises(SettingsError, match="recovery kind 'Magic' is unknown; this version has BlockTuning"):
+    with pytest.raises(SettingsError, match="recovery kind 'Magic' is unknown; this version has Assignments"):
         recipe_from_dict({"recovery": {"kind": "Magic"}})
     with pytest.raises(SettingsError, match="unknown key 'rate'"):
         recipe_from_dict({"recovery": {"kind": "BlockTuning", "rate": 1}})

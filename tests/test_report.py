@@ -183,6 +183,7 @@ def run(recipe: Recipe, plan: dict[str, Any]) -> dict[str, Any]:
 def recipes() -> Iterator[Recipe]:
     yield from (load_recipe(name) for name in shipped_recipes())
     yield with_spec(load_recipe("gptq"), bits=3, group_size=-1, symmetric=True)
+    yield with_spec(load_recipe("vq4dit"), bits=2.25)
     yield override(load_recipe("rtn"), ["solver.search.steps=5", "spec.scale_dtype=bfloat16"])
     texts = ["calibration.text=my notes.txt", "calibration.samples=7", "calibration.seed=3", "calibration.batch_size=1"]
     yield override(load_recipe("gptq"), [*texts, "solver.damp=0.05", "solver.search.narrowest=0.5", "match=float"])

@@ -321,7 +321,7 @@ def test_damaged_rotations_are_refused() -> None:
         tensors[name][index] = value
         with pytest.raises(LayoutError, match=name):
             PackedRotated.from_tensors(packed.spec, packed.shape, tensors).validate()
-    with pytest.raises(SpecError, match="one rotation"):
+    with pytest.raises(SpecError, match="one is enough"):
         Rotated(Rotated())
 
 

@@ -64,9 +64,10 @@ def command(run: Mapping[str, Any]) -> str:
     words = ["quantize", "--model", run["model"]["name"], "--recipe", name]
     words += ["--components", run["model"]["component"]] if "component" in run["model"] else []
     place = next((path for path in changes if re.fullmatch(r"spec(\.base)*\.bits", path)), "")
-    own = changes.pop(place, None)
-    if bits := own or code_bits(recipe["spec"]):  # said even where it is the recipe's own
-        words += ["--bits", str(bits)]
+    bits = changes.get(place) or code_bits(recipe["spec"])
+    if bits and not bits % 1:  # said even where it is the recipe's own; a fraction would be an average there
+        words += ["--bits", str(int(bits))]
+        changes.pop(place, None)
     for path, value in changes.items():
         words += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
     if any(spec != recipe["spec"] for spec in run["plan"].values()):
