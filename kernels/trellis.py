@@ -76,6 +76,8 @@ def state_values(spec: Trellis, table: Tensor | None) -> Tensor:
 
 def read(values: Tensor, states: Tensor) -> Tensor:
     """What `states` `[..., steps]` stand for, `[..., steps * vector]`; `values` as of `state_values`."""
+    if len(values) == 1:  # a gather of single values is faster, and weights are read by it
+        return values[0][states]
     return values.T[states].flatten(-2)
 
 
