@@ -20,7 +20,7 @@ from quant.calibration.importance import Attention
 from quant.calibration.settings import Calibration as Calibration
 from quant.calibration.settings import Trajectory as Trajectory
 from quant.errors import SettingsError
-from quant.kernels.spec import LowRank, Rotated, Smoothed, Spec, SpecError, Uniform, spec_from_dict
+from quant.kernels.spec import WRAPPERS, Spec, SpecError, Uniform, spec_from_dict
 from quant.recovery.assignments import Assignments
 from quant.recovery.distillation import Distillation
 from quant.recovery.tuning import BlockTuning
@@ -261,4 +261,4 @@ def respec(spec: Spec, **changes: Any) -> Spec:
 
 def _with_core(spec: Spec, core: Spec) -> Spec:
     """The spec with other codes inside the same wrappers."""
-    return replace(spec, base=_with_core(spec.base, core)) if isinstance(spec, Rotated | LowRank | Smoothed) else core
+    return replace(spec, base=_with_core(spec.base, core)) if isinstance(spec, WRAPPERS) else core

@@ -33,7 +33,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 
 from quant.errors import SettingsError, SolverError
@@ -41,7 +40,7 @@ from quant.kernels.packed import Packed
 from quant.models.walk import Site
 from quant.recovery.interrupted import keep, restore
 from quant.recovery.placed import as_parameter, oriented, placed
-from quant.recovery.timesteps import row_errors, usual_errors
+from quant.recovery.timesteps import divergence, has_vocabulary, row_errors, usual_errors
 from quant.recovery.trainable import Tunable, through
 from quant.recovery.tunable import tunable
 from quant.recovery.tuning import in_turn
@@ -172,8 +171,7 @@ class _Student:
             block: [name for name, site in whole.sites.items() if name in whole.packed and _within(site.name, block)]
             for block in whole.blocks
         }
-        head = getattr(whole.model, "get_output_embeddings", lambda: None)
-        self.vocabulary = head() is not None
+        self.vocabulary = has_vocabulary(whole.model)
         self.usual: Tensor | None = None
         wanted = lambda name: not only or any(fnmatchcase(name, pattern) for pattern in only)  # noqa: E731
         self.chosen = [one for name, one in self.tunables.items() if wanted(name)]
@@ -236,11 +234,10 @@ class _Student:
         if self.usual is not None and self.whole.times is not None:
             usual = self.usual[self.whole.times[number].to(self.usual.device)]
             return (row_errors(output, target) / usual.clamp_min(1e-30)).mean()
+        if self.vocabulary:
+            return divergence(output, target)
         output, target = output.float(), target.float()
-        if not self.vocabulary:
-            return (output - target).square().sum() / target.square().sum().clamp_min(1e-30)
-        output, target = output.log_softmax(-1), target.log_softmax(-1)
-        return kl_div(output, target, reduction="sum", log_target=True) / target[..., 0].numel()
+        return (output - target).square().sum() / target.square().sum().clamp_min(1e-30)
 
     @contextmanager
     def _in_place(self) -> Generator[None]:

@@ -1,4 +1,4 @@
-"""The error of a diffusion transformer's prediction, row by row and timestep by timestep."""
+"""The error of a model's output: of a diffusion transformer's row by row and timestep by timestep, else KL."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ def usual_errors(errors: Sequence[Tensor], times: Sequence[Tensor]) -> Tensor:
 
 def output_error(model: nn.Module, output: Tensor, target: Tensor) -> float:
     """Mean over tokens of KL(target || output) where the model has a vocabulary, else of the rows' squared errors."""
-    if getattr(model, "get_output_embeddings", lambda: None)() is None:
-        return float(row_errors(output, target).mean())
+    return float(divergence(output, target) if has_vocabulary(model) else row_errors(output, target).mean())
+
+
+def has_vocabulary(model: nn.Module) -> bool:
+    """Whether its output are logits of tokens."""
+    return getattr(model, "get_output_embeddings", lambda: None)() is not None
+
+
+def divergence(output: Tensor, target: Tensor) -> Tensor:
+    """KL(target || output) of logits `[..., vocabulary]`: mean over tokens, in nats."""
     output, target = output.float().log_softmax(-1), target.float().log_softmax(-1)
-    return float(kl_div(output, target, reduction="sum", log_target=True)) / target[..., 0].numel()
+    return kl_div(output, target, reduction="sum", log_target=True) / target[..., 0].numel()
