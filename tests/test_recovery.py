@@ -17,10 +17,11 @@ from quant.errors import SettingsError, SolverError
 from quant.estimate import estimate
 from quant.eval.perplexity import encode, measure, resolve, rule_for
 from quant.eval.subject import open_subject
-from quant.kernels.layouts import PackedTrellis, PackedUniform
+from quant.kernels.codebook import PackedCodebook
+from quant.kernels.layouts import PackedTrellis
 from quant.kernels.packed import Packed
 from quant.kernels.rotated import PackedRotated
-from quant.kernels.spec import LowRank, Rotated, Spec, Trellis, Uniform
+from quant.kernels.spec import Codebook, LowRank, Rotated, Smoothed, Spec, Trellis, Uniform
 from quant.models.walk import Site
 from quant.prepare import prepare
 from quant.progress import Progress
@@ -163,6 +164,8 @@ SPECS = [
     Uniform(bits=3, group_size=32), Uniform(bits=2, group_size=-1, symmetric=True),
     Uniform(bits=4, group_size=40, scale_dtype="bfloat16"), Trellis(), Rotated(), Rotated(base=Uniform(bits=2)),
     Rotated(Trellis(code="hyb", table_bits=6)), LowRank(Trellis(bits=3, length=32), rank=4),
+    Codebook(length=2, index_bits=4), Codebook(length=3, index_bits=5, second_bits=3, share=0.2, rows=40),
+    Smoothed(Rotated(), points=3), Smoothed(Uniform(bits=3, group_size=32), points=3),
 ]  # fmt: skip
 
 
@@ -171,15 +174,22 @@ def solved(spec: Spec, solver: Any = None, rows: int = 64, columns: int = 96) ->
     weight = torch.randn(rows, columns, generator=generator) / 8
     weight[5] = 0
     collector = HessianCollector(columns)
-    collector.update(torch.randn(400, columns, generator=generator).cumsum(1) / 4)
-    return weight, (solver or Feedback()).solve(weight, collector.finish(), spec).packed
+    inputs = torch.randn(400, columns, generator=generator).cumsum(1) / 4
+    collector.update(inputs)
+    statistics = replace(collector.finish(), peaks=inputs.abs().amax(0)[None], sample=inputs[:50])
+    return weight, (solver or Feedback()).solve(weight, statistics, spec).packed
 
 
 def changed(before: Packed, after: Packed) -> float:
-    """The share of a trellis's codes in which they differ."""
-    while not isinstance(before, PackedTrellis | PackedUniform):
+    """The share of a trellis's or a codebook's codes in which they differ."""
+    while hasattr(before, "base"):
         before, after = before.base, after.base  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
-    if isinstance(before, PackedUniform):
+    if isinstance(before, PackedCodebook):
+        assert isinstance(after, PackedCodebook)
+        first, second = (a != b for a, b in zip(before.indices(), after.indices(), strict=True))
+        first[:, before.fine(0)] |= second
+        return float(first.float().mean())
+    if not isinstance(before, PackedTrellis):
         return 0.0
     assert isinstance(after, PackedTrellis)
     assert after.spec == before.spec
@@ -213,16 +223,21 @@ def test_what_is_trained_is_what_is_stored(spec: Spec, codes: bool) -> None:
     after = one.pack()
     after.validate()
     assert not torch.equal(after.dequantize(), packed.dequantize())
-    # the rotations are sums in another order
+    # the rotations are sums in another order, and factors are multiplied in another
     torch.testing.assert_close(
-        one.weight().detach(), after.dequantize(), rtol=0, atol=1e-6 if isinstance(spec, Rotated) else 0
+        one.weight().detach(),
+        after.dequantize(),
+        rtol=0,
+        atol=1e-6 if isinstance(spec, Rotated | Smoothed | Codebook) else 0,
     )
 
 
 def test_a_layout_without_a_tunable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, packed = solved(Rotated())
     monkeypatch.delitem(KINDS, PackedRotated)
-    with pytest.raises(SettingsError, match="layout 'rotated' cannot be tuned; lowrank, trellis, uniform can"):
+    with pytest.raises(
+        SettingsError, match="layout 'rotated' cannot be tuned; codebook, lowrank, smoothed, trellis, uniform can"
+    ):
         tunable(packed, weight, True)
 
 

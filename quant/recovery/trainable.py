@@ -10,6 +10,9 @@ from torch import Tensor
 
 from quant.kernels.packed import Packed
 
+MOST = 0.01  # of a trellis's or codebook's codes may change in a step (PV-Tuning, arXiv 2405.14852, section 3.2)
+EVERY = 4  # they search every fourth column in turn: a search of all costs more than a step's gradient
+
 
 class Tunable(ABC):
     """One packed matrix `[out, in]` in training. All its tensors are float32."""
@@ -31,7 +34,7 @@ class Tunable(ABC):
         return []
 
     def scales(self) -> list[Tensor]:
-        """Parameters that start at 0 and multiply scales as `1 + parameter`."""
+        """Parameters that start at 0, each a change relative to what it changes."""
         return []
 
     @abstractmethod

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from quant.errors import SettingsError
+from quant.kernels.codebook import PackedCodebook
 from quant.kernels.layouts import PackedUniform
 from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.packed import Packed
 from quant.kernels.rotated import PackedRotated
-from quant.kernels.spec import DTYPES, Spec
+from quant.kernels.smoothed import PackedSmoothed
+from quant.kernels.spec import DTYPES, Spec, rounds_inputs
 from quant.kernels.trellis import PackedTrellis
 from quant.recovery.trainable import Tunable, through
+from quant.recovery.tunable_codebook import TunableCodebook
 from quant.recovery.tunable_trellis import TunableTrellis
 from quant.solvers.grid import storable
 
@@ -67,8 +70,26 @@ class TunableUniform(Tunable):
         return storable(self.start * (1 + self.gain.detach()), DTYPES[self.spec.scale_dtype])
 
 
-class TunableLowRank(Tunable):
-    """What its base has, and the values of both factors."""
+class Wrapped(Tunable):
+    """What its `base` has; wrappers add to it."""
+
+    base: Tunable
+
+    def codes(self) -> list[Tensor]:
+        return self.base.codes()
+
+    def scales(self) -> list[Tensor]:
+        return self.base.scales()
+
+    def settle(self, step: int) -> None:
+        self.base.settle(step)
+
+    def held(self) -> list[Tensor]:
+        return self.base.held()
+
+
+class TunableLowRank(Wrapped):
+    """The values of both factors too."""
 
     def __init__(self, packed: Packed, weight: Tensor, train_codes: bool) -> None:
         assert isinstance(packed, PackedLowRank)
@@ -76,17 +97,8 @@ class TunableLowRank(Tunable):
         self.base = tunable(packed.base, weight.addmm(*(part.float() for part in self.factors), alpha=-1), train_codes)
         self.gains = [torch.zeros_like(part, dtype=torch.float32, requires_grad=True) for part in self.factors]
 
-    def codes(self) -> list[Tensor]:
-        return self.base.codes()
-
     def scales(self) -> list[Tensor]:
         return [*self.base.scales(), *self.gains]
-
-    def settle(self, step: int) -> None:
-        self.base.settle(step)
-
-    def held(self) -> list[Tensor]:
-        return self.base.held()
 
     def weight(self) -> Tensor:
         moved = [part.float() * (1 + gain) for part, gain in zip(self.factors, self.gains, strict=True)]
@@ -101,26 +113,14 @@ class TunableLowRank(Tunable):
         return value.detach().to(self.packed.lora_a.dtype)
 
 
-class TunableRotated(Tunable):
-    """What its base has, seen through the rotations."""
+class TunableRotated(Wrapped):
+    """The base is seen through the rotations, which stay."""
 
     def __init__(self, packed: Packed, weight: Tensor, train_codes: bool) -> None:
         assert isinstance(packed, PackedRotated)
         self.packed, self.inputs, self.outputs = packed, packed.inputs(), packed.outputs()
         turned = self.outputs.apply(self.inputs.apply(weight).T).T.contiguous()
         self.base = tunable(packed.base, turned, train_codes)
-
-    def codes(self) -> list[Tensor]:
-        return self.base.codes()
-
-    def scales(self) -> list[Tensor]:
-        return self.base.scales()
-
-    def settle(self, step: int) -> None:
-        self.base.settle(step)
-
-    def held(self) -> list[Tensor]:
-        return self.base.held()
 
     def weight(self) -> Tensor:
         return self.outputs.undo(self.inputs.undo(self.base.weight()).T).T
@@ -129,12 +129,38 @@ class TunableRotated(Tunable):
         return replace(self.packed, base=self.base.pack())
 
 
+class TunableSmoothed(Wrapped):
+    """The factors of the inputs too: around a rotation they are its signs, trained (QTIP, arXiv 2406.11235, section
+    4.1, and QuIP# before it tune them so). They stay where inputs are rounded, which sees the stored ones."""
+
+    def __init__(self, packed: Packed, weight: Tensor, train_codes: bool) -> None:
+        assert isinstance(packed, PackedSmoothed)
+        self.packed, self.start = packed, packed.smooth.float()
+        self.base = tunable(packed.base, weight / self.start, train_codes)
+        self.gain = torch.zeros_like(self.start, requires_grad=not rounds_inputs(packed.spec))
+
+    def scales(self) -> list[Tensor]:
+        return [*self.base.scales(), *([self.gain] if self.gain.requires_grad else [])]
+
+    def weight(self) -> Tensor:
+        return self.base.weight() * through(self.start * (1 + self.gain), self._stored().float())
+
+    def pack(self) -> Packed:
+        return replace(self.packed, base=self.base.pack(), smooth=self._stored())
+
+    def _stored(self) -> Tensor:
+        dtype = self.packed.smooth.dtype
+        return storable(self.start * (1 + self.gain.detach()).clamp_min(0.1), dtype).to(dtype)
+
+
 LEAN = 0.49
 KINDS: dict[type[Packed], type[Tunable]] = {
     PackedUniform: TunableUniform,
     PackedTrellis: TunableTrellis,
     PackedRotated: TunableRotated,
+    PackedCodebook: TunableCodebook,
     PackedLowRank: TunableLowRank,
+    PackedSmoothed: TunableSmoothed,
 }
 
 

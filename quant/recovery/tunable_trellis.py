@@ -10,11 +10,9 @@ from torch import Tensor
 from quant.kernels.packed import Packed
 from quant.kernels.trellis import PackedTrellis, deviation, read, scale_codes, scale_values, state_values
 from quant.kernels.viterbi import improve
-from quant.recovery.trainable import Tunable, through
+from quant.recovery.trainable import EVERY, MOST, Tunable, through
 
 LEAN_TRELLIS = 0.5
-MOST = 0.01  # of a trellis's codes may change in a step
-EVERY = 4  # a trellis searches every fourth column in turn: a search of all costs more than a step's gradient
 
 
 class TunableTrellis(Tunable):
