@@ -28,7 +28,7 @@ from quant.progress import Progress
 from quant.recipe import override, recipe_from_dict
 from quant.recovery.distillation import Distillation
 from quant.recovery.tunable import KINDS, tunable
-from quant.recovery.tuning import BlockTuning, Task
+from quant.recovery.tuning import BlockTuning, Task, saliencies
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
 from tests import tiny
@@ -291,6 +291,17 @@ def test_only_scales_or_only_codes() -> None:
         found: Any = recovery.recover(work).packed["a"]
         same = {name for name, tensor in found.tensors().items() if torch.equal(tensor, came.tensors()[name])}
         assert same == {"weight", "scales", "zeros"} - {moved}
+
+
+def test_saliency_pulls_towards_the_float_weights() -> None:
+    work = task()
+    with torch.enable_grad():
+        salient = saliencies(work)["a"]
+    lost = lambda packed: float(((packed.dequantize() - work.weights["a"]).square() * salient).sum())  # noqa: E731
+    assert lost(work.packed["a"]) == pytest.approx(1)
+    free, pulled = (BlockTuning(codes=0, scales=0.01, saliency=value).recover(work) for value in (0.0, 1.0))
+    assert lost(pulled.packed["a"]) < 0.9 * lost(free.packed["a"])
+    assert pulled.after < pulled.before
 
 
 def test_a_loss_that_is_not_finite_is_an_error() -> None:

@@ -11,6 +11,10 @@ same tokens is lowered by
 with `decay` falling from 1 to 0, so a code moves by at most `codes / 2` levels. Codes start where the solver left them,
 not at the float weight's nearest. Because the target is the float path, each block also undoes what the earlier ones
 lost. The result replaces the solved one only if it is better over all batches.
+
+`saliency` pulls scales towards the float weights, by `saliency * sum g^2 (W - W_float)^2` with `g^2` the squared
+gradient of the block's error at the solved weights (ULB-SAPR, arXiv 2504.13932), in units of that sum at the start.
+Codes do not feel it: straight through a rounding, the pull on one that is the nearest already would push it over.
 """
 
 from __future__ import annotations
@@ -84,14 +88,15 @@ class BlockTuning:
     steps: int = 200
     codes: float = 1.0
     scales: float = 0.002
+    saliency: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rates = (self.codes, self.scales)
+        rates = (self.codes, self.scales, self.saliency)
         if self.steps < 1 or not all(0 <= rate < math.inf for rate in rates) or not self.codes + self.scales:
             raise SettingsError(
-                f"recovery: steps is {self.steps}, codes {self.codes}, scales {self.scales}; steps is at least 1, the "
-                "rates finite and not negative, and one of them above 0"
+                f"recovery: steps is {self.steps}, codes {self.codes}, scales {self.scales}, saliency {self.saliency}; "
+                "steps is at least 1, the others finite and not negative, and codes or scales above 0"
             )
 
     def recover(self, task: Task) -> Recovered:
@@ -101,7 +106,8 @@ class BlockTuning:
             return Recovered(task.packed, share, share)
         tunables = {name: tunable(packed, task.weights[name], self.codes > 0) for name, packed in task.packed.items()}
         with torch.enable_grad():
-            self._train(task, tunables, before / task.batches)
+            pull = saliencies(task) if self.saliency else {}
+            self._train(task, tunables, before / task.batches, pull)
         packed = {name: one.pack() for name, one in tunables.items()}
         after, _ = losses(task, {name: one.dequantize() for name, one in packed.items()})
         if not after < before:
@@ -111,8 +117,8 @@ class BlockTuning:
     def rehearse(self, task: Task, batches: int) -> float:
         return rehearsed(self, task, batches)
 
-    def _train(self, task: Task, tunables: Mapping[str, Tunable], usual: float) -> None:
-        """`usual`: a batch's loss before training."""
+    def _train(self, task: Task, tunables: Mapping[str, Tunable], usual: float, pull: Mapping[str, Tensor]) -> None:
+        """`usual`: a batch's loss before training; `pull`: see `saliencies`."""
         codes = [parameter for one in tunables.values() for parameter in one.codes()]
         scales = [parameter for one in tunables.values() for parameter in one.scales()] if self.scales else []
         adam = torch.optim.Adam(scales, lr=self.scales) if scales else None
@@ -125,7 +131,12 @@ class BlockTuning:
                     f"{task.name}: the tuning loss is not finite at step {step}; lower recovery.codes and "
                     "recovery.scales, or compute in float32"
                 )
+            far = sum(((weights[n] - task.weights[n]).square() * salient).sum() for n, salient in pull.items())
+            pulled = _gradients(self.saliency * far, scales, keep=True) if isinstance(far, Tensor) else []
             gradients = _gradients(loss, [*codes, *scales])
+            for gradient, more in zip(gradients[len(codes) :], pulled, strict=False):
+                if gradient is not None and more is not None:
+                    gradient.add_(more)
             with torch.no_grad():
                 for parameter, gradient in zip(codes, gradients[: len(codes)], strict=True):
                     if gradient is not None:
@@ -153,10 +164,24 @@ def rehearsed(recovery: Any, task: Task, batches: int) -> float:
     return step * recovery.steps + 2 * passing * batches / task.batches
 
 
-def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """None for experts that no token of this batch reached."""
-    found: Any = torch.autograd.grad(loss, parameters, allow_unused=True)
+def _gradients(loss: Tensor, parameters: Sequence[Tensor], keep: bool = False) -> list[Tensor | None]:
+    """None for experts that no token of this batch reached. `keep`: the graph, for another loss."""
+    found: Any = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=keep)
     return list(found)
+
+
+def saliencies(task: Task) -> dict[str, Tensor]:
+    """Squared gradient of the block's error by each weight at what was solved, mean over batches, by site: in units in
+    which the solved weights' squared distance to the float ones, weighted so, is 1 in all."""
+    weights = {name: packed.dequantize().requires_grad_() for name, packed in task.packed.items()}
+    found = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for batch in range(task.batches):
+        gradients = _gradients(distance(task, weights, batch)[0], list(weights.values()))
+        for salient, gradient in zip(found.values(), gradients, strict=True):
+            if gradient is not None:
+                salient.add_(gradient.square())
+    far = sum(float(((weights[n].detach() - task.weights[n]).square() * found[n]).sum()) for n in found)
+    return {name: salient / far for name, salient in found.items()} if far > 0 else {}
 
 
 def in_turn(batches: int, steps: int, seed: int) -> list[int]:
