@@ -64,6 +64,7 @@ def _whole(
     entries = prepared.source.entries
     batches = [moved(batch, prepared.settings.device) for batch in prepared.samples.batches]
     mixed = Mixed(batches, prepared.recipe.trajectory.mix) if prepared.source.is_diffusion else None
+    shown = [moved(batch, prepared.settings.device) for batch in prepared.windows()] or batches
     return Whole(
         prepared.skeleton.model,
         lambda batch: first_tensor(prepared.skeleton.model(**batch)),
@@ -71,6 +72,7 @@ def _whole(
         {site.name: site for site in prepared.walk.sites},
         packed,
         {name: STORED[entries[key].dtype] for name, key in vectors.items()},
+        shown if mixed is None else mixed,
         batches if mixed is None else mixed,
         None if mixed is None else mixed.times,
         progress.distilling,

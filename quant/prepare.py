@@ -101,6 +101,15 @@ class Prepared:
         """CPU threads of the run."""
         return self.settings.threads or torch.get_num_threads()
 
+    def windows(self) -> tuple[Batch, ...]:
+        """What the end-to-end tuning trains on, if not on `samples`: windows of the same text, drawn by the next
+        seed."""
+        calibration, distillation = _read(self.recipe.calibration, self.source), self.recipe.distillation
+        if calibration is None or distillation is None or not distillation.samples or self.source.is_diffusion:
+            return ()
+        text = replace(calibration, samples=distillation.samples, seed=calibration.seed + 1)
+        return draw(text, self.source, self.skeleton.config).batches
+
     def probe(self) -> Batch:
         """What the verification runs on: the first window's first tokens, or a sample of its own."""
         if self.samples.probe is not None:
@@ -202,12 +211,17 @@ def _draw(
     if isinstance(skeleton, DiffusionSkeleton):
         return lambda: _follow(skeleton, found, recipe, settings, progress)
     progress.step("reading the calibration text")
-    calibration = recipe.calibration
-    given = Path(calibration.text) if calibration is not None else Path()
-    if calibration is not None and skeleton.source.inside and (given.suffix == ".safetensors" or given.is_dir()):
-        calibration = replace(calibration, text=Calibration.text)  # what was given is for the transformer
+    calibration = _read(recipe.calibration, skeleton.source)
     drawn = noise(skeleton.config) if calibration is None else draw(calibration, skeleton.source, skeleton.config)
     return lambda: drawn
+
+
+def _read(calibration: Calibration | None, source: Source) -> Calibration | None:
+    """The calibration of a model that reads text."""
+    given = Path(calibration.text) if calibration is not None else Path()
+    if calibration is not None and source.inside and (given.suffix == ".safetensors" or given.is_dir()):
+        return replace(calibration, text=Calibration.text)  # what was given is for the transformer
+    return calibration
 
 
 def _follow(

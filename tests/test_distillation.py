@@ -82,6 +82,24 @@ def test_only_what_is_named_is_tuned(demo: Path, tuned: tuple[Any, Any], tmp_pat
         quantize(str(demo), tmp_path / "none", lost)
 
 
+def test_windows_of_its_own(demo: Path, tuned: tuple[Any, Any], tmp_path: Path) -> None:
+    """Others than those that judge, and as many as are asked."""
+    recipe = recipe_from_dict(tuned[1].report["recipe"])
+    asked = override(recipe, ["distillation.samples=48"])
+    assert recipe_from_dict(asked.to_dict()) == asked
+    made = prepare(str(demo), asked)
+    shown, judged = (
+        {tuple(row) for batch in batches for row in batch["input_ids"].tolist()}
+        for batches in (made.windows(), made.samples.batches)
+    )
+    assert len(shown) == 48
+    assert not shown & judged
+    assert not prepare(str(demo), recipe).windows()
+    run = quantize(str(demo), tmp_path / "out", asked)
+    assert run.report["distillation"]["before"] == tuned[1].report["distillation"]["before"]
+    assert run.report["distillation"]["after"] < 0.95 * run.report["distillation"]["before"]
+
+
 def test_it_is_told(tuned: tuple[Any, Any]) -> None:
     card, page = ((tuned[1].out / name).read_text() for name in ("README.md", "report.html"))
     assert "end-to-end tuning" in card
@@ -148,7 +166,10 @@ def test_a_dry_run_counts_it(llama: Path, words: Path) -> None:
     assert long.weight_files == without.weight_files
 
 
-@pytest.mark.parametrize("values", [{"steps": 0}, {"rate": -1.0}, {"rate": float("nan")}, {"rate": 0.0}])
+BAD = [{"steps": 0}, {"samples": -1}, {"rate": -1.0}, {"rate": float("nan")}, {"rate": 0.0}]
+
+
+@pytest.mark.parametrize("values", BAD)
 def test_bad_settings_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="distillation"):
         Distillation(**values)

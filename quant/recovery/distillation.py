@@ -10,7 +10,7 @@ is lowered in what costs no bits: the scales of every tunable layout and the vec
 biases), each rounded to what is stored before it is used (the continuous half of PV-Tuning, arXiv 2405.14852, and the
 second phase of EfficientQAT, arXiv 2407.11062); and the codes, by the sign of the gradient on where a value ought to
 lie, as in block tuning: what is stored is the code nearest to that, and no step moves it further than `codes / steps`
-levels, so that few codes change at a time. The result is kept only if it is better over all batches.
+levels, so that few codes change at a time. The result is kept only if it is better on `judged`.
 
 A diffusion transformer's error differs a hundredfold between its timesteps, and what an error does to the image does
 the opposite. So each sample's is told relative to `usual`, the untuned model's mean at the same timestep: every part
@@ -53,8 +53,9 @@ class Whole:
     `blocks`: names of its blocks.
 
     `packed`: what each site was solved to. `vectors`: the float parameters to train, with the dtype they are stored in.
-    `batches`: what `output` takes. `times`: for a diffusion transformer the number of each row's timestep, int64
-    `[rows]` by batch. `progress(done, steps, loss)`: `loss` relative to the untuned one.
+    `batches`: what `output` takes, to train on; `judged`: to say whether it helped. `times`: for a diffusion
+    transformer the number of each row's timestep, int64 `[rows]` by batch. `progress(done, steps, loss)`: `loss`
+    relative to the untuned one.
     `state`: a file that keeps an interrupted training, written every `pause` seconds.
     """
 
@@ -65,6 +66,7 @@ class Whole:
     packed: Mapping[str, Packed]
     vectors: Mapping[str, torch.dtype]
     batches: Sequence[Mapping[str, Any]]
+    judged: Sequence[Mapping[str, Any]]
     times: Sequence[Tensor] | None
     progress: Callable[[int, int, float], None]
     state: Path
@@ -73,7 +75,7 @@ class Whole:
 
 @dataclass(frozen=True, eq=False)
 class Tuned:
-    """`packed` by site, `vectors` by parameter in their stored dtypes. `before`, `after`: mean loss over all batches;
+    """`packed` by site, `vectors` by parameter in their stored dtypes. `before`, `after`: mean loss on `judged`;
     nats per token where the model has a vocabulary, 1 before the tuning of a diffusion transformer."""
 
     packed: Mapping[str, Packed]
@@ -84,24 +86,29 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Distillation:
-    """See the module. A step takes one calibration batch. `rate`: of Adam, relative to each scale and to the root mean
-    square of each vector; it falls to 0 linearly. `codes`: levels by which a place may move, twice; 0 leaves the codes.
-    A diffusion transformer's stay: tuned, they cost its images up to 4 dB (docs/diffusion.md). `only`: patterns over
-    the names of sites and vectors; what none matches is left as it was solved (QuEST, arXiv 2402.03666, tunes the
-    layers that read the time embedding and the most sensitive ones). Empty: all.
+    """See the module. A step takes one batch. `samples`: windows of the calibration text to train on, others than those
+    the solvers saw, which then judge the result: codes are as many as weights, and adapt to windows that they are shown
+    again and again. 0, and always for a diffusion transformer: the calibration's own. `rate`: of Adam, relative to each
+    scale and to the root mean square of each vector; it falls to 0 linearly. `codes`: levels by which a place may move,
+    twice; 0 leaves the codes. A diffusion transformer's stay: tuned, they cost its images up to 4 dB
+    (docs/diffusion.md). `only`: patterns over the names of sites and vectors; what none matches is left as it was
+    solved (QuEST, arXiv 2402.03666, tunes the layers that read the time embedding and the most sensitive ones). Empty:
+    all.
     """
 
     steps: int = 128
+    samples: int = 0
     rate: float = 0.005
     codes: float = 0.0
     seed: int = 0
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not all(0 <= r < math.inf for r in (self.rate, self.codes)) or not self.rate + self.codes:
+        rates = (self.rate, self.codes)
+        if min(self.steps, self.samples + 1) < 1 or not all(0 <= r < math.inf for r in rates) or not sum(rates):
             raise SettingsError(
-                f"distillation: steps is {self.steps}, rate {self.rate}, codes {self.codes}; steps is at least 1, the "
-                "rates finite and not negative, and one of them above 0"
+                f"distillation: steps is {self.steps}, samples {self.samples}, rate {self.rate}, codes {self.codes}; "
+                "steps is at least 1, samples not negative, the rates finite and not negative, and one of them above 0"
             )
 
     def check(self, names: Collection[str]) -> None:
@@ -201,7 +208,7 @@ class _Student:
     @torch.no_grad()
     def loss_of_all(self) -> float:
         total, count = 0.0, 0
-        for number, batch in enumerate(self.whole.batches):
+        for number, batch in enumerate(self.whole.judged):
             target = self.whole.output(batch)
             with self._in_place():
                 loss = self._loss(number, self.whole.output(batch), target)
