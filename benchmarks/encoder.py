@@ -29,7 +29,7 @@ import quant
 from quant.calibration.samples import draw
 from quant.eval.evaluate import evaluate
 from quant.eval.subject import Subject, open_subject
-from quant.models.skeleton import read_config
+from quant.models.building import read_config
 from quant.models.source import find
 from quant.recipe import Calibration, override, with_spec
 

@@ -26,7 +26,7 @@ from quant.kernels.rotated import IDENTITY
 from quant.kernels.spec import Trellis
 from quant.kernels.trellis import read
 from quant.kernels.viterbi import search
-from quant.models.skeleton import read_config
+from quant.models.building import read_config
 from quant.models.source import find
 from quant.recipe import Calibration
 from quant.solvers.basis import rotate, rotation

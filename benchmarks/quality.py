@@ -30,7 +30,7 @@ from quant.calibration.samples import draw
 from quant.calibration.texts import PIECE
 from quant.eval.evaluate import evaluate
 from quant.eval.subject import Subject, open_subject
-from quant.models.skeleton import read_config
+from quant.models.building import read_config
 from quant.models.source import find
 from quant.prepare import Settings
 from quant.recipe import Calibration, Recipe, override, with_spec

@@ -19,6 +19,7 @@ from quant.checkpoint.journal import Journal
 from quant.kernels.packed import Packed
 from quant.linear import stored_name, stored_weight
 from quant.models.skeleton import Skeleton
+from quant.models.source import STORED
 from quant.models.stream import first_tensor
 from quant.prepare import Prepared
 from quant.progress import Progress
@@ -27,7 +28,6 @@ from quant.rounding import rounding
 
 PAUSE = 60.0
 """Seconds between two writings of an unfinished tuning's state."""
-STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def distil(prepared: Prepared, journal: Journal, progress: Progress) -> Tensor:

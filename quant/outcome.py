@@ -22,7 +22,12 @@ def show_estimates(parts: Sequence[Prepared], predicted: Sequence[Estimate], as_
     """As JSON: one object, or for several components one of each by name."""
     if as_json:
         said = {
-            part.source.inside: {**guess.to_dict(), "plan": part.plan.to_dict(), "left_float": part.walk.left}
+            part.source.inside: {
+                **guess.to_dict(),
+                "plan": part.plan.to_dict(),
+                "left_float": part.walk.left,
+                **({"folding": part.folded.to_dict()} if part.recipe.folding is not None else {}),
+            }
             for part, guess in zip(parts, predicted, strict=True)
         }
         print(json.dumps(said if len(said) > 1 else next(iter(said.values()))))
@@ -48,6 +53,10 @@ def _show_estimate(prepared: Prepared, predicted: Estimate, console: Console) ->
     for (name, reason), count in Counter((_starred(n), why) for n, why in prepared.walk.left.items()).items():
         times = f" ({count})" if count > 1 else ""
         console.print(f"float: {escape(name)}{times}: {escape(reason)}", highlight=False)
+    for word, told in prepared.folded.to_dict().items():
+        for (name, how), count in Counter((_starred(n), how) for n, how in told.items()).items():
+            times = f" ({count})" if count > 1 else ""
+            console.print(f"{word}: {escape(name)}{times}: {escape(how)}", highlight=False)
     facts = Table(show_header=False, title="prediction")
     facts.add_row(
         "quantized weights", f"{predicted.weights:,} in {predicted.sites} sites at {predicted.promised_bits:.4f} bits"

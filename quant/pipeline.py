@@ -28,11 +28,11 @@ from quant.checkpoint.provenance import provenance
 from quant.checkpoint.verify import compare_logits
 from quant.checkpoint.writer import Written, write_checkpoint
 from quant.errors import BitwrightError, ModelError, ResourceError, SettingsError, out_of_memory
-from quant.finish import STORED, distil
+from quant.finish import distil
 from quant.kernels.spec import spec_from_dict
 from quant.linear import stored_name, stored_weight
 from quant.memory import give_back, peak_bytes
-from quant.models.source import first_line
+from quant.models.source import STORED, first_line
 from quant.models.stream import first_tensor, outside_blocks
 from quant.models.walk import Block
 from quant.prepare import Prepared, Settings, prepare
@@ -289,6 +289,7 @@ def _report(prepared: Prepared, records: Sequence[dict[str, Any]]) -> dict[str, 
         "bits": {"promised": 8 * packed / max(1, weights), "weights": weights, "packed_bytes": packed},
         "left_float": prepared.walk.left
         | {n: "the plan keeps it float" for n, s in prepared.plan.specs.items() if s is None},
+        **({"folding": prepared.folded.to_dict()} if prepared.recipe.folding is not None else {}),
         "modulations": [site.name for site in prepared.walk.sites if site.modulation],
         **provenance(prepared),
         "blocks": [

@@ -118,12 +118,14 @@ def of_width(spec: Spec, bits: int, site: Site) -> Spec:
 def fitted(spec: Spec, site: Site) -> Spec:
     """The spec as a site needs it: what a codebook or signs leave to its shape; and in a stack of experts, sequences
     of a trellis and rows of a codebook end where an expert ends, all experts share one rotation, none is smoothed and
-    inputs are not rounded.
+    inputs are not rounded. Inputs that come rotated are not rotated again.
 
     Raises:
         SettingsError: nothing fits the bits asked, an expert's rows cannot be cut into sequences, or a stack is to have
             a low-rank branch.
     """
+    if site.turned:
+        spec = unrotated(spec)
     if site.experts:
         spec = spec.base if isinstance(spec, Smoothed) else spec
         spec = respec(spec, activations=16) if rounds_inputs(spec) else spec
@@ -148,3 +150,10 @@ def fitted(spec: Spec, site: Site) -> Spec:
             )
         spec = respec(spec, length=length)
     return replace(spec, measured=False, outputs=False) if site.experts and isinstance(spec, Rotated) else spec
+
+
+def unrotated(spec: Spec) -> Spec:
+    """The spec without its rotation, inside the same wrappers around it."""
+    if isinstance(spec, Rotated):
+        return spec.base
+    return replace(spec, base=unrotated(spec.base)) if isinstance(spec, LowRank | Smoothed) else spec

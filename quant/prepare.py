@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from quant.errors import SettingsError
 from quant.machine import check_device, versions
 from quant.models.arguments import build
 from quant.models.diffusion import DiffusionSkeleton
+from quant.models.foldable import find as find_folds
+from quant.models.folding import Folded
 from quant.models.skeleton import Skeleton
 from quant.models.source import COMPONENT, Source, find
 from quant.models.stream import Forward
-from quant.models.walk import Walk, walk
+from quant.models.walk import Walk, turned, walk
 from quant.plan import Plan, make_plan, of_width
 from quant.progress import Progress
 from quant.recipe import Calibration, Recipe
@@ -63,7 +65,7 @@ class Settings:
 class Prepared:
     """A model that was walked and planned, with its calibration inputs: all that is known before work starts. `draw`:
     makes them; a diffusion transformer's own run to get there is work, and waits until they are asked for. `make`: the
-    plan, from them where it is measured."""
+    plan, from them where it is measured. `folded`: the rotations that the skeleton's weights are loaded with."""
 
     source: Source
     skeleton: Skeleton
@@ -72,6 +74,7 @@ class Prepared:
     draw: Callable[[], Samples]
     recipe: Recipe
     settings: Settings
+    folded: Folded = field(default_factory=Folded)
 
     @cached_property
     def samples(self) -> Samples:
@@ -86,6 +89,7 @@ class Prepared:
                     check_tunable(spec)
         if self.recipe.distillation is not None:
             self.recipe.distillation.check({*plan.specs, *(name for name, _ in self.skeleton.model.named_parameters())})
+        self.folded.packed = frozenset(s.parameter for s in self.walk.sites if plan.specs[s.name] is not None)
         return plan
 
     @property
@@ -121,9 +125,11 @@ class Prepared:
         """What two runs must share to give the same bytes."""
         part = self.source.inside
         named = {"component": part} if part not in ("", COMPONENT) else {}
+        folding = {"folding": {"folded": self.folded.said}} if self.recipe.folding is not None else {}
         return {
             "model": {"name": self.source.name, "sha256": self.source.fingerprint(), **named},
             "recipe": self.recipe.to_dict(),
+            **folding,
             "plan": self.plan.to_dict(),
             "calibration": {
                 "text": self.samples.text,
@@ -151,13 +157,31 @@ def prepare(
     skeleton = skeleton_of(source, settings)
     found = walk(skeleton.model, _trace(skeleton), only=recipe.only, skip=recipe.skip)
     skeleton.lent = found.lent
+    folded = _fold(skeleton, found, recipe, settings, progress)
+    if folded.untied:
+        skeleton.untie()
+        found = walk(skeleton.model, _trace(skeleton), only=recipe.only, skip=recipe.skip)
+    if recipe.folding is not None and not recipe.folding.online:
+        found = turned(found, folded.turned)
     make = lambda samples: _plan(skeleton, found, recipe, settings, samples, progress)  # noqa: E731
     prepared = Prepared(
-        source, skeleton, found, make, _draw(skeleton, found, recipe, settings, progress), recipe, settings
+        source, skeleton, found, make, _draw(skeleton, found, recipe, settings, progress), recipe, settings, folded
     )
     if not measured(recipe, source):
         _ = prepared.plan  # what is wrong with it is said at once
     return prepared
+
+
+def _fold(skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, progress: Progress) -> Folded:
+    """Finds what can be folded, and has the skeleton's weights loaded with it."""
+    if recipe.folding is None:
+        return Folded()
+    progress.step("proving which rotations can be folded")
+    alone = skeleton_of(skeleton.source, replace(settings, dtype="float32"), lent=found.lent)
+    batch = _trace(alone) if isinstance(alone, DiffusionSkeleton) else noise(alone.config, TRACE_TOKENS).batches[0]
+    with threads(settings.threads or torch.get_num_threads()):
+        skeleton.change = folded = find_folds(alone, found.chain, batch, recipe.folding)
+    return folded
 
 
 def measured(recipe: Recipe, source: Source) -> bool:

@@ -21,6 +21,7 @@ from quant.calibration.settings import Calibration as Calibration
 from quant.calibration.settings import Trajectory as Trajectory
 from quant.errors import SettingsError
 from quant.kernels.spec import WRAPPERS, Spec, SpecError, Uniform, spec_from_dict
+from quant.models.folding import Folding
 from quant.recovery.assignments import Assignments
 from quant.recovery.distillation import Distillation
 from quant.recovery.tuning import BlockTuning
@@ -55,6 +56,7 @@ class Recipe:
     diffusion transformer has (2, 3, 4, 8), others none. `calibration` None: data-free, no text is read.
     `trajectory`: where the inputs of a diffusion transformer come from; it reads no text. `modulation_bits`: the least
     that its adaLN modulations get (see `plan.py`).
+    `folding`: rotations that are folded into the weights before anything else is done (`models/folding.py`).
     `only`, `skip`: glob patterns over site names.
     """
 
@@ -71,6 +73,7 @@ class Recipe:
     average: float | None = None
     widths: tuple[int, ...] | None = None
     modulation_bits: int = 4
+    folding: Folding | None = None
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
@@ -94,6 +97,7 @@ class Recipe:
             data[name] = data[name] and {"kind": type(data[name]).__name__, **asdict(data[name])}
         data["calibration"] = None if self.calibration is None else asdict(self.calibration)
         data["distillation"] = self.distillation and asdict(self.distillation)
+        data["folding"] = self.folding and asdict(self.folding)
         data["trajectory"] = asdict(self.trajectory)
         data["experts"] = asdict(self.experts)
         return json.loads(json.dumps(data))
@@ -111,6 +115,7 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
         if name in values and (name == "solver" or values[name] is not None):
             values[name] = _chosen(known, _mapping(values[name], name), name)
     parts = {"calibration": Calibration, "trajectory": Trajectory, "distillation": Distillation, "experts": Experts}
+    parts |= {"folding": Folding}
     for name, kind in parts.items():
         if values.get(name) is not None:
             values[name] = _build(kind, _mapping(values[name], name), name)

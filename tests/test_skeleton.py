@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from architectures import ARCHITECTURES, batch, checkpoint, make_from
 from quant.errors import ModelError
-from quant.models.skeleton import Skeleton, build
+from quant.models.building import build
+from quant.models.skeleton import Skeleton
 from quant.models.source import find
 
 

@@ -42,7 +42,7 @@ def card(report: Report) -> str:
 # {_code(name.rpartition("/")[2])}, {bits["measured"]:.5g} bits per weight
 
 {_code(name)} with {len(report["sites"]):,} weight matrices packed by bitwright: {_code(specs_words(report["sites"]))}.
-Everything else is the original, bit for bit.
+Everything else is the original, bit for bit{_folded(report)}.
 
 {_table(_sizes(report))}
 
@@ -104,6 +104,10 @@ def add_evaluation(folder: str | Path, results: Mapping[str, Any]) -> None:
     else:  # somebody rewrote the card and left no mark
         after = f"{before.rstrip()}\n\n## Evaluation\n\n{section}\n"
     write_text(path, after)
+
+
+def _folded(report: Report) -> str:
+    return ", but for rotations folded into it" if report.get("folding", {}).get("folded") else ""
 
 
 def _front_matter(report: Report) -> str:

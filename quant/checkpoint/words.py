@@ -86,6 +86,11 @@ def provenance_rows(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     if windows := recipe["calibration"]:
         cut = f"{windows['samples']:,} of at most {windows['sequence_length']:,} tokens"
         rows.append(("calibration windows", f"{cut}, seed {windows['seed']}, {windows['batch_size']} at once"))
+    if folding := run.get("folding"):
+        pairs = [name for name in folding["folded"] if "->" in name]
+        others = [name for name in folding["folded"] if name not in pairs]
+        said = [f"between linears ({len(pairs)} pairs)"] if pairs else []
+        rows.append(("rotations folded", " and ".join([*said, *others]) or "none"))
     where = f"{compute['device']} ({compute['machine']}) in {compute['dtype']}, {compute['threads']} threads"
     return [*rows, ("computed", where), ("versions", _settings(run["versions"]))]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.card import card
+from quant.checkpoint.folded import folded_pieces, promised_folds, untied_config
 from quant.checkpoint.journal import Journal
 from quant.checkpoint.manifest import CHECKSUMS, FOR_PEOPLE, quantization_config, seal, stored_tensors
 from quant.checkpoint.report import render
@@ -64,8 +65,8 @@ def quantized_sites(prepared: Prepared) -> dict[str, tuple[Site, Spec]]:
 
 
 def promised_pieces(prepared: Prepared) -> dict[str, Piece]:
-    """The packed tensors as the specs promise them, before any exists."""
-    pieces: dict[str, Piece] = {}
+    """The packed tensors as the specs promise them, and the float ones that a fold changes, before any exists."""
+    pieces = promised_folds(prepared)
     for site, spec in quantized_sites(prepared).values():
         for key, tensor in spec.tensors(site.shape).items():
             name = stored_name(site, key)
@@ -75,7 +76,7 @@ def promised_pieces(prepared: Prepared) -> dict[str, Piece]:
 
 def arrangement(prepared: Prepared, packed: Mapping[str, Piece]) -> list[list[Piece]]:
     """The shards, in model order: packed tensors, and the float model's own for all that no packed site replaces
-    and no tuning changed (`packed` holds those too)."""
+    and no fold or tuning changed (`packed` holds those too)."""
     skeleton, source = prepared.skeleton, prepared.source
     replaced = {site.parameter for site, _ in quantized_sites(prepared).values()}
     rank = {name: number for number, name in enumerate(prepared.walk.chain)}
@@ -97,7 +98,7 @@ def arrangement(prepared: Prepared, packed: Mapping[str, Piece]) -> list[list[Pi
 def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any]) -> Written:
     """Writes everything but what is for people; the same bytes however often it is called."""
     out = journal.out
-    packed: dict[str, Piece] = {}
+    packed = folded_pieces(prepared, journal.folder)  # tuning may have changed some of them further
     for index in range(len(prepared.walk.chain) + (prepared.recipe.distillation is not None)):
         packed |= journal.pieces(index)
     shards = arrangement(prepared, packed)
@@ -124,7 +125,7 @@ def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any
     write_text(out / "recipe.json", json.dumps(prepared.recipe.to_dict(), indent=2) + "\n")
     write_text(out / "plan.json", json.dumps(prepared.plan.to_dict(), indent=2) + "\n")
     sites = quantized_sites(prepared)
-    config = {**prepared.source.config, "quantization_config": quantization_config(sites, VERSION)}
+    config = {**untied_config(prepared), "quantization_config": quantization_config(sites, VERSION)}
     manifest, sealed = seal(out, config, sealed_names)
     write_text(out / CHECKSUMS, manifest)
     write_text(out / "config.json", sealed)

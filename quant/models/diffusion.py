@@ -20,7 +20,8 @@ from accelerate import init_empty_weights
 from quant.errors import ModelError
 from quant.models.allocation import LargeOnMeta
 from quant.models.arguments import Form, find_form
-from quant.models.skeleton import Skeleton, refuse_quantized
+from quant.models.building import refuse_quantized
+from quant.models.skeleton import Skeleton
 from quant.models.source import Source, first_line
 
 EXTRA = "pip install 'bitwright[diffusers]'"

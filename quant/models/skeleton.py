@@ -9,13 +9,10 @@ the meta device after use. Tied parameters follow their source.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -27,30 +24,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from quant.errors import ModelError
-from quant.models.allocation import LargeOnMeta
-from quant.models.source import Source, first_line
-
-
-def read_config(source: Source) -> Any:
-    """The transformers config of a source. Raises `ModelError` when transformers does not know the architecture."""
-    try:
-        return transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except Exception as error:  # a config class may raise anything
-        raise ModelError(
-            f"{source.name}: transformers {transformers.__version__} cannot read its config.json ({first_line(error)})"
-        ) from None
-
-
-def model_class(source: Source, config: Any) -> Any:
-    """The transformers class named in `architectures`; never code from the checkpoint."""
-    for name in getattr(config, "architectures", None) or ():
-        found = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    raise ModelError(
-        f"{source.name}: config.json names architectures {getattr(config, 'architectures', None)}, none of which is in "
-        f"transformers {transformers.__version__}; bitwright runs no code from a checkpoint"
-    )
+from quant.models.building import build, model_class, quiet, read_config, refuse_quantized
+from quant.models.source import Source
 
 
 class Skeleton:
@@ -72,6 +47,8 @@ class Skeleton:
         self.dtype = dtype
         self.device = device
         self.lent: frozenset[str] = frozenset()
+        self.change: Callable[[str, torch.Tensor], torch.Tensor] | None = None  # of what is loaded, by parameter
+        self.copies: dict[str, str] = {}
         self.config: Any = None
         self.model: Any = self.open(packed=prepare is not None)
         if prepare is not None:
@@ -102,6 +79,7 @@ class Skeleton:
 
         `targets`: the parameters that each stored tensor goes into. `converted`: the stored tensors that are merged,
         split or turned on the way. `tied`: the further names of tied parameters, with the name whose tensor fills them.
+        `copies`: parameters without a stored tensor that begin as a copy of another (see `untie`).
         """
         self.mapping: list[Any] = list(get_model_conversion_mapping(self.model))
         renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
@@ -123,6 +101,7 @@ class Skeleton:
             self.targets[key] = tuple(target for target in names if target in state)
         self.converted = frozenset(converted)
         self.tied = self._tie()
+        self.copies: dict[str, str] = {}
         found = {name for names in self.targets.values() for name in names}
         self.check_complete(name for name in state if name not in found and self.tied.get(name) not in found)
 
@@ -150,6 +129,20 @@ class Skeleton:
                     self._put(name, self._get(origin))
         return tied
 
+    def untie(self) -> dict[str, str]:
+        """The head gets a tensor of its own. Returns what was tied, with what it was tied to."""
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        owner = lambda name: self.model.get_submodule(name.rpartition(".")[0])  # noqa: E731
+        untied = {
+            name: one for name, one in self.tied.items() if head is not None and head in (owner(name), owner(one))
+        }
+        stored = {name for targets in self.targets.values() for name in targets}
+        for name in untied:
+            del self.tied[name]
+            self._put(name, nn.Parameter(torch.empty_like(self._get(name), device="meta"), requires_grad=False))
+        self.copies = {name: one for name, one in untied.items() if name not in stored}
+        return untied
+
     def load(self, names: Iterable[str]) -> None:
         """Fills the named parameters and persistent buffers, and every name tied to one of them.
 
@@ -157,12 +150,19 @@ class Skeleton:
             ModelError: stored tensors that do not fit, or hold NaN or infinite numbers.
         """
         wanted = {self.tied.get(name, name) for name in names}
-        keys = [key for key, targets in self.targets.items() if wanted.intersection(targets)]
-        along = {name for key in keys for name in self.targets[key]} - wanted  # split out of the same stored tensor
+        stored = {self.copies.get(name, name) for name in wanted}
+        keys = [key for key, targets in self.targets.items() if stored.intersection(targets)]
+        filled = {name for key in keys for name in self.targets[key]}
+        along = filled - wanted  # split out of the same stored tensor
         along = {name for name in along if self._get(name).device.type == "meta"}
         with self.source.open(keys) as slices:
             self.fill(slices)
+        for name in wanted & self.copies.keys():
+            self._put(name, nn.Parameter(self._get(self.copies[name]).detach().clone(), requires_grad=False))
         self.unload(along)
+        for name in sorted((filled | wanted) - along) if self.change is not None else ():
+            assert self.change is not None
+            self._put(name, self.change(name, self._get(name)))
         for name in wanted:
             parameter = self._get(name)
             if not _finite(parameter):
@@ -177,7 +177,7 @@ class Skeleton:
 
     def fill(self, slices: dict[str, Any]) -> None:
         """Puts stored tensors where they belong."""
-        with _quiet():
+        with quiet():
             info, _ = convert_and_load_state_dict_in_model(
                 self.model,
                 slices,
@@ -237,18 +237,6 @@ class Skeleton:
         ]
 
 
-def build(cls: Any, config: Any, dtype: torch.dtype, name: str) -> Any:
-    """An instance of `cls` with meta parameters and real buffers. Experts run one by one, so that each can be seen."""
-    try:
-        with init_empty_weights(include_buffers=False), LargeOnMeta(), _quiet():
-            model = cls._from_config(config, dtype=dtype, experts_implementation="eager")
-    except Exception as error:  # a model's constructor may raise anything
-        raise ModelError(
-            f"{name}: transformers cannot build this model from its config.json ({first_line(error)})"
-        ) from None
-    return model.eval()
-
-
 def _inside(name: str, prefix: str) -> bool:
     return not prefix or name == prefix or name.startswith(prefix + ".")
 
@@ -259,30 +247,3 @@ def _finite(tensor: torch.Tensor) -> bool:
         return True
     low, high = tensor.detach().aminmax()
     return bool(low.isfinite() and high.isfinite())
-
-
-def refuse_quantized(source: Source, config: Any) -> None:
-    """Raises `ModelError` if there is a `quantization_config`."""
-    if config is None:
-        return
-    method = config.get("quant_method", "?") if isinstance(config, dict) else getattr(config, "quant_method", "?")
-    raise ModelError(f"{source.name}: already quantized ({method}); give the float model that it was made from")
-
-
-class _quiet:
-    """Silences transformers' progress bar and its per-call load report."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging as transformers_logging
-
-        self._bars = transformers_logging.is_progress_bar_enabled()
-        self._level = transformers_logging.get_verbosity()
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.set_verbosity(self._level)
-        if self._bars:
-            transformers_logging.enable_progress_bar()

@@ -8,8 +8,8 @@ they become blocks, stages and sites, and every weight matrix that stays float i
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -30,7 +30,8 @@ class Site:
     `name`: the module's name for a linear (`model.layers.0.mlp.down_proj`), the parameter's for a stack of experts
     (`model.layers.0.mlp.experts.gate_up_proj`). `out`, `inputs`: sizes of one matrix. `transposed`: stored `[in, out]`
     (GPT-2's Conv1D, some expert stacks). `experts`: matrices in the stack, 0 for a plain linear. `modulation`: it makes
-    the scales and shifts of a diffusion block (adaLN) from the timestep, one row per sample.
+    the scales and shifts of a diffusion block (adaLN) from the timestep, one row per sample. `turned`: its inputs come
+    rotated, by a fold, and are not to be rotated again.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Site:
     experts: int = 0
     bias: bool = False
     modulation: bool = False
+    turned: bool = False
 
     @property
     def parameter(self) -> str:
@@ -99,6 +101,13 @@ def walk(model: nn.Module, batch: Mapping[str, Any], *, only: Sequence[str] = ()
         reasons = "; ".join(f"{name}: {left[name]}" for name in matrices(model)[:4]) or "it has no linear layers"
         raise ModelError(f"{type(model).__name__}: nothing to quantize ({reasons})")
     return Walk(seen.chain, blocks, left, seen.lent)
+
+
+def turned(found: Walk, names: Collection[str]) -> Walk:
+    """The walk, sites of these names marked as turned."""
+    mark = lambda stage: tuple(replace(site, turned=site.name in names) for site in stage)  # noqa: E731
+    blocks = (replace(block, stages=tuple(mark(stage) for stage in block.stages)) for block in found.blocks)
+    return replace(found, blocks=tuple(blocks))
 
 
 class _Pick:
