@@ -194,7 +194,8 @@ class LowRank(Spec):
     `rank`: of the branch, 16 bits for each of its `rank (in + out)` values; a smaller matrix has a branch of its own
     rank. `weighted`: the branch that loses least on the calibration inputs (EoRA, arXiv 2410.21271); otherwise the one
     nearest to the lost weights themselves (LoRC, arXiv 2303.08302). `rounds`: how often the base is then solved again
-    for what the branch leaves to it, and the branch after it; the best round is kept, each costs a solve.
+    for what the branch leaves to it, and the branch after it; the best round is kept, each costs a solve. `anchor`: a
+    component carries what the base loses along one token (`solvers/anchor.py`).
     """
 
     layout: ClassVar[str] = "lowrank"
@@ -203,6 +204,7 @@ class LowRank(Spec):
     rank: int = 32
     weighted: bool = True
     rounds: int = 1
+    anchor: bool = False
     factor_dtype: Literal["float16", "bfloat16"] = "float16"
 
     def __post_init__(self) -> None:
@@ -214,8 +216,8 @@ class LowRank(Spec):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise SpecError(f"{name} is {value!r}; a low-rank branch takes a whole number from {least} to {most}")
-        if not isinstance(self.weighted, bool):
-            raise SpecError(f"weighted is {self.weighted!r}; give true or false")
+        if not isinstance(self.weighted, bool) or not isinstance(self.anchor, bool):
+            raise SpecError(f"weighted is {self.weighted!r}, anchor {self.anchor!r}; give true or false")
         if self.factor_dtype not in ("float16", "bfloat16"):
             raise SpecError(f"factor_dtype is {self.factor_dtype!r}; give 'float16' or 'bfloat16'")
 

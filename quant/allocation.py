@@ -30,6 +30,7 @@ from quant.models.stream import first_tensor
 from quant.models.walk import Site, Walk
 from quant.recovery.placed import as_parameter, oriented
 from quant.recovery.timesteps import output_error
+from quant.solvers.anchor import without
 from quant.solvers.factor import factorise
 
 DAMP = 0.01
@@ -37,12 +38,17 @@ DAMP = 0.01
 
 @torch.no_grad()
 def sensitivities(
-    model: nn.Module, found: Walk, batches: Sequence[Batch], weights: Sequence[float], widths: Sequence[int]
+    model: nn.Module,
+    found: Walk,
+    batches: Sequence[Batch],
+    weights: Sequence[float],
+    widths: Sequence[int],
+    anchored: frozenset[str] = frozenset(),
 ) -> dict[str, tuple[float, ...]]:
     """For each site the cost at the model's output of each of `widths` bits. `batches`: what the whole float model is
-    run on; `weights[n]`: how much batch `n` counts."""
+    run on; `weights[n]`: how much batch `n` counts. `anchored`: sites whose first token stays in float."""
     targets = [first_tensor(model(**batch)) for batch in batches]
-    factors = _factors(model, found, batches)
+    factors = _factors(model, found, batches, anchored)
     costs: dict[str, tuple[float, ...]] = {}
     for number, site in enumerate(found.sites):
         parameter = model.get_parameter(site.parameter)
@@ -52,8 +58,10 @@ def sensitivities(
         matrix = oriented(kept, site).float().reshape(site.shape)
         error = white * matrix.square().mean(1, keepdim=True).sqrt()
         if (factor := factors.get(site.name)) is not None:
-            order, feedback = factor
+            order, feedback, anchor = factor
             error = torch.empty_like(error).index_copy_(1, order, error @ feedback)
+            if anchor is not None:
+                error -= torch.outer(error @ anchor, anchor) / anchor.square().sum()
         found_costs: list[float] = []
         for bits in widths:
             parameter.data = kept + as_parameter(site, error * 2.0**-bits).to(kept)
@@ -67,8 +75,10 @@ def sensitivities(
     return costs
 
 
-def _factors(model: nn.Module, found: Walk, batches: Sequence[Batch]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Order of the columns and `V` for every linear; sites of a stage share them."""
+def _factors(
+    model: nn.Module, found: Walk, batches: Sequence[Batch], anchored: frozenset[str]
+) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
+    """Order of the columns and `V` for every linear, and the token that stays in float; sites of a stage share them."""
     stages = [stage for block in found.blocks for stage in block.stages if stage[0].kind == "linear"]
     watched = [Stage(model, stage, cross=False) for stage in stages]
     with ExitStack() as watching:
@@ -76,12 +86,15 @@ def _factors(model: nn.Module, found: Walk, batches: Sequence[Batch]) -> dict[st
             watching.enter_context(stage.watch(stage.take(None), alone=False))
         for batch in batches:
             model(**batch)
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    factors: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     for stage, one in zip(stages, watched, strict=True):
         statistics: Statistics = one.finish()[0]
+        anchor = statistics.anchor if stage[0].name in anchored else None
+        statistics = statistics if anchor is None else without(statistics)
         factor = factorise(statistics, "gar", DAMP, statistics.hessian.shape[0], 1)
         if not isinstance(factor, str):
-            factors |= {site.name: (factor.order.to(factor.feedback.device), factor.feedback) for site in stage}
+            order = factor.order.to(factor.feedback.device)
+            factors |= {site.name: (order, factor.feedback, anchor) for site in stage}
     return factors
 
 

@@ -35,7 +35,7 @@ from quant.memory import give_back, peak_bytes
 from quant.models.source import STORED, first_line
 from quant.models.stream import first_tensor, outside_blocks
 from quant.models.walk import Block
-from quant.prepare import Prepared, Settings, prepare
+from quant.prepare import Prepared, Settings, prepare, settled
 from quant.progress import Progress
 from quant.recipe import Recipe
 from quant.recovery.block import put
@@ -100,7 +100,7 @@ def run(
     began, source = time.perf_counter(), prepared.source
     parts = parts or [source.inside]
     check_home(out, source, parts)
-    place = out / source.inside
+    prepared, place = settled(prepared), out / source.inside
     if mode == "resume" and complete(place):
         progress.step("checking: the checkpoint is already complete")
         report = finished_report(place, prepared.identity())

@@ -107,6 +107,15 @@ def raised(recipe: Recipe, spec: Spec, site: Site) -> Spec:
     return fitted(spec, site)
 
 
+def with_anchor(spec: Spec) -> Spec:
+    """The spec with a first token in float (`solvers/anchor.py`): one more component of its branch."""
+    if isinstance(spec, Smoothed):
+        return replace(spec, base=with_anchor(spec.base))
+    if isinstance(spec, LowRank):
+        return spec if spec.anchor else replace(spec, rank=spec.rank + 1, anchor=True)
+    return LowRank(spec, rank=1, rounds=0, anchor=True)
+
+
 def of_width(spec: Spec, bits: int, site: Site) -> Spec:
     """The spec with codes of so many bits, a uniform grid where its own have no such width."""
     try:

@@ -6,7 +6,7 @@ The pipeline runs what is prepared here; the dry run rehearses it; the writer an
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import nn
 
 from quant.allocation import allocate, sensitivities
 from quant.calibration import painting, trajectory
+from quant.calibration.anchors import anchored
 from quant.calibration.samples import Batch, Samples, draw, moved, noise
 from quant.calibration.trajectory import cast
 from quant.errors import SettingsError
@@ -28,8 +29,8 @@ from quant.models.folding import Folded
 from quant.models.skeleton import Skeleton
 from quant.models.source import COMPONENT, Source, find
 from quant.models.stream import Forward
-from quant.models.walk import Walk, turned, walk
-from quant.plan import Plan, make_plan, of_width
+from quant.models.walk import Site, Walk, turned, walk
+from quant.plan import Plan, make_plan, of_width, with_anchor
 from quant.progress import Progress
 from quant.recipe import Calibration, Recipe
 from quant.recovery.tunable import check_tunable
@@ -193,8 +194,10 @@ def measured(recipe: Recipe, source: Source) -> bool:
 def _plan(
     skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, samples: Samples | None, progress: Progress
 ) -> Plan:
-    if samples is None or recipe.average is None:
-        return make_plan(recipe, found, settings.plan)
+    anchors = frozenset[str]() if samples is None else _anchors(skeleton, found, settings, samples)
+    if samples is None or not measured(recipe, skeleton.source):
+        return _with_anchors(make_plan(recipe, found, settings.plan), anchors)
+    assert recipe.average is not None
     progress.step("measuring what an error of each site costs")
     widths, names = sorted(recipe.widths or WIDTHS), skeleton.names_under("")
     which = range(0, len(samples.batches), max(1, len(samples.batches) // PROBED))
@@ -202,11 +205,44 @@ def _plan(
     weights = [1.0 if samples.weights is None else samples.weights[number] for number in which]
     skeleton.load(names)
     with threads(settings.threads or torch.get_num_threads()):
-        costs = sensitivities(skeleton.model, found, batches, weights, widths)
+        costs = sensitivities(skeleton.model, found, batches, weights, widths, anchors)
     skeleton.unload(names)
-    size = lambda site, bits: of_width(recipe.spec, bits, site).nbytes(site.shape)  # noqa: E731
+
+    def size(site: Site, bits: int) -> int:
+        spec = of_width(recipe.spec, bits, site)
+        return (with_anchor(spec) if site.name in anchors else spec).nbytes(site.shape)
+
     bits = allocate(found.sites, widths, costs, size, recipe.average)
-    return make_plan(recipe, found, settings.plan, bits)
+    return _with_anchors(make_plan(recipe, found, settings.plan, bits), anchors)
+
+
+def settled(prepared: Prepared) -> Prepared:
+    """With the plan that is carried out: of a diffusion transformer, it needs the calibration inputs, to see whose
+    first token stays in float."""
+    recipe, source = prepared.recipe, prepared.source
+    if not source.is_diffusion or recipe.calibration is None or recipe.average is not None:
+        return prepared  # an average was planned with them, or leaves no room
+    samples = prepared.samples
+    plan = prepared.make(samples)
+    return replace(prepared, make=lambda _: plan, draw=lambda: samples)
+
+
+def _anchors(skeleton: Skeleton, found: Walk, settings: Settings, samples: Samples) -> frozenset[str]:
+    if not isinstance(skeleton, DiffusionSkeleton):
+        return frozenset()
+
+    def forward(batches: Sequence[Batch]) -> None:
+        with Forward(skeleton, found.chain, settings.spill_bytes) as run:
+            run(batches)
+
+    with threads(settings.threads or torch.get_num_threads()):
+        return anchored(skeleton.model, found.sites, samples.batches, forward)
+
+
+def _with_anchors(plan: Plan, anchors: frozenset[str]) -> Plan:
+    return Plan(
+        {name: spec if spec is None or name not in anchors else with_anchor(spec) for name, spec in plan.specs.items()}
+    )
 
 
 def skeleton_of(

@@ -31,7 +31,7 @@ Take = Callable[[int, torch.Tensor], None]  # expert (0 for a linear), its token
 
 class Stage:
     """Collectors for one stage: one for its shared input, or one per expert of its stack. `ranges`: what rounding its
-    shared input will meet is collected too."""
+    shared input will meet is collected too; its first token is always."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], cross: bool, ranges: bool = False) -> None:
         self.model = model
@@ -42,6 +42,7 @@ class Stage:
             for expert in range(max(1, self.site.experts))
         }
         self.ranges = RangeCollector(self.site.inputs, device) if ranges else None
+        self.first: torch.Tensor | None = None
 
     def watch(self, take: Take, alone: bool) -> AbstractContextManager[Any]:
         """A context in which `take(expert, x)` sees the stage's inputs; `alone`: the pass may end once they came."""
@@ -63,6 +64,8 @@ class Stage:
                     "that the recipe weighs; set importance to null in the recipe"
                 )
             self.collectors[expert].update(x, reference=reference, weights=weights)
+            if self.first is None and x.numel():
+                self.first = x.detach().reshape(-1, x.shape[-1])[0].float().clone()
             if self.ranges is not None:
                 self.ranges.update(x, time)
 
@@ -72,6 +75,8 @@ class Stage:
         try:
             found = {expert: collector.finish() for expert, collector in self.collectors.items()}
             seen = None if self.ranges is None else self.ranges.finish()
+            if self.site.kind == "linear":
+                found = {0: replace(found[0], anchor=self.first)}
             return found if seen is None else {0: replace(found[0], peaks=seen[0], sample=seen[1])}
         except CalibrationError as error:
             raise CalibrationError(f"{self.site.name}: {error}") from None

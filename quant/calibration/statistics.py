@@ -25,7 +25,8 @@ class Statistics:
 
     `cross` `[in, in]` float32: mean of `x_float xT`, or None. `prior`: a sentence on what was mixed in beyond the
     tokens seen, or None. `sample` `[n, in]` float32: some of the tokens, and `peaks` `[ranges, in]` float32: the
-    largest absolute values of each range of timesteps, where a spec asks for them (`ranges.py`).
+    largest absolute values of each range of timesteps, where a spec asks for them (`ranges.py`). `anchor` `[in]`
+    float32: the first token, likewise (`solvers/anchor.py`).
     """
 
     hessian: Tensor
@@ -34,6 +35,7 @@ class Statistics:
     prior: str | None = None
     sample: Tensor | None = None
     peaks: Tensor | None = None
+    anchor: Tensor | None = None
     _cache: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod

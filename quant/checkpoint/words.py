@@ -109,7 +109,8 @@ def spec_words(spec: Mapping[str, Any]) -> str:
     if spec["layout"] == "rotated":
         return f"{spec_words(spec['base'])}, rotated"
     if spec["layout"] == "lowrank":
-        return f"{spec_words(spec['base'])}, branch of rank {spec['rank']}"
+        anchor = ", first token in float" if spec.get("anchor") else ""
+        return f"{spec_words(spec['base'])}, branch of rank {spec['rank']}{anchor}"
     if spec["layout"] == "smoothed":
         return f"{spec_words(spec['base'])}, smoothed"
     if spec["layout"] == "trellis":

@@ -21,6 +21,7 @@ from quant.calibration.statistics import Statistics
 from quant.errors import SolverError
 from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.spec import DTYPES, LowRank
+from quant.solvers.anchor import solve_anchored
 from quant.solvers.factor import factorise
 from quant.solvers.solution import Solution, Solver, relative_error, solution
 
@@ -29,6 +30,8 @@ DAMP = 0.01  # of the matching of the float path, as a share of the Hessian's me
 
 def solve_low_rank(solver: Solver, weight: Tensor, statistics: Statistics, spec: LowRank) -> Solution:
     """`solver`'s solution for `weight` `[out, in]` with the best branch beside it."""
+    if spec.anchor:
+        return solve_anchored(solver, weight, statistics, spec)
     target, own = _aim(weight.float(), statistics)
     found: list[tuple[float, PackedLowRank, Solution]] = []
     aim = target

@@ -73,4 +73,5 @@ def smoothed(statistics: Statistics, m: Tensor) -> Statistics:
         cross=None if statistics.cross is None else statistics.cross * both,
         sample=None if statistics.sample is None else statistics.sample * m,
         peaks=None,
+        anchor=None if statistics.anchor is None else statistics.anchor * m,
     )
