@@ -89,7 +89,9 @@ def quantize(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the recipe, e.g. solver.damp=0.05.")
     ] = None,
-    calibration: Annotated[str | None, typer.Option(help="Calibration text: a name or a file (DiT: a file).")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Calibration text: a name or a file (DiT: a file, or images).")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if any.")] = None,

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import tiny_dit
 import torch
+from test_pictures import draw
 from typer.testing import CliRunner
 
 import quant
@@ -18,6 +19,7 @@ from quant.cli import app
 from quant.errors import ModelError, SettingsError
 from quant.inspect import look
 from quant.linear import PackedLinear
+from quant.prepare import prepare
 from quant.progress import Progress
 from quant.recipe import Calibration, Recipe, Trajectory, override
 
@@ -133,6 +135,14 @@ def test_the_command_predicts_what_it_then_writes(source: Path, tmp_path: Path) 
     made = json.loads(CliRunner().invoke(app, given).stdout.splitlines()[-1])
     assert predicted["transformer"]["weight_files"] == made["files"]
     assert predicted["text_encoder_3"]["weight_files"] == made["components"]["text_encoder_3"]["files"]
+
+
+def test_prompts_go_with_real_images(source: Path, tmp_path: Path) -> None:
+    images = draw(tmp_path / "images", 3, 8, "RGB")
+    own = replace(recipe(source), calibration=Calibration(str(images), samples=3, batch_size=2))
+    samples = prepare(str(source), own).samples
+    assert "3 images of images, built-in prompts; 2 steps of StableDiffusion3Pipeline" in samples.text
+    assert samples.batches[0]["hidden_states"].shape[1:] == (4, 8, 8)
 
 
 def test_what_cannot_be_quantized_is_refused(source: Path, tmp_path: Path) -> None:

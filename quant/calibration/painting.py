@@ -10,12 +10,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quant.calibration.pictures import Pictures, fresh, pictures
 from quant.calibration.samples import Batch, Samples, moved
 from quant.calibration.texts import resolve
 from quant.calibration.trajectory import joined, rows, shapes
@@ -64,7 +66,8 @@ def follow(skeleton: DiffusionSkeleton, chain: Sequence[str], recipe: Recipe, li
     pipe = _load(skeleton)
     takes = inspect.signature(type(pipe).__call__).parameters
     by_label = "class_labels" in takes
-    prompts, name, digest = _prompts(calibration, skeleton.config if by_label else None)
+    seen = pictures(skeleton, calibration, pipe.scheduler)
+    prompts, name, digest = _prompts(calibration, skeleton.config if by_label else None, seen)
     kept: dict[int, list[Batch]] = {}
     options: dict[str, Any] = {"num_inference_steps": trajectory.steps, "output_type": "latent"}
     if trajectory.guidance is not None:
@@ -86,7 +89,10 @@ def follow(skeleton: DiffusionSkeleton, chain: Sequence[str], recipe: Recipe, li
                 again = len(given["hidden_states"]) // len(some)
                 index = torch.tensor([half * len(some) + n for half in range(again) for n in which], dtype=torch.int64)
                 if len(index):
-                    kept.setdefault(step, []).append(moved(rows(given, index), "cpu"))
+                    part = moved(rows(given, index), "cpu")
+                    if seen is not None:
+                        part["hidden_states"] = _noisy(seen, pipe.scheduler, step, part, [start + n for n in which])
+                    kept.setdefault(step, []).append(part)
     batches = [batch for step in sorted(kept) for batch in _packed(kept[step], calibration.batch_size)]
     guidance = "its own guidance" if trajectory.guidance is None else f"guidance {trajectory.guidance:g}"
     text = (
@@ -112,16 +118,30 @@ def _load(skeleton: DiffusionSkeleton) -> Any:
     return pipe
 
 
-def _prompts(calibration: Calibration, labels: Any) -> tuple[list[Any], str, str]:
+def _noisy(seen: Pictures, scheduler: Any, step: int, part: Batch, which: list[int]) -> Tensor:
+    """Real images in the place of the pipeline's own latents at a step, for both halves under guidance."""
+    schedule, time, own = fresh(scheduler), scheduler.timesteps[step], part["hidden_states"]
+    seen.check(own.shape[1:])
+    x = seen.at(schedule, time, which)
+    x = schedule.scale_model_input(x, time) if hasattr(schedule, "scale_model_input") else x
+    return x.repeat(len(own) // len(x), 1, 1, 1).to(own.dtype)
+
+
+def _prompts(calibration: Calibration, labels: Any, seen: Pictures | None) -> tuple[list[Any], str, str]:
     """What each sample shows: prompts, or class labels for a model with this config; their name and sha256."""
     count = calibration.samples
+    if seen is not None:
+        if labels is not None and seen.labels is not None:
+            return seen.labels.tolist(), seen.name, seen.sha256
+        said, name, _ = _prompts(replace(calibration, text=Calibration.text), labels, None)
+        return said, f"{seen.name}, {name}", seen.sha256
     if calibration.text != Calibration.text:
         text = resolve(calibration.text if not Path(calibration.text).exists() else Path(calibration.text))
         lines = [line.strip() for line in text.text.splitlines() if line.strip()]
         if labels is not None and not all(line.isdecimal() for line in lines):
             raise CalibrationError(f"calibration {text.name}: this model takes class labels; give numbers, one a line")
-        said: list[Any] = [lines[n % len(lines)] for n in range(count)]
-        return [int(x) for x in said] if labels is not None else said, text.name, text.sha256
+        shown: list[Any] = [lines[n % len(lines)] for n in range(count)]
+        return [int(x) for x in shown] if labels is not None else shown, text.name, text.sha256
     generator = torch.Generator().manual_seed(calibration.seed)
     if labels is not None:
         drawn = torch.randint(0, labels["num_embeds_ada_norm"], (count,), generator=generator).tolist()

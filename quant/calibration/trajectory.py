@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quant.calibration.effects import SAMPLES, effects, relative
+from quant.calibration.pictures import Pictures, fresh, pictures
 from quant.calibration.samples import Batch, Samples
 from quant.calibration.texts import resolve
 from quant.checkpoint.shards import sha256
@@ -37,12 +38,14 @@ CAST = ("hidden_states", "encoder_hidden_states", "pooled_projections", "encoder
 @dataclass
 class Way:
     """Samples on their way: `given`, the arguments that stay; `x` float32, the latents; `steps` to go; `null`: the
-    arguments of the unconditional half under guidance, or None."""
+    arguments of the unconditional half under guidance, or None; `seen`: real images, which noise is added to instead of
+    taking any steps."""
 
     given: dict[str, Any]
     x: Tensor
     schedule: Any
     null: dict[str, Any] | None
+    seen: Pictures | None = None
 
 
 def follow(skeleton: DiffusionSkeleton, forward: Forward, recipe: Recipe, weighed: bool) -> Samples:
@@ -81,7 +84,7 @@ def outline(skeleton: DiffusionSkeleton, calibration: Calibration, trajectory: T
 
 def passes(calibration: Calibration, trajectory: Trajectory) -> float:
     """How many batches' worth of passes through the whole model `follow` takes."""
-    rows = calibration.samples * (trajectory.steps - 1)
+    rows = 0 if Path(calibration.text).is_dir() else calibration.samples * (trajectory.steps - 1)
     return rows / min(calibration.batch_size, calibration.samples)
 
 
@@ -97,7 +100,12 @@ def _start(
     generator = torch.Generator().manual_seed(calibration.seed)
     count = calibration.samples
     given = build(skeleton.model, skeleton.form.layout, own_size(skeleton.config), count, generator)
-    told, name, digest = _told(calibration, given)
+    seen = pictures(skeleton, calibration, schedule)
+    told, name, digest = _told(calibration if seen is None else replace(calibration, text=Calibration.text), given)
+    if seen is not None:
+        seen.check(given["hidden_states"].shape[1:])
+        told = {} if seen.labels is None or "class_labels" not in given else {"class_labels": seen.labels}
+        name, digest = seen.name if told else f"{seen.name}, {name}", seen.sha256
     given |= told
     null = None
     if (trajectory.guidance or 1) != 1:
@@ -110,7 +118,7 @@ def _start(
     if schedule is not None:
         _set(schedule, trajectory.steps)
     x = given.pop("hidden_states").float()
-    return Way(given, x * getattr(schedule, "init_noise_sigma", 1.0), schedule, null), name, digest
+    return Way(given, x * getattr(schedule, "init_noise_sigma", 1.0), schedule, null, seen), name, digest
 
 
 def _told(calibration: Calibration, given: Mapping[str, Any]) -> tuple[dict[str, Any], str, str]:
@@ -152,6 +160,9 @@ def _walk(
     batches, steps = list[Batch](), list[int]()
     count, schedule, times = len(way.x), way.schedule, _times(way, trajectory)
     for number, time in enumerate(times):
+        if way.seen is not None:
+            schedule = fresh(way.schedule)
+            way.x = way.seen.at(schedule, time)
         given, null = _given(way, schedule, time, way.x, dtype)
         kept = torch.tensor([n for n in range(count) if number in trajectory.kept(n, len(times))], dtype=torch.int64)
         for some in kept.split(calibration.batch_size) if len(kept) else ():
@@ -161,7 +172,7 @@ def _walk(
         if schedule is None:
             generator = torch.Generator().manual_seed(calibration.seed + 1 + number)
             way.x = torch.randn(way.x.shape, generator=generator)
-        elif number + 1 < len(times):
+        elif number + 1 < len(times) and way.seen is None:
             said = _said(forward, given, null, calibration.batch_size, trajectory.guidance or 1)
             way.x = _step(schedule, said, time, way.x, calibration.seed)
         if not bool(way.x.isfinite().all()):
