@@ -15,7 +15,7 @@ the factor that feedback itself uses (`solvers/factor.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -48,11 +48,29 @@ def sensitivities(
     """For each site the cost at the model's output of each of `widths` bits. `batches`: what the whole float model is
     run on; `weights[n]`: how much batch `n` counts. `anchored`: sites whose first token stays in float."""
     targets = [first_tensor(model(**batch)) for batch in batches]
-    factors = _factors(model, found, batches, anchored)
     costs: dict[str, tuple[float, ...]] = {}
-    for number, site in enumerate(found.sites):
-        parameter = model.get_parameter(site.parameter)
+    for site, error in errors(model, found, batches, anchored):
+        parameter, found_costs = model.get_parameter(site.parameter), list[float]()
         kept = parameter.data
+        for bits in widths:
+            parameter.data = kept + error * 2.0**-bits
+            outputs = (first_tensor(model(**batch)) for batch in batches)
+            parts = [w * output_error(model, out, t) for w, out, t in zip(weights, outputs, targets, strict=True)]
+            found_costs.append(sum(parts) / max(1e-30, sum(weights)))
+        parameter.data = kept
+        if not all(math.isfinite(cost) for cost in found_costs):
+            raise CalibrationError(f"{site.name}: the model's output with an error in it is not finite; try float32")
+        costs[site.name] = tuple(found_costs)
+    return costs
+
+
+def errors(
+    model: nn.Module, found: Walk, batches: Sequence[Batch], anchored: frozenset[str]
+) -> Generator[tuple[Site, Tensor]]:
+    """Each site with the error that codes of 0 bits would leave in its parameter; `b` bits leave `2^-b` of it."""
+    factors = _factors(model, found, batches, anchored)
+    for number, site in enumerate(found.sites):
+        kept = model.get_parameter(site.parameter).data
         generator = torch.Generator().manual_seed(number)
         white = torch.randn(site.shape, generator=generator).to(kept.device)
         matrix = oriented(kept, site).float().reshape(site.shape)
@@ -62,17 +80,7 @@ def sensitivities(
             error = torch.empty_like(error).index_copy_(1, order, error @ feedback)
             if anchor is not None:
                 error -= torch.outer(error @ anchor, anchor) / anchor.square().sum()
-        found_costs: list[float] = []
-        for bits in widths:
-            parameter.data = kept + as_parameter(site, error * 2.0**-bits).to(kept)
-            outputs = (first_tensor(model(**batch)) for batch in batches)
-            parts = [w * output_error(model, out, t) for w, out, t in zip(weights, outputs, targets, strict=True)]
-            found_costs.append(sum(parts) / max(1e-30, sum(weights)))
-        parameter.data = kept
-        if not all(math.isfinite(cost) for cost in found_costs):
-            raise CalibrationError(f"{site.name}: the model's output with an error in it is not finite; try float32")
-        costs[site.name] = tuple(found_costs)
-    return costs
+        yield site, as_parameter(site, error).to(kept)
 
 
 def _factors(
@@ -145,10 +153,9 @@ def allocate(
     widths: Sequence[int],
     costs: Mapping[str, Sequence[float]],
     nbytes: Callable[[Site, int], int],
-    average: float,
+    budget: float,
 ) -> dict[str, int]:
-    """Bits of each site, at most `average` per weight in all, overhead included."""
+    """Bits of each site, at most `budget` bytes in all, overhead included."""
     sizes = [[nbytes(site, bits) for bits in widths] for site in sites]
-    weights = sum(math.prod(site.shape) for site in sites)
-    picked = cheapest([costs[site.name] for site in sites], sizes, average * weights / 8)
+    picked = cheapest([costs[site.name] for site in sites], sizes, budget)
     return {site.name: widths[choice] for site, choice in zip(sites, picked, strict=True)}

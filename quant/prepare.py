@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from quant.allocation import allocate, sensitivities
+from quant.allocation import allocate, errors, sensitivities
 from quant.calibration import painting, trajectory
 from quant.calibration.anchors import anchored
 from quant.calibration.samples import Batch, Samples, draw, moved, noise
-from quant.calibration.trajectory import cast
+from quant.calibration.trajectory import cast, drawer
+from quant.decoupled import decoupled
 from quant.errors import SettingsError
 from quant.machine import check_device, versions
 from quant.models.arguments import build
@@ -28,7 +29,7 @@ from quant.models.foldable import find as find_folds
 from quant.models.folding import Folded
 from quant.models.skeleton import Skeleton
 from quant.models.source import COMPONENT, Source, find
-from quant.models.stream import Forward
+from quant.models.stream import Forward, first_tensor
 from quant.models.walk import Site, Walk, turned, walk
 from quant.plan import Plan, make_plan, of_width, with_anchor
 from quant.progress import Progress
@@ -203,16 +204,30 @@ def _plan(
     which = range(0, len(samples.batches), max(1, len(samples.batches) // PROBED))
     batches = [moved(samples.batches[number], settings.device) for number in which]
     weights = [1.0 if samples.weights is None else samples.weights[number] for number in which]
-    skeleton.load(names)
-    with threads(settings.threads or torch.get_num_threads()):
-        costs = sensitivities(skeleton.model, found, batches, weights, widths, anchors)
-    skeleton.unload(names)
+    model = skeleton.model
 
     def size(site: Site, bits: int) -> int:
         spec = of_width(recipe.spec, bits, site)
         return (with_anchor(spec) if site.name in anchors else spec).nbytes(site.shape)
 
-    bits = allocate(found.sites, widths, costs, size, recipe.average)
+    def says(some: Sequence[Batch]) -> list[torch.Tensor]:
+        return [first_tensor(model(**moved(batch, settings.device))) for batch in some]
+
+    budget = recipe.average * sum(site.shape[0] * site.shape[1] for site in found.sites) / 8
+    draw = None
+    if recipe.sensitivity == "image":
+        if not isinstance(skeleton, DiffusionSkeleton):
+            raise SettingsError("sensitivity=image asks for images, which this model does not draw; leave it at output")
+        draw = drawer(skeleton, says, recipe)
+    skeleton.load(names)
+    with threads(settings.threads or torch.get_num_threads()):
+        if draw is not None:
+            own = lambda: list(errors(model, found, batches, anchors))  # noqa: E731
+            bits = decoupled(model, own, draw, widths, size, budget)
+        else:
+            costs = sensitivities(model, found, batches, weights, widths, anchors)
+            bits = allocate(found.sites, widths, costs, size, budget)
+    skeleton.unload(names)
     return _with_anchors(make_plan(recipe, found, settings.plan, bits), anchors)
 
 

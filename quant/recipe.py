@@ -53,9 +53,10 @@ class Recipe:
     all the same. `average`: at most so many bits per weight over all sites, overhead included, by giving some of them
     one bit more than `spec` (see `plan.py`); None: `spec` everywhere. `widths`: bits
     among which `average` then chooses by what an error of each site costs at the output (`allocation.py`); None: a
-    diffusion transformer has (2, 3, 4, 8), others none. `calibration` None: data-free, no text is read.
-    `trajectory`: where the inputs of a diffusion transformer come from; it reads no text. `modulation_bits`: the least
-    that its adaLN modulations get (see `plan.py`).
+    diffusion transformer has (2, 3, 4, 8), others none. `sensitivity`:
+    what an error costs: `output`, at the output; `image`, at a diffusion transformer's final image, by two metrics
+    (`decoupled.py`). `calibration` None: data-free, no text is read. `trajectory`: where the inputs of a diffusion
+    transformer come from. `modulation_bits`: the least that its adaLN modulations get (see `plan.py`).
     `folding`: rotations that are folded into the weights before anything else is done (`models/folding.py`).
     `only`, `skip`: glob patterns over site names.
     """
@@ -72,6 +73,7 @@ class Recipe:
     importance: Any = None
     average: float | None = None
     widths: tuple[int, ...] | None = None
+    sensitivity: Literal["output", "image"] = "output"
     modulation_bits: int = 4
     folding: Folding | None = None
     only: tuple[str, ...] = ()

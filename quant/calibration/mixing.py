@@ -13,8 +13,7 @@ from typing import overload
 
 import torch
 
-from quant.calibration.batch import Batch
-from quant.calibration.trajectory import joined, rows, shapes
+from quant.calibration.batch import Batch, joined, rows, shapes
 
 
 class Mixed(Sequence[Batch]):

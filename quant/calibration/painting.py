@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.calibration.batch import joined, rows, shapes
 from quant.calibration.pictures import Pictures, fresh, pictures
 from quant.calibration.samples import Batch, Samples, moved
 from quant.calibration.texts import resolve
-from quant.calibration.trajectory import joined, rows, shapes
 from quant.errors import CalibrationError, ModelError
 from quant.models.diffusion import DiffusionSkeleton, components, named, quiet
 from quant.models.source import PIPELINE, Source, first_line, read_json

@@ -9,7 +9,7 @@ there on they are batches like any other. A batch holds one timestep.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,13 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from quant.calibration.batch import UNBATCHED, Batch, joined, rows
 from quant.calibration.effects import SAMPLES, effects, relative
 from quant.calibration.pictures import Pictures, fresh, pictures
-from quant.calibration.samples import Batch, Samples
+from quant.calibration.samples import Samples
 from quant.calibration.texts import resolve
 from quant.checkpoint.shards import sha256
 from quant.errors import CalibrationError, SettingsError
-from quant.models.arguments import UNBATCHED, build, own_size, packed_time
+from quant.models.arguments import build, own_size, packed_time
 from quant.models.diffusion import DiffusionSkeleton, scheduler
 from quant.models.source import first_line
 from quant.models.stream import Forward
@@ -184,9 +185,21 @@ def _effects(
     forward: Forward, way: Way, calibration: Calibration, trajectory: Trajectory, dtype: torch.dtype
 ) -> list[float]:
     """Of each step, measured on the first samples; all alike where there is no schedule."""
-    times, size = _times(way, trajectory), calibration.batch_size
     if way.schedule is None:
-        return [1.0] * len(times)
+        return [1.0] * len(_times(way, trajectory))
+    some, say, step = _few(forward, way, calibration, trajectory, dtype)
+    return effects(say, step, deepcopy(way.schedule), some.x, len(_times(way, trajectory)), calibration.seed)
+
+
+def _few(
+    forward: Callable[[Sequence[Batch]], list[Tensor]],
+    way: Way,
+    calibration: Calibration,
+    trajectory: Trajectory,
+    dtype: torch.dtype,
+) -> tuple[Way, Callable[[Any, int, Tensor], Tensor], Callable[[Any, int, Tensor, Tensor], Tensor]]:
+    """The first samples, what the model says of them at a step, and what the schedule makes of that."""
+    times, size = _times(way, trajectory), calibration.batch_size
     few = torch.arange(min(SAMPLES, len(way.x)))
     null = None if way.null is None else rows({"hidden_states": way.x, **way.null}, few)
     some = Way(rows({"hidden_states": way.x, **way.given}, few), way.x[few], way.schedule, null)
@@ -198,7 +211,29 @@ def _effects(
     def step(schedule: Any, number: int, said: Tensor, x: Tensor) -> Tensor:
         return _step(schedule, said, times[number], x, calibration.seed)
 
-    return effects(say, step, deepcopy(way.schedule), some.x, len(times), calibration.seed)
+    return some, say, step
+
+
+def drawer(
+    skeleton: DiffusionSkeleton, forward: Callable[[Sequence[Batch]], list[Tensor]], recipe: Recipe
+) -> Callable[[], Tensor]:
+    """Draws the final latents float32 `[rows, ...]` of the first samples, with `forward` as the model is just then."""
+    calibration, trajectory, schedule = recipe.calibration, recipe.trajectory, scheduler(skeleton.source)
+    if calibration is None or schedule is None or skeleton.form.layout == "packed":
+        raise SettingsError(
+            f"{skeleton.source.name}: sensitivity=image draws images; that takes a scheduler beside the model, and "
+            "latents that are no packed tokens; leave it at output"
+        )
+    way, _, _ = _start(skeleton, calibration, trajectory, schedule)
+    some, say, step = _few(forward, way, calibration, trajectory, skeleton.dtype)
+
+    def draw() -> Tensor:
+        own, x = deepcopy(way.schedule), some.x
+        for number in range(len(_times(way, trajectory))):
+            x = step(own, number, say(own, number, x), x)
+        return x
+
+    return draw
 
 
 def _times(way: Way, trajectory: Trajectory) -> Tensor:
@@ -213,7 +248,9 @@ def _given(way: Way, schedule: Any, time: Tensor, x: Tensor, dtype: torch.dtype)
     return given, None if way.null is None else {**given, "class_labels": way.null["class_labels"]}
 
 
-def _said(forward: Forward, given: Batch, null: Batch | None, size: int, guidance: float) -> Tensor:
+def _said(
+    forward: Callable[[Sequence[Batch]], list[Tensor]], given: Batch, null: Batch | None, size: int, guidance: float
+) -> Tensor:
     parts = torch.arange(len(given["hidden_states"])).split(size)
     said = torch.cat(forward([rows(given, part) for part in parts])).float().cpu()
     if null is not None:
@@ -249,35 +286,3 @@ def _time(time: Tensor, given: Mapping[str, Any]) -> Tensor:
 def cast(given: Mapping[str, Any], dtype: torch.dtype) -> Batch:
     """The arguments that have the model's dtype in it."""
     return {key: value.to(dtype) if key in CAST else value for key, value in given.items()}
-
-
-def rows(given: Mapping[str, Any], which: Tensor) -> Batch:
-    """Some samples of a batch."""
-    count = len(given["hidden_states"])
-
-    def cut(key: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: cut(name, part) for name, part in value.items()}  # pyright: ignore
-        if isinstance(value, list) and len(value) == count:  # pyright: ignore[reportUnknownArgumentType]
-            return [value[n] for n in which.tolist()]
-        return value[which] if isinstance(value, Tensor) and key not in UNBATCHED and value.dim() else value
-
-    return {key: cut(key, value) for key, value in given.items()}
-
-
-def joined(first: Batch, second: Batch) -> Batch:
-    """Two batches as one: the guided and the unguided half run together."""
-
-    def both(key: str, a: Any, b: Any) -> Any:
-        if isinstance(a, dict):
-            return {name: both(name, a[name], b[name]) for name in a}  # pyright: ignore
-        if isinstance(a, list):
-            return a + b
-        return torch.cat([a, b]) if isinstance(a, Tensor) and key not in UNBATCHED and a.dim() else a
-
-    return {key: both(key, first[key], second[key]) for key in first}
-
-
-def shapes(batch: Batch) -> dict[str, Any]:
-    """Of a sample's tensors: what batches must share to be joined."""
-    return {key: value.shape[1:] if isinstance(value, Tensor) else None for key, value in batch.items()}

@@ -26,7 +26,6 @@ from quant.models.weightless import weightless
 TEXT_WIDTH = ("caption_channels", "joint_attention_dim", "text_embed_dim", "text_dim", "cross_attention_dim")
 TEXT_TOKENS = 5  # in the tracing pass: unlike any other size there
 GUIDANCE = 3.5  # what distilled models are told when nobody says otherwise
-UNBATCHED = ("img_ids", "txt_ids", "image_rotary_emb")  # the same for every row
 
 # name -> shape of one sample of C channels, F frames, H x W places
 LAYOUTS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {

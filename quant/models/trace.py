@@ -46,7 +46,7 @@ class Trace:
     tied parameters, with the first name, which stands for them everywhere else; `routers`: weights of linears whose
     outputs choose experts; `read`: weights of linears that code around them looks at (`x.to(linear.weight.dtype)`);
     `modulations`, `embedders`: weights that see what the tokens are conditioned on (see `conditioning`), or come before
-    all blocks; `lent`: modules inside blocks that the model calls from outside them as well."""
+    all blocks; `lent`: modules in blocks that are called from outside too; `attends`: see `conditioning`."""
 
     chain: tuple[str, ...]
     repeated: dict[str, int]
@@ -58,6 +58,7 @@ class Trace:
     modulations: frozenset[str]
     embedders: frozenset[str]
     lent: frozenset[str]
+    attends: dict[str, bool]
 
     @cached_property
     def users(self) -> dict[str, set[str]]:
@@ -93,16 +94,17 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
             _prove_chain(model, batch, chain, watch.outputs, whole)
     tied = {name: first for name, first in first_name.items() if name != first}
     return Trace(
-        chain=chain,
-        repeated=repeated,
-        uses=watch.uses,
-        outside=frozenset(watch.outside),
-        tied=tied,
+        chain,
+        repeated,
+        watch.uses,
+        frozenset(watch.outside),
+        tied,
         routers=frozenset(watch.routers.found),
         read=frozenset(watch.read),
         modulations=frozenset(watch.conditioning.modulations),
         embedders=frozenset(watch.conditioning.embedders | watch.before),
         lent=frozenset(watch.lent),
+        attends=watch.conditioning.attends,
     )
 
 
@@ -213,7 +215,7 @@ class _Watch(TorchFunctionMode):
             result = func(*args, **kwargs)
             if self.recording:
                 self.routers.other(func, (args, kwargs), result)
-                self.conditioning.other((args, kwargs), result)
+                self.conditioning.other(func, (args, kwargs), result)
                 self._look(func, args)
             return result
         flipped = weight.stride(-1) == 0 and weight.shape[-1] > 1  # the stored row is the dimension that has a stride

@@ -31,7 +31,8 @@ class Site:
     (`model.layers.0.mlp.experts.gate_up_proj`). `out`, `inputs`: sizes of one matrix. `transposed`: stored `[in, out]`
     (GPT-2's Conv1D, some expert stacks). `experts`: matrices in the stack, 0 for a plain linear. `modulation`: it makes
     the scales and shifts of a diffusion block (adaLN) from the timestep, one row per sample. `turned`: its inputs come
-    rotated, by a fold, and are not to be rotated again.
+    rotated, by a fold, and are not to be rotated again. `content`: part of an attention to a text, or of no attention
+    and no modulation: a feed-forward.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Site:
     bias: bool = False
     modulation: bool = False
     turned: bool = False
+    content: bool = False
 
     @property
     def parameter(self) -> str:
@@ -136,11 +138,14 @@ def _stages(
 ) -> tuple[tuple[Site, ...], ...]:
     """The block's sites, grouped by the tensor they read, in the order of their first call."""
     uses: dict[str, list[Use]] = {}
+    part = lambda name: name[len(block) + 1 :].partition(".")[0]  # noqa: E731
+    attends = {part(name): to_text for name, to_text in seen.attends.items() if name.startswith(block + ".")}
     for use in seen.uses.get(block, []):
         uses.setdefault(use.parameter, []).append(use)
     stages: dict[Any, list[Site]] = {}
     for parameter, times in uses.items():
-        site = _site(model, times[0], parameter in seen.modulations)
+        modulation = parameter in seen.modulations
+        site = _site(model, times[0], modulation, not modulation and attends.get(part(parameter), True))
         reason = _unfit(seen, block, site, times) or _not_worth_it(seen, site) or pick.reason(site.name)
         if reason is not None:
             left.setdefault(parameter, reason)
@@ -149,16 +154,16 @@ def _stages(
     return tuple(tuple(stage) for stage in stages.values())
 
 
-def _site(model: nn.Module, use: Use, modulation: bool) -> Site:
+def _site(model: nn.Module, use: Use, modulation: bool, content: bool) -> Site:
     path, _, leaf = use.parameter.rpartition(".")
     owner = model.get_submodule(path)
     parameter: torch.Tensor = getattr(owner, leaf)
     rows, columns = parameter.shape[-2:]
     out, inputs = (columns, rows) if use.transposed else (rows, columns)
     if parameter.dim() == 3:
-        return Site(use.parameter, "experts", out, inputs, use.transposed, parameter.shape[0])
+        return Site(use.parameter, "experts", out, inputs, use.transposed, parameter.shape[0], content=content)
     bias = getattr(owner, "bias", None) is not None
-    return Site(path, "linear", out, inputs, use.transposed, bias=bias, modulation=modulation)
+    return Site(path, "linear", out, inputs, use.transposed, bias=bias, modulation=modulation, content=content)
 
 
 def _unfit(seen: Trace, block: str, site: Site, times: list[Use]) -> str | None:

@@ -1,0 +1,75 @@
+"""Two metrics of the final image: groups found by role, and a plan that keeps to its bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("scipy", reason="not installed; pip install 'bitwright[diffusers]'")
+pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'bitwright[diffusers]'")
+
+import quant
+from quant.decoupled import ssim
+from quant.errors import SettingsError
+from quant.prepare import prepare
+from quant.recipe import Calibration, Recipe, Trajectory
+from tests import tiny, tiny_dit
+
+ROLES = {
+    "DiTTransformer2DModel": {"ff.net.0.proj", "ff.net.2"},
+    "PixArtTransformer2DModel": {
+        "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2"
+    },
+    "WanTransformer3DModel": {
+        "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2"
+    },
+    "QwenImageTransformer2DModel": {
+        "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(ROLES))
+def test_content_is_attention_to_a_text_and_feed_forward(name: str, tmp_path: Path) -> None:
+    found = prepare(str(tiny_dit.folder(name, tmp_path)), Recipe(calibration=None)).walk
+    block = found.blocks[-1]
+    assert {site.name.removeprefix(block.name + ".") for site in block.sites if site.content} == ROLES[name]
+
+
+def test_similarity_is_one_only_for_equal_images() -> None:
+    image = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    assert ssim(image, image) == pytest.approx(1)
+    assert ssim(image + 0.2 * torch.rand_like(image), image) > ssim(1 - image, image)
+
+
+def test_bits_by_the_image_keep_to_the_average_and_come_again(tmp_path: Path) -> None:
+    source = Path(__file__).parent.parent / "demo" / "dit"
+    recipe = Recipe(
+        spec=quant.Uniform(bits=2, group_size=64),
+        calibration=Calibration(samples=4, batch_size=4),
+        trajectory=Trajectory(steps=4, keep=2),
+        average=3.0,
+        widths=(2, 4),
+        sensitivity="image",
+    )
+    plan = prepare(str(source), recipe).plan
+    sites = {site.name: site for site in prepare(str(source), recipe).walk.sites}
+    used = sum(spec.nbytes(sites[name].shape) for name, spec in plan.specs.items() if spec)
+    weights = sum(site.shape[0] * site.shape[1] for site in sites.values())
+    assert 2.7 < 8 * used / weights <= 3.0
+    assert prepare(str(source), recipe).plan == plan
+    with pytest.raises(SettingsError, match="narrowest widths take"):
+        _ = prepare(str(source), replace(recipe, average=2.1)).plan
+
+
+def test_what_draws_no_image_is_refused(tmp_path: Path, llama: Path, words: Path) -> None:
+    own = replace(tiny.recipe(words, bits=2), average=4.2, widths=(2, 4), sensitivity="image")
+    with pytest.raises(SettingsError, match="which this model does not draw"):
+        _ = prepare(str(llama), own).plan
+    source = tiny_dit.folder("FluxTransformer2DModel", tmp_path / "flux", "FlowMatchEulerDiscreteScheduler")
+    own = replace(own, calibration=Calibration(samples=2, batch_size=2), average=7.5, trajectory=Trajectory(2, 1))
+    with pytest.raises(SettingsError, match="leave it at output"):
+        _ = prepare(str(source), own).plan
