@@ -6,7 +6,7 @@ The pipeline runs what is prepared here; the dry run rehearses it; the writer an
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,23 +15,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from quant.allocation import allocate, errors, sensitivities
 from quant.calibration import painting, trajectory
-from quant.calibration.anchors import anchored
 from quant.calibration.samples import Batch, Samples, draw, moved, noise
-from quant.calibration.trajectory import cast, drawer
-from quant.decoupled import decoupled
+from quant.calibration.trajectory import cast
 from quant.errors import SettingsError
-from quant.machine import check_device, versions
+from quant.machine import versions
 from quant.models.arguments import build
 from quant.models.diffusion import DiffusionSkeleton
 from quant.models.foldable import find as find_folds
 from quant.models.folding import Folded
 from quant.models.skeleton import Skeleton
 from quant.models.source import COMPONENT, Source, find
-from quant.models.stream import Forward, first_tensor
-from quant.models.walk import Site, Walk, turned, walk
-from quant.plan import Plan, make_plan, of_width, with_anchor
+from quant.models.stream import Forward
+from quant.models.walk import Walk, turned, walk
+from quant.place import Settings as Settings
+from quant.plan import Plan
+from quant.planning import measured, planned
 from quant.progress import Progress
 from quant.recipe import Calibration, Recipe
 from quant.recovery.tunable import check_tunable
@@ -41,26 +40,6 @@ from quant.threads import threads
 TRACE_TOKENS = 16
 TRACE_ROWS = 2
 PROBE_TOKENS = 64
-SPILL_BYTES = 2 * 1024**3
-WIDTHS = (2, 3, 4, 8)
-PROBED = 20  # batches that the sensitivity of a site is measured on, spread over all
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What does not belong to a recipe: where and how a run goes. `spill_bytes`: activations kept in memory, the rest
-    on disk. `plan`: a file with specs for some sites. `threads`: of the CPU; 0 is torch's choice."""
-
-    device: str = "cpu"
-    dtype: str = "float32"
-    plan: Path | None = None
-    spill_bytes: int = SPILL_BYTES
-    threads: int = 0
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "float16", "bfloat16"):
-            raise SettingsError(f"dtype {self.dtype!r}: choose float32, float16 or bfloat16")
-        check_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -165,7 +144,7 @@ def prepare(
         found = walk(skeleton.model, _trace(skeleton), only=recipe.only, skip=recipe.skip)
     if recipe.folding is not None and not recipe.folding.online:
         found = turned(found, folded.turned)
-    make = lambda samples: _plan(skeleton, found, recipe, settings, samples, progress)  # noqa: E731
+    make = lambda samples: planned(skeleton, found, recipe, settings, samples, progress)  # noqa: E731
     prepared = Prepared(
         source, skeleton, found, make, _draw(skeleton, found, recipe, settings, progress), recipe, settings, folded
     )
@@ -186,51 +165,6 @@ def _fold(skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, p
     return folded
 
 
-def measured(recipe: Recipe, source: Source) -> bool:
-    """Whether the bits of each site are chosen by what its error costs (`allocation.py`)."""
-    chosen = source.is_diffusion if recipe.widths is None else bool(recipe.widths)
-    return recipe.average is not None and recipe.calibration is not None and chosen
-
-
-def _plan(
-    skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, samples: Samples | None, progress: Progress
-) -> Plan:
-    anchors = frozenset[str]() if samples is None else _anchors(skeleton, found, settings, samples)
-    if samples is None or not measured(recipe, skeleton.source):
-        return _with_anchors(make_plan(recipe, found, settings.plan), anchors)
-    assert recipe.average is not None
-    progress.step("measuring what an error of each site costs")
-    widths, names = sorted(recipe.widths or WIDTHS), skeleton.names_under("")
-    which = range(0, len(samples.batches), max(1, len(samples.batches) // PROBED))
-    batches = [moved(samples.batches[number], settings.device) for number in which]
-    weights = [1.0 if samples.weights is None else samples.weights[number] for number in which]
-    model = skeleton.model
-
-    def size(site: Site, bits: int) -> int:
-        spec = of_width(recipe.spec, bits, site)
-        return (with_anchor(spec) if site.name in anchors else spec).nbytes(site.shape)
-
-    def says(some: Sequence[Batch]) -> list[torch.Tensor]:
-        return [first_tensor(model(**moved(batch, settings.device))) for batch in some]
-
-    budget = recipe.average * sum(site.shape[0] * site.shape[1] for site in found.sites) / 8
-    draw = None
-    if recipe.sensitivity == "image":
-        if not isinstance(skeleton, DiffusionSkeleton):
-            raise SettingsError("sensitivity=image asks for images, which this model does not draw; leave it at output")
-        draw = drawer(skeleton, says, recipe)
-    skeleton.load(names)
-    with threads(settings.threads or torch.get_num_threads()):
-        if draw is not None:
-            own = lambda: list(errors(model, found, batches, anchors))  # noqa: E731
-            bits = decoupled(model, own, draw, widths, size, budget)
-        else:
-            costs = sensitivities(model, found, batches, weights, widths, anchors)
-            bits = allocate(found.sites, widths, costs, size, budget)
-    skeleton.unload(names)
-    return _with_anchors(make_plan(recipe, found, settings.plan, bits), anchors)
-
-
 def settled(prepared: Prepared) -> Prepared:
     """With the plan that is carried out: of a diffusion transformer, it needs the calibration inputs, to see whose
     first token stays in float."""
@@ -240,24 +174,6 @@ def settled(prepared: Prepared) -> Prepared:
     samples = prepared.samples
     plan = prepared.make(samples)
     return replace(prepared, make=lambda _: plan, draw=lambda: samples)
-
-
-def _anchors(skeleton: Skeleton, found: Walk, settings: Settings, samples: Samples) -> frozenset[str]:
-    if not isinstance(skeleton, DiffusionSkeleton):
-        return frozenset()
-
-    def forward(batches: Sequence[Batch]) -> None:
-        with Forward(skeleton, found.chain, settings.spill_bytes) as run:
-            run(batches)
-
-    with threads(settings.threads or torch.get_num_threads()):
-        return anchored(skeleton.model, found.sites, samples.batches, forward)
-
-
-def _with_anchors(plan: Plan, anchors: frozenset[str]) -> Plan:
-    return Plan(
-        {name: spec if spec is None or name not in anchors else with_anchor(spec) for name, spec in plan.specs.items()}
-    )
 
 
 def skeleton_of(

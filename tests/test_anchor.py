@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import quant
-from quant import prepare
+from quant import planning, prepare
 from quant.calibration.anchors import anchored
 from quant.calibration.statistics import HessianCollector, Statistics
 from quant.errors import SolverError
@@ -114,7 +114,7 @@ def test_cross_attention_keeps_it(source: Path, tmp_path: Path, monkeypatch: pyt
     assert sorted(name for name, spec in plan.items() if spec.get("anchor")) == sorted(KEYS)
     assert result.report["bits"]["measured"] == pytest.approx(result.report["bits"]["promised"])
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "anchored", lambda *_: frozenset[str]())
+        patch.setattr(planning, "anchored", lambda *_: frozenset[str]())
         quant.quantize(str(source), tmp_path / "plain", own)
     fresh = torch.randn(8, 6, 24, generator=torch.Generator().manual_seed(7))
     known = torch.cat([text[:, :1], fresh[:, 1:]], 1)
