@@ -26,7 +26,7 @@ from quant.calibration.importance import Attention
 from quant.errors import SettingsError
 from quant.eval.evaluate import evaluate
 from quant.eval.subject import open_subject
-from quant.kernels.spec import Binary, Codebook, LowRank, Rotated, Trellis
+from quant.kernels.spec import Binary, Codebook, LowRank, Rotated, Smoothed, Trellis
 from quant.recipe import Recipe, override, with_spec
 from quant.recovery.distillation import Distillation
 from quant.recovery.tuning import BlockTuning
@@ -53,6 +53,18 @@ STEPS: dict[str, Recipe] = {
     ),
     "balanced + end-to-end tuning of scales": replace(override(BALANCED, FEW), distillation=Distillation()),
     "+ of codes (best)": quant.load_recipe("best"),
+    "balanced + factors of inputs, end-to-end tuning of scales and factors": replace(
+        override(BALANCED, FEW), spec=Smoothed(Rotated()), distillation=Distillation()
+    ),
+    "codebooks of vectors + end-to-end tuning of entries and indices": replace(
+        quant.load_recipe("best"), spec=Codebook(bits=2)
+    ),
+    "balanced + block tuning of scales": replace(
+        override(BALANCED, ["calibration.batch_size=2"]), recovery=BlockTuning(codes=0)
+    ),
+    "balanced + block tuning of scales, saliency 0.1 (ULB-SAPR)": replace(
+        override(BALANCED, ["calibration.batch_size=2"]), recovery=BlockTuning(codes=0, saliency=0.1)
+    ),
     "fast": quant.load_recipe("fast"),
     "uniform grid + block tuning of codes": replace(
         with_spec(override(ROUNDING, ["calibration.batch_size=2"]), bits=2, group_size=64),

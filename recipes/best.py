@@ -9,5 +9,5 @@ RECIPE = Recipe(
     match="float",
     calibration=Calibration(batch_size=4),
     trajectory=Trajectory(keep=8),
-    distillation=Distillation(codes=2.0),
+    distillation=Distillation(samples=512, codes=1.0),
 )

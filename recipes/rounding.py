@@ -3,4 +3,4 @@
 from quant.recipe import Calibration, Recipe
 from quant.recovery.distillation import Distillation
 
-RECIPE = Recipe(match="float", calibration=Calibration(batch_size=4), distillation=Distillation(codes=2.0))
+RECIPE = Recipe(match="float", calibration=Calibration(batch_size=4), distillation=Distillation(samples=512, codes=2.0))
