@@ -65,10 +65,11 @@ def folded(folder: Path, folding: Folding = FOLDING) -> tuple[Folded, Skeleton, 
         ("phi3", 2, True),  # q, k and v are one matrix
         ("gemma3", 4, "model.layers.0: its output changes by"),  # norms behind the writers
         ("mixtral", 2, "model.layers.0: its output changes by"),  # experts read the stream
-        ("opt", 2, "self_attn_layer_norm (LayerNorm): a norm with more than gains"),
-        ("gpt2", 2, "ln_1 (LayerNorm): a norm with more than gains"),
-        ("gpt-neox", 2, "LayerNorm"),  # q, k and v of each head side by side
-        ("falcon", 2, "LayerNorm"),  # one head of keys and values
+        ("opt-projected", 2, "model.decoder.layers.0: its output changes by"),  # norms behind each sum
+        ("opt", 2, True),  # LayerNorm with a bias
+        ("gpt2", 2, True),  # q, k and v are one matrix, transposed
+        ("gpt-neox", 2, True),  # q, k and v of each head side by side
+        ("falcon", 2, True),  # one head of keys and values
     ],
 )
 def test_a_folded_model_is_the_same_function(name: str, pairs: int, stream: bool | str) -> None:

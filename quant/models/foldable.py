@@ -5,127 +5,33 @@ The float model runs in float32 on one short batch, a block in memory at a time.
 - a linear's outputs are replaced by the numbers of their channels, the same for all tokens. Attention weights sum to
   one, so where another linear then reads whole numbers, it reads those channels. Replaced by one random number per
   token, channels of one head read the same, of two heads not: the heads of values and queries, grouped or fused.
-- a norm whose output linears read, as wide as the stream, is an RMS norm if a rotation passes through it.
+- a norm whose output linears read, as wide as the stream, is one if a rotation passes through it, at least one that
+  leaves a vector of ones.
 
 Then it is done, and must change nothing: 1e-4 of the largest value, of each pair's outputs, of each block's outputs
-(turned, where the stream is) and of the logits. What does not hold is left, with its reason.
+(turned, where the stream is) and of the logits. What does not hold is left, with its reason. The weights are read two
+or three times for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quant.calibration.batch import moved
 from quant.calibration.replay import Replay
 from quant.models.candidates import is_linear
-from quant.models.folding import Change, Constant, Folded, Folding, Turn, exactly, rotation
-from quant.models.heads import Call, Heads, Watch, heads, inputs_of
+from quant.models.folding import Change, Folded, Folding, exactly
+from quant.models.heads import Call, Heads, Watch, heads
+from quant.models.residual import TOLERANCE, Stream, off
 from quant.models.skeleton import Skeleton
 from quant.models.source import STORED
 from quant.models.stream import first_tensor, outside_blocks
 
-TOLERANCE = 1e-4
 STREAM = "the stream"
-
-
-@dataclass
-class Stream:
-    """What reads and writes the stream. `gains`: of each norm's parameter, with the value that stands for a gain of 1;
-    `readers`: of linears, with the norm that they read. `called`: all modules. `reason`: why it cannot be turned."""
-
-    gains: dict[str, tuple[Tensor, float]] = field(default_factory=dict[str, tuple[Tensor, float]])
-    readers: dict[str, str] = field(default_factory=dict[str, str])
-    writers: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module])
-    called: set[str] = field(default_factory=set[str])
-    reason: str = ""
-
-    def look(self, calls: Mapping[str, Call], width: int, writing: bool) -> None:
-        """`writing`: whether linears among the calls that read no norm may write to the stream."""
-        linears = {name: call for name, call in calls.items() if is_linear(call.module)}
-        self.called |= calls.keys()
-        for name, call in calls.items():
-            parameters = dict(call.module.named_parameters())
-            if name in linears or call.wrote.shape[-1] != width or any(p.dim() != 1 for p in parameters.values()):
-                continue
-            place = call.wrote.untyped_storage().data_ptr()
-            readers = [n for n, one in linears.items() if one.read.untyped_storage().data_ptr() == place]
-            found = gain(call.module, parameters, call.read) if parameters and readers else None
-            if isinstance(found, str):
-                self.reason = self.reason or f"{name} ({type(call.module).__name__}): {found}"
-            elif found is not None:
-                norm = f"{name}.{next(iter(parameters))}"
-                self.gains[norm] = found
-                self.readers |= dict.fromkeys(readers, norm)
-        for name, call in calls.items() if writing else ():
-            writes = name in linears or isinstance(call.module, nn.Embedding)
-            if writes and call.wrote.shape[-1] == width and name not in self.readers:
-                self.writers[name] = call.module
-
-    def changes(self, model: nn.Module, width: int, tied: Mapping[str, str]) -> dict[str, list[Change]]:
-        """Of each parameter; none, with a reason, where they cannot be made."""
-        block, signs = rotation(width)
-        writers = {f"{name}.weight": module for name, module in self.writers.items()}
-        kept = {norm: unit for norm, (_, unit) in self.gains.items()}
-        changes: dict[str, list[Change]] = {}
-        for name, norm in self.readers.items():
-            weight, gains = f"{name}.weight", self.gains[norm][0]
-            if tied.get(weight, weight) not in {tied.get(one, one) for one in writers}:
-                changes[weight] = [Turn(inputs_of(model.get_submodule(name)), block, signs, gain=gains)]
-                continue
-            kept.pop(norm, None)
-            if not bool(((gains - gains[0]).abs() <= 1e-6 * gains[0].abs()).all()):
-                self.reason = (
-                    f"{name} is tied to the embedding, and the norm before it has gains that only an untied one could "
-                    "take over; folding.untie=true stores it on its own"
-                )
-        for weight, module in writers.items():
-            dim = 1 if isinstance(module, nn.Embedding) else 1 - inputs_of(module)
-            changes[tied.get(weight, weight)] = [Turn(dim, block, signs)]
-            if getattr(module, "bias", None) is not None:
-                changes[f"{weight.removesuffix('weight')}bias"] = [Turn(0, block, signs)]
-        changes |= {norm: [Constant(unit)] for norm, unit in kept.items()}
-        idle = [
-            n
-            for n, m in model.named_modules()
-            if (is_linear(m) or isinstance(m, nn.Embedding)) and n not in self.called
-        ]
-        if idle:
-            self.reason = self.reason or f"{idle[0]} was not called by the tokens that it would be proven on"
-        if not self.gains:
-            self.reason = self.reason or "no norm as wide as it was seen that linears read"
-        if block == 1:
-            self.reason = self.reason or f"there is no Hadamard matrix for its {width} channels"
-        return {} if self.reason else changes
-
-
-def gain(module: nn.Module, parameters: Mapping[str, nn.Parameter], x: Tensor) -> tuple[Tensor, float] | str:
-    """The gains of an RMS norm `[n]`, and its parameter's value for a gain of 1; or why it is none."""
-    if len(parameters) != 1:
-        return "a norm with more than gains; a rotation cannot pass it"
-    weight = next(iter(parameters.values()))
-    width, kept = x.shape[-1], weight.data
-    block, signs = rotation(width)
-
-    def at(value: float, given: Tensor) -> Tensor:
-        weight.data = torch.full_like(kept, value)
-        try:
-            return module(given)
-        finally:
-            weight.data = kept
-
-    unit = 0.0 if bool(at(0.0, x).any()) else 1.0  # some norms multiply by 1 + weight
-    plain, gains = at(unit, x), kept.float() + (1.0 - unit)
-    turn = Turn(-1, block, signs)
-    if weight.shape != (width,) or _off(module(x), plain * gains) > TOLERANCE:
-        return "its parameter is no gain"
-    if _off(at(unit, turn(x)), turn(plain)) > TOLERANCE:
-        return "no RMS norm: what it does to a rotated input is not the rotation of what it does (it subtracts a mean?)"
-    return gains, unit
 
 
 @torch.no_grad()
@@ -139,9 +45,9 @@ def find(skeleton: Skeleton, chain: Sequence[str], batch: Mapping[str, Any], fol
     turning = stream.changes(skeleton.model, width, skeleton.tied) if folding.stream else {}
     if why := search.unstored(turning):
         turning, stream.reason = {}, why
-    if turning and (why := search.proof(expected, width, search.between, turning)):
+    if turning and (why := search.proof(expected, search.between, turning, stream.turn(width))):
         turning, stream.reason = {}, why
-    if search.between and not turning and (why := search.proof(expected, width, search.between, {})):
+    if search.between and not turning and (why := search.proof(expected, search.between, {}, lambda x: x)):
         search.folded.left |= dict.fromkeys(search.folded.said, why)
         search.folded.said, search.between = {}, {}
     folded = search.folded
@@ -154,7 +60,7 @@ def find(skeleton: Skeleton, chain: Sequence[str], batch: Mapping[str, Any], fol
         folded.turned |= {name for name in stream.readers if f"{name}.weight" in turning}
         folded.said[STREAM] = (
             f"{width} channels, {len(stream.writers)} modules write to it, {len(stream.readers)} read it behind "
-            f"{len(stream.gains)} norms"
+            f"{len(stream.norms)} norms"
         )
     elif folding.stream:
         folded.left[STREAM] = stream.reason
@@ -225,18 +131,17 @@ class _Search:
         got, calls = watch.seen(run)
         for name, value in kept.items():
             model.get_parameter(name).data = value
-        off = max(_off(calls[reader].wrote, before), _off(first_tensor(got), output))
-        if off > TOLERANCE:
-            return f"turned in heads of {heads.width}, outputs change by {off:.1g} of the largest"
+        worst = max(off(calls[reader].wrote, before), off(first_tensor(got), output))
+        if worst > TOLERANCE:
+            return f"turned in heads of {heads.width}, outputs change by {worst:.1g} of the largest"
         self.between = _merged(self.between, changes)
         return None
 
     def proof(
-        self, expected: Sequence[Tensor], width: int, between: dict[str, list[Change]], turning: dict[str, list[Change]]
+        self, expected: Sequence[Tensor], between: dict[str, list[Change]], turning: dict[str, list[Change]], turn: Any
     ) -> str | None:
-        """Runs the whole model with all changes; why it is not the same function."""
+        """Runs the whole model with all changes; why it is not the same function. `turn`: the stream's rotation."""
         changes, skeleton = _merged(between, turning), self.skeleton
-        turn = Turn(-1, *rotation(width)) if turning else lambda x: x
         outside, head = outside_blocks(skeleton, self.chain)
         skeleton.change = Folded(changes, packed=frozenset(changes))
         try:
@@ -248,13 +153,13 @@ class _Search:
                     skeleton.load(names)
                     previous = replay.output(index, self.batch, previous)
                     skeleton.unload(names)
-                    why = why or _said(name, _off(first_tensor(previous), turn(expected[index])))
+                    why = why or _said(name, off(first_tensor(previous), turn(expected[index])))
                     if why:
                         break
                 if not why:
                     skeleton.load(head)
                     result = first_tensor(replay.head(self.batch, previous))
-                    why = _said("the head", _off(result, expected[-1]))
+                    why = _said("the head", off(result, expected[-1]))
         finally:
             skeleton.change = None
             skeleton.unload(skeleton.names_under(""))
@@ -280,12 +185,6 @@ def _merged(first: Mapping[str, list[Change]], second: Mapping[str, list[Change]
     return {name: [*first.get(name, []), *second.get(name, [])] for name in {**first, **second}}
 
 
-def _off(got: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
-    off = (got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)
-    return float(off.nan_to_num(nan=float("inf")))
-
-
-def _said(where: str, off: float) -> str | None:
-    what = f"{where or 'the model'}: its output changes by {off:.1g} of the largest value"
-    return None if off <= TOLERANCE else f"{what}; something else than linears behind norms reads or writes it"
+def _said(where: str, share: float) -> str | None:
+    what = f"{where or 'the model'}: its output changes by {share:.1g} of the largest value"
+    return None if share <= TOLERANCE else f"{what}; something else than linears behind norms reads or writes it"

@@ -9,7 +9,9 @@ stored weights alone, and the model stays the same function up to rounding:
                       all that writes to the stream are turned on their output side, all readers and the head on their
                       input side                                                   (QuaRot, arXiv 2404.00456, section 4)
 
-`A = H diag(signs)` as in `kernels/hadamard.py`, in the largest blocks there are. What can be folded is found and proven
+`A = H diag(signs)` as in `kernels/hadamard.py`, in the largest blocks there are; where norms subtract the mean,
+`A = H^T diag(signs) H` with a first sign of 1 in each block: `H` takes a vector of ones to its first entry, so that `A`
+leaves it as it is. A norm's bias stays, divided by the gains and turned. What can be folded is found and proven
 by `models/foldable.py`. A `Folded` is a function of a parameter's name and its values, so one block of the model is in
 memory at a time, and what is written is what was computed with. A parameter that stays float is rounded to the dtype
 that it is stored in: the folded float model is a checkpoint of the same dtypes and, but for an untied head, bytes.
@@ -48,19 +50,26 @@ class Folding:
 @dataclass(frozen=True, eq=False)
 class Turn:
     """A rotation of one dimension of a parameter, or of its entries at `places` `[n]`, by blocks of `block`: `signs`
-    int8 `[n]`. `gain` float32 `[n]`: what they are multiplied by before it."""
+    int8 `[n]`. `gain` float32 `[n]`: what they are multiplied by before it. `even`: it leaves a vector of ones."""
 
     dim: int
     block: int
     signs: Tensor
     places: Tensor | None = None
     gain: Tensor | None = None
+    even: bool = False
 
     def __call__(self, value: Tensor) -> Tensor:
         last = value.movedim(self.dim, -1)
         part = last if self.places is None else last[..., self.places.to(value.device)]
         part = part if self.gain is None else part * self.gain.to(part)
-        part = hadamard(part.contiguous(), self.block, self.signs.to(value.device))
+        part, signs = part.contiguous(), self.signs.to(value.device)
+        if self.even:
+            signs = signs.clone()
+            signs[:: self.block] = 1
+            part = hadamard(hadamard(part, self.block) * signs, self.block, inverse=True)
+        else:
+            part = hadamard(part, self.block, signs)
         if self.places is not None:
             last = last.clone()
             last[..., self.places.to(value.device)] = part
