@@ -24,6 +24,7 @@ from typing import Any
 
 import record
 import torch
+from safetensors.torch import load_file
 
 import quant
 from quant.calibration.samples import draw
@@ -127,6 +128,7 @@ def measure(model: Path, recipe: Recipe, test: Path, other: Path | None = None) 
         found = evaluate(out, against=original, text=test)
         if other:
             strange = evaluate(out, against=original, text=other, max_windows=OTHER_WINDOWS)
+        turned = sum(rotated(file) for file in out.glob("*.safetensors"))
         shutil.rmtree(out)
     assert found.perplexity is not None
     diverged = {} if found.divergence is None else {"KL": found.divergence.kl}
@@ -140,7 +142,13 @@ def measure(model: Path, recipe: Recipe, test: Path, other: Path | None = None) 
         "cpu seconds": worked,
         "cpu s per 1e6 weights": worked / result.report["bits"]["weights"] * 1e6,
         "peak MiB": result.report["peak_rss_bytes"] / 2**20,
+        "rotated": turned,
     }
+
+
+def rotated(file: Path) -> int:
+    """How many packed matrices in a file have their inputs rotated at run time."""
+    return sum(int(tensor[0]) for name, tensor in load_file(file).items() if name.endswith(".rotation"))
 
 
 def check_windows(calibration: Calibration, original: Subject) -> str:

@@ -27,6 +27,7 @@ from quant.errors import SettingsError
 from quant.eval.evaluate import evaluate
 from quant.eval.subject import open_subject
 from quant.kernels.spec import Binary, Codebook, LowRank, Rotated, Smoothed, Trellis
+from quant.models.folding import Folding
 from quant.recipe import Recipe, override, with_spec
 from quant.recovery.distillation import Distillation
 from quant.recovery.tuning import BlockTuning
@@ -46,6 +47,9 @@ STEPS: dict[str, Recipe] = {
     "balanced with pairs of values, table of 64 (HYB)": replace(
         BALANCED, spec=Rotated(Trellis(code="hyb", table_bits=6))
     ),
+    "balanced + rotations folded between linears": replace(BALANCED, folding=Folding(stream=False)),
+    "balanced + rotations folded into the stream too": replace(BALANCED, folding=Folding(untie=True)),
+    "balanced + those in place of rotations at run time": replace(BALANCED, folding=Folding(untie=True, online=False)),
     "balanced + token importance (RSQ)": replace(BALANCED, importance=Attention()),
     "balanced + low-rank branch of rank 4 (EoRA)": replace(BALANCED, spec=LowRank(Rotated(), rank=4)),
     "balanced + block tuning of codes and scales": replace(
@@ -74,7 +78,7 @@ STEPS: dict[str, Recipe] = {
 }  # fmt: skip
 SHOWN = (
     "what", "bits", "bits on disk", "ppl", "gap", "KL", "KL elsewhere", "seconds", "cpu seconds",
-    "cpu s per 1e6 weights", "peak MiB", "best peer", "peer's bits", "peer's gap", "ratio",
+    "cpu s per 1e6 weights", "peak MiB", "rotated", "best peer", "peer's bits", "peer's gap", "ratio",
 )  # fmt: skip
 
 
@@ -122,6 +126,7 @@ def write(folder: Path, parts: list[Any], notes: list[str]) -> None:
         "gap: ln(ppl / ppl float). ratio: to the best peer's gap.",
         f"KL(float model || quantized), nats per token: of the test text, and elsewhere, of the first "
         f"{quality.OTHER_WINDOWS} windows of {quality.OTHER}.",
+        "rotated: matrices whose inputs are rotated at run time.",
         "seconds, cpu seconds (all threads), peak MiB: the whole run, in a process of its own.",
         "best peer: any library in peers.csv, trained ones included, same nominal bits, at most 1/3 bit more.",
     ]
