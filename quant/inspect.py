@@ -72,8 +72,10 @@ def main() -> None:
     app(prog_name="quant-inspect")
 
 
-def look(folder: Path, check: bool = True) -> dict[str, Any]:
-    """Describes `folder` as plain data. `kind` is "packed", "unfinished" or "float"; `damage` is what `check` found, or
+def look(folder: Path, check: bool = True, out: Path | None = None) -> dict[str, Any]:
+    """Describes `folder` as plain data. `out`: of a component, the pipeline's folder.
+
+    `kind` is "packed", "unfinished" or "float"; `damage` is what `check` found, or
     None, so that the rest can still be shown.
 
     Raises:
@@ -84,7 +86,7 @@ def look(folder: Path, check: bool = True) -> dict[str, Any]:
     """
     home, folder = folder, component(folder)
     if folder != home and len(ours := [name for name in components(home) if _made(home / name)]) > 1:
-        whole = {name: look(home / name, check) for name in ours}
+        whole = {name: look(home / name, check, home) for name in ours}
         first = whole.pop(COMPONENT, None) or whole.pop(ours[0])
         damage = [each["damage"] for each in (first, *whole.values()) if each.get("damage")]
         return {**first, "damage": damage[0] if damage else None, "components": whole}
@@ -94,7 +96,7 @@ def look(folder: Path, check: bool = True) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     common: dict[str, Any] = {"folder": str(folder), "folder_bytes": size}
     if (folder / FOLDER).is_dir():
-        return {"kind": "unfinished", **common, **_unfinished(folder)}
+        return {"kind": "unfinished", **common, **_unfinished(folder, out or home)}
     config = read_config(folder)
     common["architectures"] = config.get("architectures") or (
         [config["_class_name"]] if "_class_name" in config else None
@@ -184,7 +186,7 @@ def _told_site(site: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _unfinished(folder: Path) -> dict[str, Any]:
+def _unfinished(folder: Path, out: Path) -> dict[str, Any]:
     """A journal's own account. Without run.json the run had done nothing yet."""
     journal = folder / FOLDER
     if not (journal / "run.json").exists():
@@ -198,7 +200,7 @@ def _unfinished(folder: Path) -> dict[str, Any]:
             "sites_done": sum(len(record["sites"]) for record in records),
             "sites_planned": sum(spec is not None for spec in run["plan"].values()),
             "made": words.provenance_rows(run),
-            "resume": f"{quantize_command(run)} --out {shlex.quote(str(folder))} --resume",
+            "resume": f"{quantize_command(run)} --out {shlex.quote(str(out))} --resume",
         }
     except DAMAGE:
         raise ResumeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,17 @@ def test_the_command_predicts_what_it_then_writes(source: Path, tmp_path: Path) 
     made = json.loads(CliRunner().invoke(app, given).stdout.splitlines()[-1])
     assert predicted["transformer"]["weight_files"] == made["files"]
     assert predicted["text_encoder_3"]["weight_files"] == made["components"]["text_encoder_3"]["files"]
+
+
+def test_a_text_encoder_may_be_left_out(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "float")
+    index = tmp_path / "float" / "model_index.json"
+    left = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    index.write_text(json.dumps(json.loads(index.read_text()) | left))
+    for name in left:
+        shutil.rmtree(tmp_path / "float" / name)
+    samples = prepare(str(tmp_path / "float"), recipe(source)).samples
+    assert "2 steps of StableDiffusion3Pipeline" in samples.text
 
 
 def test_prompts_go_with_real_images(source: Path, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_search_is_near_the_best_grid_there_is(bits: int, symmetric: bool) -> No
 @given(spec=specs, rows=st.integers(1, 5), columns=st.integers(1, 40), size=st.sampled_from([1e-9, 1.0, 1e4]))
 def test_search_is_never_worse_than_the_extremes(spec: Uniform, rows: int, columns: int, size: float) -> None:
     weight = torch.randn((rows, columns), generator=torch.Generator().manual_seed(columns)) * size
-    whole = Statistics.identity(columns)
+    whole = Statistics(torch.eye(columns), 1)
     searched, plain = Nearest().solve(weight, whole, spec), Nearest(MINMAX).solve(weight, whole, spec)
     for solved in (searched, plain):
         solved.packed.validate()
@@ -126,6 +126,22 @@ def test_search_is_never_worse_than_the_extremes(spec: Uniform, rows: int, colum
         assert solved.error == pytest.approx(relative_error(weight, solved.weight, whole.hessian))
     lost = (searched.weight - weight).square().sum(), (plain.weight - weight).square().sum()
     assert lost[0] <= lost[1] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_without_data_no_group_shrinks(bits: int, trained: tuple[torch.Tensor, Statistics]) -> None:
+    weight, statistics = trained
+    spec = Uniform(bits=bits, group_size=64)
+
+    def slope(seen: Statistics) -> torch.Tensor:
+        made = Nearest().solve(weight, seen, spec).weight
+        whole = weight.square().unflatten(1, (-1, 64)).sum(-1)
+        return (made * weight).unflatten(1, (-1, 64)).sum(-1) / whole
+
+    free = slope(Statistics.identity(statistics.features))
+    torch.testing.assert_close(free, torch.ones_like(free), rtol=2e-3, atol=0)  # float16 scales
+    fitted = slope(Statistics(torch.eye(statistics.features), 1))
+    assert float(fitted.mean()) < 1 - 0.3 * 4.0**-bits
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -105,10 +105,13 @@ def follow(skeleton: DiffusionSkeleton, chain: Sequence[str], recipe: Recipe, li
 
 def _load(skeleton: DiffusionSkeleton) -> Any:
     home = skeleton.source.home
-    cls = named(read_json(home / PIPELINE).get("_class_name"), "DiffusionPipeline", home / PIPELINE)
+    index = read_json(home / PIPELINE)
+    cls = named(index.get("_class_name"), "DiffusionPipeline", home / PIPELINE)
+    own = {name: None for name, value in index.items() if value == [None, None]}  # left out, and to be said so
+    own |= {skeleton.source.inside: skeleton.model}
     try:
         with quiet():
-            pipe = cls.from_pretrained(home, torch_dtype=skeleton.dtype, **{skeleton.source.inside: skeleton.model})
+            pipe = cls.from_pretrained(home, torch_dtype=skeleton.dtype, **own)
     except Exception as error:  # whatever a component's loader raises
         raise ModelError(f"{home}: diffusers cannot load this pipeline ({first_line(error)})") from error
     for part in pipe.components.values():
