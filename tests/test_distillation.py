@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from quant import Recipe, quantize
 from quant.errors import CheckpointError, SettingsError
 from quant.estimate import estimate
-from quant.kernels.spec import Rotated, Spec, Trellis, Uniform
+from quant.kernels.spec import Codebook, Rotated, Spec, Trellis, Uniform
 from quant.prepare import prepare
 from quant.progress import Progress
 from quant.recipe import override, recipe_from_dict
@@ -63,6 +63,18 @@ def test_codes_of_a_trellis_get_better(demo: Path, tuned: tuple[Any, Any], tmp_p
     before, after = (load_file(run.out / "model.safetensors") for run in (plain, codes))
     changed = [name for name in before if name.endswith("proj.weight") and not torch.equal(before[name], after[name])]
     assert len(changed) > 20
+
+
+def test_entries_and_indices_of_codebooks_get_better(demo: Path, tmp_path: Path) -> None:
+    plain = override(Recipe(spec=Codebook(length=2, index_bits=4), solver=FAST), SHORT)
+    found = [
+        quantize(str(demo), tmp_path / str(codes), replace(plain, distillation=Distillation(steps=24, codes=codes)))
+        for codes in (0.0, 1.0)
+    ]
+    entries, indices = (run.report["distillation"]["after"] / run.report["distillation"]["before"] for run in found)
+    assert entries < 0.75
+    assert indices < 0.97 * entries
+    assert found[0].report["files"] == found[1].report["files"]
 
 
 def test_only_what_is_named_is_tuned(demo: Path, tuned: tuple[Any, Any], tmp_path: Path) -> None:
@@ -126,7 +138,10 @@ class Kills(Progress):
             raise Killed
 
 
-KILLED = [Uniform(bits=2, group_size=32), Rotated(Trellis(window=8, length=64, code="hyb", table_bits=4))]
+KILLED = [
+    Uniform(bits=2, group_size=32), Rotated(Trellis(window=8, length=64, code="hyb", table_bits=4)),
+    Codebook(length=2, index_bits=4, second_bits=2, share=0.2),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("spec", KILLED, ids=str)

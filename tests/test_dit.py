@@ -24,6 +24,7 @@ from quant.models.walk import walk
 from quant.prepare import prepare
 from quant.progress import Progress
 from quant.recipe import Calibration, Recipe, Trajectory, load_recipe
+from quant.recovery.distillation import Distillation
 
 SMALL = Calibration(samples=3, batch_size=2)
 WAY = Trajectory(steps=3, keep=2)
@@ -269,21 +270,51 @@ def test_prompts_go_through_the_pipeline_s_text_encoder(tmp_path: Path) -> None:
     assert type(loaded.text_encoder).__name__ == "T5EncoderModel"
 
 
-def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    class Stop(Progress):
-        def advanced(self, index: int, weights: int) -> None:
+class Stop(Progress):
+    """Ends a run after its first block, or inside its end-to-end tuning."""
+
+    def __init__(self, tuning: bool) -> None:
+        self.tuning = tuning
+
+    def advanced(self, index: int, weights: int) -> None:
+        if not self.tuning:
             raise KeyboardInterrupt
 
+    def distilling(self, done: int, steps: int, loss: float) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+
+SOLVED = Recipe(spec=quant.Uniform(bits=3, group_size=16), calibration=SMALL, trajectory=WAY, match="float")
+MIXED = replace(SOLVED, spec=quant.Uniform(bits=2, group_size=16), average=4.3)
+TUNED = replace(MIXED, distillation=Distillation(steps=6))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tuning"),
+    [(SOLVED, False), (MIXED, False), (TUNED, False), (TUNED, True)],
+    ids=["solved", "mixed", "tuned", "while tuning"],
+)
+def test_a_stopped_run_resumes_to_the_same_bytes(
+    recipe: Recipe, tuning: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if recipe.average is not None:
+        pytest.importorskip("scipy", reason="not installed; pip install 'bitwright[diffusers]'")
     pipeline(tmp_path / "float")
-    recipe = Recipe(spec=quant.Uniform(bits=3, group_size=16), calibration=SMALL, trajectory=WAY, match="float")
+    monkeypatch.setattr("quant.finish.PAUSE", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        quant.quantize(str(tmp_path / "float"), tmp_path / "stopped", recipe, progress=Stop())
+        quant.quantize(str(tmp_path / "float"), tmp_path / "stopped", recipe, progress=Stop(tuning))
     resumed = quant.quantize(str(tmp_path / "float"), tmp_path / "stopped", recipe, mode="resume")
-    assert resumed.report["resumed_blocks"] == 1
+    blocks = len(resumed.report["blocks"])
+    assert resumed.report["resumed_blocks"] == (blocks if tuning else 1)
+    if recipe.average is not None:
+        assert len({site["spec"]["bits"] for site in resumed.report["sites"]}) > 1
+    if recipe.distillation is not None:
+        assert resumed.report["distillation"]["after"] < resumed.report["distillation"]["before"]
     quant.quantize(str(tmp_path / "float"), tmp_path / "straight", recipe)
     assert tiny.contents(tmp_path / "stopped", people=False) == tiny.contents(tmp_path / "straight", people=False)
     done = quant.quantize(str(tmp_path / "float"), tmp_path / "stopped", recipe, mode="resume")  # nothing left to do
-    assert done.report["resumed_blocks"] == 1
+    assert done.report["resumed_blocks"] == resumed.report["resumed_blocks"]
 
 
 def test_a_dry_run_knows_the_bytes(tmp_path: Path) -> None:
