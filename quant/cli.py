@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from quant.budget import within
+from quant.budget import sized, within
 from quant.checkpoint.journal import Mode
 from quant.checkpoint.words import code_bits
 from quant.display import Display
@@ -44,6 +44,8 @@ Examples:
   quantize --model ./Llama-3.1-8B --bits 2
 
   quantize --model Qwen/Qwen3-4B --bits 3 --group-size 64 --calibration notes.txt --out q3
+
+  quantize --model ./model --size 5GiB
 
   quantize --model ./model --bits 4 --dry-run
 
@@ -80,12 +82,10 @@ def quantize(
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="No zero points, or with.")] = None,
     activations: Annotated[int | None, typer.Option(help="8: inputs rounded to 8 bits, token by token.")] = None,
     recipe: Annotated[
-        str | None,
-        typer.Option(help="A shipped recipe, or a .py or .json file; default: balanced below 4 bits, else gptq."),
+        str | None, typer.Option(help="Shipped, or a file; default: balanced below 4 bits, or gptq.")
     ] = None,
-    time_budget: Annotated[
-        str | None, typer.Option(help="Pick best, balanced or fast by its predicted time: 2h.")
-    ] = None,
+    time_budget: Annotated[str | None, typer.Option(help="Pick best, balanced or fast by predicted time: 2h.")] = None,
+    size: Annotated[str | None, typer.Option(help="Most bytes of weights on disk, 5GiB; picks the bits.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the recipe, e.g. solver.damp=0.05.")
     ] = None,
@@ -114,14 +114,16 @@ def quantize(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
 ) -> None:
-    _exclude(resume, restart, recipe, time_budget, components)
+    _exclude(resume, restart, recipe, time_budget, components, bits, size)
     values = {"text": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
-    make = lambda name: _with(_recipe(name, bits, group_size, symmetric, activations), settings, values, only, skip)  # noqa: E731
+    grid = group_size, symmetric, activations
+    make = lambda name, b=bits: _with(_recipe(name, b, *grid), settings, values, only, skip)  # noqa: E731
     place, console = _place(device, dtype, plan, threads), Console(stderr=True, quiet=quiet)
     with Display(console) if not quiet else _Silent() as shown:
         ready = lambda made, part="": prepare(model, made, place, shown, part)  # noqa: E731
         names = [name.strip() for name in (components or "").split(",")]
         chosen = within(time_budget, make, ready, shown.step) if time_budget else None
+        chosen = sized(size, lambda b: make(recipe, b), ready, shown.step) if size else chosen
         parts = [chosen] if chosen else [ready(make(recipe), name) for name in names]
         mode: Mode = "resume" if resume else "restart" if restart else "new"
         predicted = _rehearse(parts, shown) if dry_run else []
@@ -166,7 +168,12 @@ def _folder(prepared: Prepared) -> Path:
     return Path(f"{Path(prepared.source.name).name}-{bits}bit")
 
 
-def _exclude(resume: bool, restart: bool, recipe: str | None, time_budget: str | None, components: str | None) -> None:
+def _exclude(
+    resume: bool, restart: bool, recipe: str | None, time_budget: str | None, components: str | None,
+    bits: float | None, size: str | None,
+) -> None:  # fmt: skip
+    if size and (bits is not None or time_budget or components):
+        raise SettingsError("--size picks the bits of one model; leave out --bits, --time-budget and --components")
     if time_budget and components:
         raise SettingsError("--time-budget picks the recipe of one model; leave out --components, or give --recipe")
     if resume and restart:

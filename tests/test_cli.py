@@ -102,6 +102,9 @@ def test_dry_run_table(quantize) -> None:
         (("--resume", "--restart"), 2, "exclude"),
         (("--time-budget", "soon"), 2, "30m"),
         (("--time-budget", "1h", "--recipe", "rtn"), 2, "picks a recipe"),
+        (("--size", "much"), 2, "write it as 5GiB"),
+        (("--size", "300kB"), 2, "narrowest codes make 383,640 bytes"),
+        (("--size", "1MB", "--time-budget", "1h"), 2, "picks the bits"),
         (("--only", "*.nothing"), 3, "matches no site"),
         (("--calibration", "no/such/file.txt"), 2, "no such file"),
         (("--plan", "no-such-plan.json"), 2, "cannot be read"),
@@ -156,6 +159,22 @@ def test_recipe_json_reruns_to_the_same_bytes(quantize, tmp_path: Path) -> None:
     for path in sorted(first.iterdir()):
         if path.name not in ("report.json", "report.html", "README.md"):
             assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("size", "bits"), [("450kB", {1, 2}), ("0.55MiB", {2, 3}), ("594592", {3, 4}), ("800 kB", {5, 6}), ("1GB", {8})]
+)
+def test_a_size_is_used_and_kept(quantize, size: str, bits: set[int], tmp_path: Path) -> None:
+    limit = budget.nbytes(size)
+    code, out, err = quantize("--model", MODEL, "--size", size, "--dry-run", "--json", "--recipe", "rtn")
+    assert code == 0, err
+    promised = json.loads(out)["weight_files"]
+    assert (0.98 * limit if limit < 1e6 else 0) < sum(promised.values()) <= limit
+    code, out, err = quantize("--model", MODEL, "--size", size, "--recipe", "rtn", "--out", tmp_path / "q", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["files"] == promised
+    assert {site["spec"]["bits"] for site in report["sites"]} == bits
 
 
 def test_a_time_budget_picks_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
