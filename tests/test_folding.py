@@ -111,6 +111,19 @@ def test_a_tied_head_behind_equal_gains_does_not(tmp_path: Path) -> None:
     assert float((before - after).abs().max() / before.abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize("gain", [0.0, 1e-3])
+def test_gains_too_small_to_divide_a_bias_by(gain: float, tmp_path: Path) -> None:
+    """A channel switched off, and one whose bias, divided and rounded to bfloat16, would be off by more than it was."""
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("opt"))
+    norm = model.model.decoder.layers[1].final_layer_norm
+    norm.weight.data[3], norm.bias.data[3] = gain, 0.5
+    model.save_pretrained(tmp_path)
+    found, _, (before, after) = folded(tmp_path)
+    assert found.left[STREAM].endswith("final_layer_norm (LayerNorm): its gains are too small to divide its bias by")
+    assert len(found.said) == 2
+    assert float((before - after).abs().max() / before.abs().max()) < 1e-4
+
+
 def test_heads_of_values_are_those_of_the_keys() -> None:
     """Four heads of queries read two of values."""
     found, _, _ = folded(checkpoint("llama"))
