@@ -304,6 +304,25 @@ def test_saliency_pulls_towards_the_float_weights() -> None:
     assert pulled.after < pulled.before
 
 
+def test_saliency_has_scales_to_pull() -> None:
+    with pytest.raises(SettingsError, match="saliency pulls scales, which scales=0 leaves"):
+        BlockTuning(scales=0, saliency=1.0)
+
+
+def test_saliency_is_in_the_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all batches, not once a step; a second each."""
+    work, clock = task(), [0.0]
+
+    def slow(one: Task) -> dict[str, torch.Tensor]:
+        clock[0] += one.batches
+        return {}
+
+    monkeypatch.setattr("quant.recovery.tuning.saliencies", slow)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    assert BlockTuning(saliency=1.0).rehearse(work, 60) == 60
+    assert BlockTuning().rehearse(work, 60) == 0
+
+
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(SolverError, match="block: the tuning loss is not finite at step"):
         BlockTuning(steps=30).recover(task(change=lambda x: x if not x.requires_grad else x * float("inf")))

@@ -98,6 +98,8 @@ class BlockTuning:
                 f"recovery: steps is {self.steps}, codes {self.codes}, scales {self.scales}, saliency {self.saliency}; "
                 "steps is at least 1, the others finite and not negative, and codes or scales above 0"
             )
+        if self.saliency and not self.scales:
+            raise SettingsError("recovery: saliency pulls scales, which scales=0 leaves; set saliency to 0, or scales")
 
     def recover(self, task: Task) -> Recovered:
         before, energy = losses(task, {name: packed.dequantize() for name, packed in task.packed.items()})
@@ -115,7 +117,13 @@ class BlockTuning:
         return Recovered(packed, share, after / energy)
 
     def rehearse(self, task: Task, batches: int) -> float:
-        return rehearsed(self, task, batches)
+        seconds = rehearsed(replace(self, saliency=0.0), task, batches)
+        if not self.saliency:
+            return seconds
+        began = time.perf_counter()
+        with torch.enable_grad():
+            saliencies(task)
+        return seconds + (time.perf_counter() - began) * batches / task.batches
 
     def _train(self, task: Task, tunables: Mapping[str, Tunable], usual: float, pull: Mapping[str, Tensor]) -> None:
         """`usual`: a batch's loss before training; `pull`: see `saliencies`."""
