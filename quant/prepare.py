@@ -88,7 +88,7 @@ class Prepared:
 
     def windows(self) -> tuple[Batch, ...]:
         """What the end-to-end tuning trains on, if not on `samples`: windows of the same text, drawn by the next
-        seed."""
+        seed, which may overlap those."""
         calibration, distillation = _read(self.recipe.calibration, self.source), self.recipe.distillation
         if calibration is None or distillation is None or not distillation.samples or self.source.is_diffusion:
             return ()

@@ -86,9 +86,10 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Distillation:
-    """See the module. A step takes one batch. `samples`: windows of the calibration text to train on, others than those
-    the solvers saw, which then judge the result: codes are as many as weights, and adapt to windows that they are shown
-    again and again. 0, and always for a diffusion transformer: the calibration's own. `rate`: of Adam, relative to each
+    """See the module. A step takes one batch. `samples`: windows of the calibration text to train on, drawn apart from
+    those that the solvers saw, which then judge the result: codes are as many as weights, and adapt to windows that
+    they are shown again and again. A text that so many windows cover has no tokens left that only judge. 0, and always
+    for a diffusion transformer: the calibration's own. `rate`: of Adam, relative to each
     scale and to the root mean square of each vector; it falls to 0 linearly. `codes`: levels by which a place may move,
     twice; 0 leaves the codes. A diffusion transformer's stay: tuned, they cost its images up to 4 dB
     (docs/diffusion.md). `only`: patterns over the names of sites and vectors; what none matches is left as it was
