@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,12 @@ class Plan:
         return {name: None if spec is None else spec.to_dict() for name, spec in self.specs.items()}
 
 
-def make_plan(recipe: Recipe, found: Walk, file: Path | None = None, bits: Mapping[str, int] | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, found: Walk, file: Path | None = None, bits: Mapping[str, int] | None = None,
+    anchors: Set[str] = frozenset(),
+) -> Plan:  # fmt: skip
     """The recipe's spec for each site, with those that a plan file names replaced. `bits`: of each site, where they
-    were chosen by measurement.
+    were chosen by measurement; `anchors`: the sites whose first token stays in float.
 
     Raises:
         SettingsError: the file cannot be read, names a site that is not there, or holds an impossible spec.
@@ -52,6 +55,7 @@ def make_plan(recipe: Recipe, found: Walk, file: Path | None = None, bits: Mappi
         own = spread(recipe, found)
     else:
         own = {name: raised(recipe, recipe.spec, site) for name, site in sites.items()}
+    own = {name: with_anchor(spec) if name in anchors else spec for name, spec in own.items()}
     if file is None:
         return Plan(dict(own))
     try:

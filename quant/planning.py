@@ -44,7 +44,7 @@ def planned(
     are any."""
     anchors = frozenset[str]() if samples is None else _anchors(skeleton, found, settings, samples)
     if samples is None or not measured(recipe, skeleton.source):
-        return _with_anchors(make_plan(recipe, found, settings.plan), anchors)
+        return make_plan(recipe, found, settings.plan, anchors=anchors)
     assert recipe.average is not None
     progress.step("measuring what an error of each site costs")
     widths, names = sorted(recipe.widths or WIDTHS), skeleton.names_under("")
@@ -75,7 +75,7 @@ def planned(
             costs = sensitivities(model, found, batches, weights, widths, anchors)
             bits = allocate(found.sites, widths, costs, size, budget)
     skeleton.unload(names)
-    return _with_anchors(make_plan(recipe, found, settings.plan, bits), anchors)
+    return make_plan(recipe, found, settings.plan, bits, anchors)
 
 
 def _anchors(skeleton: Skeleton, found: Walk, settings: Settings, samples: Samples) -> frozenset[str]:
@@ -88,9 +88,3 @@ def _anchors(skeleton: Skeleton, found: Walk, settings: Settings, samples: Sampl
 
     with threads(settings.threads or torch.get_num_threads()):
         return anchored(skeleton.model, found.sites, samples.batches, forward)
-
-
-def _with_anchors(plan: Plan, anchors: frozenset[str]) -> Plan:
-    return Plan(
-        {name: spec if spec is None or name not in anchors else with_anchor(spec) for name, spec in plan.specs.items()}
-    )

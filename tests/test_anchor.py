@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def test_it_is_one_more_component() -> None:
     extra = with_anchor(GRID).nbytes((48, 64)) - GRID.nbytes((48, 64))
     assert extra == 2 * (48 + 64)
     weight, _, _, statistics = layer()
-    with pytest.raises(SolverError, match="set anchor to false"):
+    with pytest.raises(SolverError, match="base spec with --plan"):
         Feedback().solve(weight, Statistics(statistics.hessian, 600), with_anchor(GRID))
 
 
@@ -156,6 +157,16 @@ def test_only_a_token_that_never_changes_and_is_far_longer(source: Path, tmp_pat
     assert all(spec is None or not isinstance(spec, LowRank) for spec in settled(prepared).plan.specs.values())
     assert anchored(model, sites, [{"encoder_hidden_states": text}], lambda few: ran.append(len(few))) == frozenset()
     assert ran == [1]
+
+
+def test_a_plan_s_own_word_comes_first(source: Path, tmp_path: Path) -> None:
+    texts(tmp_path / "text.safetensors")
+    (tmp_path / "plan.json").write_text(json.dumps({KEYS[0]: Uniform(bits=4, group_size=16).to_dict(), KEYS[1]: None}))
+    given = prepare.Settings(plan=tmp_path / "plan.json")
+    plan = settled(prepare.prepare(str(source), recipe(tmp_path / "text.safetensors"), given)).plan.specs
+    assert plan[KEYS[0]] == Uniform(bits=4, group_size=16)
+    assert plan[KEYS[1]] is None
+    assert all(getattr(plan[name], "anchor", False) for name in KEYS[2:])
 
 
 def test_an_average_counts_it(source: Path, tmp_path: Path) -> None:

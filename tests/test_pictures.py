@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import tiny_dit
 import torch
 
 import quant
+from quant.calibration import pictures
 from quant.errors import CalibrationError
 from quant.prepare import prepare
 from quant.recipe import Calibration, Recipe, Trajectory
@@ -78,6 +80,24 @@ def test_a_pipeline_s_autoencoder_makes_latents_of_them(tmp_path: Path) -> None:
         quant.quantize(str(tmp_path / "float"), tmp_path / name, recipe).out for name in ("first", "second")
     )
     assert tiny.contents(first / "transformer", people=False) == tiny.contents(second / "transformer", people=False)
+
+
+def test_latents_are_normalised_as_the_autoencoder_says() -> None:
+    class Doubles:
+        device = torch.device("cpu")
+
+        def __init__(self, **config: Any) -> None:
+            self.config = config
+
+        def encode(self, x: torch.Tensor) -> Any:
+            return SimpleNamespace(latent=2 * x)
+
+    x, here = torch.randn(2, 3, 4, 4), Path("image.png")
+    encoded = pictures._encoded  # pyright: ignore[reportPrivateUsage]
+    plain = encoded(Doubles(shift_factor=0.5, scaling_factor=0.25), x, here)
+    torch.testing.assert_close(plain, (2 * x - 0.5) * 0.25)
+    own = encoded(Doubles(latents_mean=[1.0, 2.0, 3.0], latents_std=[1.0, 2.0, 4.0]), x, here)
+    torch.testing.assert_close(own[:, 2], (2 * x[:, 2] - 3) / 4)
 
 
 def test_what_cannot_be_used_is_refused_in_words(tmp_path: Path) -> None:

@@ -139,10 +139,11 @@ def _pixels(path: Path, channels: int) -> Tensor:
     """`[channels, H, W]` float32 from -1 to 1."""
     from PIL import Image  # diffusers brings it
     from PIL.Image import DecompressionBombError
+    from PIL.ImageOps import exif_transpose
 
     try:
         with Image.open(path) as image:
-            shown = image.convert("RGB" if channels == 3 else "L")
+            shown = exif_transpose(image).convert("RGB" if channels == 3 else "L")
     except (OSError, ValueError, SyntaxError, DecompressionBombError) as error:
         raise CalibrationError(f"calibration {path}: cannot be read as an image ({first_line(error)})") from None
     flat = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8)
@@ -171,5 +172,10 @@ def _encoded(vae: Any, x: Tensor, path: Path) -> Tensor:
         raise CalibrationError(
             f"{path}: the autoencoder refuses {_said(*x.shape[2:])} ({first_line(error)})"
         ) from error
+    mean, deviation = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
+    if mean and deviation:  # of each channel
+        along = (1, -1, *[1] * (latent.dim() - 2))
+        mean, deviation = (torch.tensor(values, device=latent.device).view(along) for values in (mean, deviation))
+        return ((latent - mean) / deviation).float().cpu()
     shift, scale = (vae.config.get(name) for name in ("shift_factor", "scaling_factor"))
     return ((latent - (shift or 0.0)) * (scale or 1.0)).float().cpu()

@@ -33,7 +33,7 @@ def solve_anchored(solver: Solver, weight: Tensor, statistics: Statistics, spec:
     1 has its other components from the rest of the inputs."""
     c = statistics.anchor
     if c is None or not float(c.norm()) > 0:
-        raise SolverError("no first token was seen to keep in float; set anchor to false in the plan")
+        raise SolverError("no first token was seen to keep in float; give this site its base spec with --plan")
     shape = (weight.shape[0], weight.shape[1])
     others = spec.width(shape) - 1
     inner = replace(spec, rank=others, anchor=False) if others else spec.base
