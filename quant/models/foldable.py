@@ -24,7 +24,7 @@ from torch import Tensor
 from quant.calibration.batch import moved
 from quant.calibration.replay import Replay
 from quant.models.candidates import is_linear
-from quant.models.folding import Change, Folded, Folding, exactly
+from quant.models.folding import Change, Folded, Folding, exactly, rotation
 from quant.models.heads import Call, Heads, Watch, heads
 from quant.models.residual import TOLERANCE, Stream, off
 from quant.models.skeleton import Skeleton
@@ -32,6 +32,7 @@ from quant.models.source import STORED
 from quant.models.stream import first_tensor, outside_blocks
 
 STREAM = "the stream"
+LEAST = 16  # block of a rotation that may stand for one at run time: smaller ones spread little
 
 
 @torch.no_grad()
@@ -57,7 +58,8 @@ def find(skeleton: Skeleton, chain: Sequence[str], batch: Mapping[str, Any], fol
         folded.turned.clear()
     if turning:
         folded.untied = untied
-        folded.turned |= {name for name in stream.readers if f"{name}.weight" in turning}
+        if rotation(width)[0] >= LEAST:
+            folded.turned |= {name for name in stream.readers if f"{name}.weight" in turning}
         folded.said[STREAM] = (
             f"{width} channels, {len(stream.writers)} modules write to it, {len(stream.readers)} read it behind "
             f"{len(stream.norms)} norms"
@@ -113,7 +115,8 @@ class _Search:
                     self.folded.left[name] = why
                 elif not isinstance(turned, str):
                     self.folded.said[name] = f"heads of {turned.width}"
-                    self.folded.turned.add(reader)
+                    if rotation(turned.width)[0] >= LEAST:
+                        self.folded.turned.add(reader)
         if not found:
             self.folded.left[block or "the model"] = "no linear was seen to read the very channels that another writes"
 
