@@ -1,10 +1,12 @@
-"""A diffusion transformer's rounded inputs, smoothing and low-rank branches: what each costs and gains in the image.
+"""A diffusion transformer's rounded inputs, smoothing, branches, mixed precision: what each gains in the image.
 
     python benchmarks/dit_inputs.py [MODEL] [--judge JUDGE]
+    python benchmarks/dit_inputs.py [MODEL] --mixed    # mixed precision, weighted timesteps and end-to-end tuning alone
 
-MODEL: a folder that quant-eval draws class by class (`demo/dit` without it). All rows are GPTQ on uniform grids with
-the calibration of the recipes that ship, and are drawn from packed checkpoints as `quant.load` opens them: where inputs
-are rounded (A8), integers are summed. Modulations keep at least four bits and inputs as they are.
+MODEL: a folder that quant-eval draws class by class (`demo/dit` without it). Rows without a recipe's name are GPTQ on
+uniform grids with the calibration of the recipes that ship. All are drawn from packed checkpoints as `quant.load` opens
+them: where inputs are rounded (A8), integers are summed. Unless a row says "alike" or "by the error", modulations keep
+at least four bits and inputs as they are.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from quant.eval.gallery import judge_images
 from quant.eval.hang import title
 from quant.eval.judge import open_judge
 from quant.kernels.spec import LowRank, Rotated, Smoothed, Spec, Uniform
+from quant.recipe import Recipe, override, with_spec
 
-SHOWN = ("what", "bits", "PSNR", "pooled", "SSIM", "right", "layer error", "seconds")
+SHOWN = ("what", "bits", "PSNR", "pooled", "worst", "SSIM", "right", "layer error", "seconds")
 
 
 def main() -> None:
@@ -34,19 +37,19 @@ def main() -> None:
     parts: list[tuple[str, list[dict[str, Any]], tuple[str, ...]]] = []
     said = ""
     with tempfile.TemporaryDirectory() as folder:
-        for heading, specs in tables(args).items():
+        for heading, recipes in (mixed(args) if args.mixed else tables(args)).items():
             rows: list[dict[str, Any]] = []
-            for number, (what, spec) in enumerate(specs.items()):
-                recipe = replace(quant.load_recipe("gptq"), spec=spec)
+            for number, (what, recipe) in enumerate(recipes.items()):
                 out = Path(folder) / f"{heading}-{number}".replace(" ", "-")
                 result = quant.quantize(str(args.model), out, recipe)
                 errors = [site["error"] for site in result.report["sites"]]
-                row = {"what": what, "spec": spec.to_dict(), "bits": result.written.measured_bits}
+                row = {"what": what, "recipe": recipe.to_dict(), "bits": result.written.measured_bits}
                 row |= {"layer error": sum(errors) / len(errors), "seconds": result.report["seconds"], "out": out}
                 rows.append(row)
             hung = judge_images([row.pop("out") for row in rows], against=args.model, rule=rule, judge=judge)
             for row, picture in zip(rows, hung.pictures, strict=True):
                 row |= {"PSNR": picture.psnr, "pooled": picture.psnr_pooled, "SSIM": picture.ssim}
+                row["worst"] = picture.psnr_worst
                 row["right"] = picture.accuracy
             parts.append((heading, rows, SHOWN))
             print(record.table(rows, SHOWN), flush=True)
@@ -57,11 +60,30 @@ def main() -> None:
         "mean squared error. layer error: mean over linears of the output's lost energy on the calibration inputs, "
         "rounding of inputs included.",
     ]
-    name = f"dit_inputs_{args.model.resolve().name}"
-    record.save(args.results, name, f"Rounded inputs and smoothing, {args.model.resolve().name}", parts, notes)
+    kind, said = ("mixed", "Mixed precision") if args.mixed else ("inputs", "Rounded inputs and smoothing")
+    name = args.model.resolve().name
+    record.save(args.results, f"dit_{kind}_{name}", f"{said}, {name}", parts, notes)
 
 
-def tables(args: Namespace) -> dict[str, dict[str, Spec]]:
+def mixed(args: Namespace) -> dict[str, dict[str, Recipe]]:
+    """By what an error of each linear costs, at the bits of the recipes without; the time-embedding's layers too."""
+    found: dict[str, Recipe] = {}
+    for bits, average in ((3, 3.309), (2, 2.724)):
+        grid = with_spec(quant.load_recipe("gptq"), bits=bits, group_size=args.group_size)
+        alike, narrow = replace(grid, modulation_bits=1), with_spec(grid, bits=2)
+        image = replace(alike, trajectory=replace(alike.trajectory, weighting="image"))
+        found |= {f"{bits} bits alike": alike, f"{bits} bits alike, timesteps by their effect": image}
+        for sensitivity in ("output", "image"):
+            made = replace(narrow, average=average, sensitivity=sensitivity)
+            found[f"{average} bits by the {sensitivity}'s error"] = made
+    best = with_spec(quant.load_recipe("best"), bits=2)
+    found["balanced, 2 bits"] = with_spec(quant.load_recipe("balanced"), bits=2)
+    found["best, 2 bits"] = best
+    found["best, 2 bits, modulations alone (QuEST)"] = override(best, ['distillation.only=["*norm1.linear*"]'])
+    return {"mixed precision, timesteps, tuning": found}
+
+
+def tables(args: Namespace) -> dict[str, dict[str, Recipe]]:
     """The rows of each table."""
     found: dict[str, dict[str, Spec]] = {}
     for bits in args.rounded:
@@ -81,7 +103,8 @@ def tables(args: Namespace) -> dict[str, dict[str, Spec]]:
             f"branch of rank {rank}": LowRank(base, rank),
             f"smoothed with a branch of rank {rank} (SVDQuant)": Smoothed(LowRank(base, rank)),
         }
-    return found
+    gptq = quant.load_recipe("gptq")
+    return {heading: {what: replace(gptq, spec=spec) for what, spec in some.items()} for heading, some in found.items()}
 
 
 def arguments() -> Namespace:
@@ -90,6 +113,7 @@ def arguments() -> Namespace:
     parser.add_argument("--judge", help="see quant.eval.judge; judge.safetensors in the model's folder without")
     parser.add_argument("--rounded", type=int, nargs="*", default=[4, 8], help="bits of weights whose inputs have 8")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2], help="bits of low-rank rows")
+    parser.add_argument("--mixed", action="store_true", help="mixed precision, weighted timesteps and tuning instead")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--rank", type=int, default=2, help="costs about what groups half as wide cost")
     parser.add_argument("--images", type=int, default=256)
