@@ -172,7 +172,7 @@ def test_a_vector_rounder_needs_no_other_loop(columns: int) -> None:
 @pytest.mark.parametrize("solver", [PLAIN, Feedback(), Feedback(order="act"), Feedback(static_groups=True)])
 def test_without_correlation_it_is_round_to_nearest_bit_for_bit(solver: Feedback, bits: int, symmetric: bool) -> None:
     spec = Uniform(bits=bits, group_size=16, symmetric=symmetric)
-    weight, stats = some_weight(7, 41), Statistics.identity(41)
+    weight, stats = some_weight(7, 41), replace(Statistics.identity(41), tokens=41)
     rounded, fed = Nearest().solve(weight, stats, spec), solver.solve(weight, stats, spec)
     for name, tensor in rounded.packed.tensors().items():
         assert torch.equal(fed.packed.tensors()[name], tensor), name
