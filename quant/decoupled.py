@@ -43,8 +43,8 @@ def decoupled(
     }
     groups = [[site for site, _ in found if site.content == content] for content in (True, False)]
     groups = [group for group in groups if group]
-    bounds = [[sum(nbytes(site, bits) for site in group) for bits in (min(widths), max(widths))] for group in groups]
-    spare = budget - sum(least for least, _ in bounds)
+    least = [sum(nbytes(site, min(widths)) for site in group) for group in groups]
+    spare = budget - sum(least)
     if spare < 0:
         raise SettingsError(
             f"a budget of {budget:.0f} bytes; the narrowest widths take {budget - spare:.0f}: give more"
@@ -53,8 +53,8 @@ def decoupled(
     for number in range(SPLITS if len(groups) > 1 else 1):
         share = (number + 1) / (SPLITS + 1) if len(groups) > 1 else 1.0
         plan = dict[str, int]()
-        for group, (least, _), part in zip(groups, bounds, (share, 1 - share), strict=False):
-            plan |= allocate(group, widths, costs, nbytes, least + part * spare)
+        for group, taken, part in zip(groups, least, (share, 1 - share), strict=False):
+            plan |= allocate(group, widths, costs, nbytes, taken + part * spare)
         plans += [plan] if plan not in plans else []
     return min(plans, key=lambda plan: _together(model, found, plan, draw, original))
 

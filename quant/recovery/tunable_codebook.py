@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from quant.kernels.codebook import PackedCodebook
 from quant.kernels.packed import Packed
@@ -27,14 +28,13 @@ class TunableCodebook(Tunable):
     def __init__(self, packed: Packed, weight: Tensor, train_codes: bool) -> None:
         assert isinstance(packed, PackedCodebook)
         self.rounder = rounder = CodebookRounder.of(packed)
-        self.second = rounder.fine.nonzero()[:, 0] if len(rounder.tables) > 1 else None
         self.start, self.peaks = rounder.scales, rounder.peaks[rounder.group]
         self.units = [table.square().mean().sqrt() for table in rounder.tables]
         self.moves = [torch.zeros_like(table, requires_grad=True) for table in rounder.tables]
         self.gain = torch.zeros_like(self.start, requires_grad=True)
         self.place: Tensor | None = None
         if train_codes:
-            levels = self._levels([table.flatten(0, 1) for table in rounder.tables])
+            levels = rounder.levels(rounder.tables)
             wanted = weight / torch.where(self.start > 0, self.start, torch.inf)[:, None]
             self.unit = levels.square().mean().sqrt().clamp_min(1e-30)
             self.place = (torch.lerp(levels, wanted, LEAN_CODEBOOK) / self.unit).requires_grad_()
@@ -51,7 +51,7 @@ class TunableCodebook(Tunable):
     def settle(self, step: int) -> None:
         if self.place is None:
             return
-        rounder, tables = self.rounder, [table.unflatten(0, (-1, 1 << bits)) for table, bits in self._sized()]
+        rounder, tables = self.rounder, self._tables()
         scales = scale_values(self._codes(), self.peaks)
         energy = scales.square() / scales.square().mean().clamp_min(1e-30)
         columns = torch.arange(step % EVERY, self.place.shape[1], EVERY, device=self.place.device)
@@ -75,41 +75,24 @@ class TunableCodebook(Tunable):
         rounder.index[:, :, columns] = torch.where(taken, new, old)
 
     def weight(self) -> Tensor:
-        levels = self._levels([table for table, _ in self._sized()])
+        levels = self.rounder.levels(self._tables())
         if self.place is not None:
             levels = levels + self.unit * through(self.place, torch.zeros_like(self.place))
         return levels * through(self.start * (1 + self.gain), scale_values(self._codes(), self.peaks))[:, None]
 
     @torch.no_grad()
     def pack(self) -> Packed:
-        made = self.rounder
-        held = made.tables, made.codes
-        made.tables = [table.unflatten(0, (-1, 1 << bits)) for table, bits in self._sized()]
-        made.codes = self._codes()
-        packed = made.pack()
-        made.tables, made.codes = held
-        return packed
+        made = copy(self.rounder)
+        made.tables, made.codes = self._tables(), self._codes()
+        return made.pack()
 
-    def _sized(self) -> list[tuple[Tensor, int]]:
-        """Each table as stored, those of all groups end to end, and the bits of its index."""
-        spec, found = self.rounder.spec, list[tuple[Tensor, int]]()
-        bits = (spec.index_bits, spec.second_bits)
-        for table, move, unit, width in zip(self.rounder.tables, self.moves, self.units, bits, strict=False):
-            moved = table + unit * move
-            found.append((through(moved, moved.detach().half().float()).flatten(0, 1), width))
-        return found
+    def _tables(self) -> list[Tensor]:
+        """As they would be stored."""
+        moved = [t + unit * m for t, unit, m in zip(self.rounder.tables, self.units, self.moves, strict=True)]
+        return [through(table, table.detach().half().float()) for table in moved]
 
     def _codes(self) -> Tensor:
         return scale_codes(self.start * (1 + self.gain.detach()), self.peaks)
-
-    def _levels(self, tables: list[Tensor]) -> Tensor:
-        """Unscaled rows `[out, in]`, differentiable in the tables."""
-        rounder = self.rounder
-        levels = embedding(rounder.index[0] + rounder.offsets[0], tables[0])
-        if self.second is not None:
-            index = (rounder.index[1] + rounder.offsets[1])[:, self.second]
-            levels = levels.index_add(1, self.second, embedding(index, tables[1]))
-        return levels.transpose(1, 2).flatten(0, 1)[rounder.place]
 
 
 def _distance(x: Tensor, weight: Tensor, tables: list[Tensor], index: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from quant.kernels.codebook import Codebook, PackedCodebook, codebook_for
 from quant.kernels.packed import Packed
@@ -106,7 +107,7 @@ class CodebookRounder:
         self.tables = [table.half().float() for table in self._solved(weight, hessian)]
         if self._lost(weight, hessian) > before:
             self.tables = old
-        A = self._levels(self.tables)
+        A = self.levels(self.tables)
         pulled = A @ hessian
         gain, curve = (pulled * weight).sum(1), (pulled * A).sum(1)
         best, peaks = gain / torch.where(curve > 0, curve, torch.inf), self.peaks[self.group]
@@ -130,13 +131,13 @@ class CodebookRounder:
     def _solved(self, weight: Tensor, hessian: Tensor) -> list[Tensor]:
         """The tables, moved by conjugate gradients towards the best ones."""
         found = self.tables
-        slope = self._gathered((weight - self._levels(found) * self.scales[:, None]) @ hessian)
+        slope = self._gathered((weight - self.levels(found) * self.scales[:, None]) @ hessian)
         curve = self._gathered(self.scales[:, None] * hessian.diagonal())  # of each entry alone
         ease = [1 / torch.where(c > 0, c, torch.inf) for c in curve]
         step = [g * e for g, e in zip(slope, ease, strict=True)]
         size = _dot(slope, step)
         for _ in range(STEPS):
-            bent = self._gathered((self._levels(step) * self.scales[:, None]) @ hessian)
+            bent = self._gathered((self.levels(step) * self.scales[:, None]) @ hessian)
             length = size / max(_dot(step, bent), 1e-30)
             found = [f + length * s for f, s in zip(found, step, strict=True)]
             slope = [g - length * b for g, b in zip(slope, bent, strict=True)]
@@ -146,18 +147,20 @@ class CodebookRounder:
         return found
 
     def _lost(self, weight: Tensor, hessian: Tensor) -> float:
-        D = weight - self._levels(self.tables) * self.scales[:, None]
+        D = weight - self.levels(self.tables) * self.scales[:, None]
         return float((D @ hessian).mul_(D).sum(dtype=torch.float64))
 
-    def _levels(self, tables: list[Tensor]) -> Tensor:
-        """Unscaled rows `[out, in]` that the indices stand for."""
-        levels = tables[0].flatten(0, 1)[self.index[0] + self.offsets[0]]
+    def levels(self, tables: list[Tensor]) -> Tensor:
+        """Unscaled rows `[out, in]` that the indices stand for, differentiable in the tables."""
+        levels = embedding(self.index[0] + self.offsets[0], tables[0].flatten(0, 1))
         if len(tables) > 1:
-            levels[:, self.fine] += tables[1].flatten(0, 1)[self.index[1][:, self.fine] + self.offsets[1]]
+            fine = self.fine.nonzero()[:, 0]
+            index = (self.index[1] + self.offsets[1])[:, fine]
+            levels = levels.index_add(1, fine, embedding(index, tables[1].flatten(0, 1)))
         return levels.transpose(1, 2).flatten(0, 1)[self.place]
 
     def _gathered(self, matrix: Tensor) -> list[Tensor]:
-        """What each entry of the tables gathers of `matrix` `[out, in]`: the transpose of the scaled `_levels`."""
+        """What each entry of the tables gathers of `matrix` `[out, in]`: the transpose of the scaled `levels`."""
         vectors, sums = self.vectors(matrix * self.scales[:, None]), list[Tensor]()
         for number, table in enumerate(self.tables):
             columns = self.fine if number else slice(None)
