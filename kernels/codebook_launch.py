@@ -141,7 +141,7 @@ def launch(
             peaks, scale_table(x.device), out if bias is None else bias, out, partial, counters,
             tokens, rows, inputs, x.stride(0), count, -(-count // config.splits), finer, -(-fine // config.splits), per,
             **constants(bits, second_bits, length, group, columns is not None, x.device),
-            BM=config.bm, SPLITS=config.splits, EVEN=inputs % TILE == 0, BIAS=bias is not None,
+            BM=config.bm, SPLIT=config.splits > 1, EVEN=inputs % TILE == 0, BIAS=bias is not None,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
 

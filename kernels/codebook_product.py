@@ -199,7 +199,7 @@ def codebook_kernel(
     x, weight, codebook, second, columns, scales, peaks, table, bias, out, partial, counters,
     M, N, K, stride, count, each, few, more, per,
     BITS: tl.constexpr, SECOND: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, FEW: tl.constexpr, BIAS: tl.constexpr,
+    BM: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, FEW: tl.constexpr, BIAS: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
     """`x` `[M, K]` with rows `stride` apart; `count` column tiles, `each` of them per split; `few` finer columns, of
@@ -239,19 +239,19 @@ def codebook_kernel(
             stop, few, live, SECOND, LENGTH, WIDTH, BM, False, FEW, SCALED, NATIVE,
         )  # fmt: skip
     down = ((254 << 23) - up.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # 1 / up
-    last = SPLITS == 1
-    if SPLITS > 1:
-        at = partial + (tl.program_id(2) * tl.num_programs(0) + tile) * (SPLITS * LENGTH * BM * 16)
+    last = not SPLIT
+    if SPLIT:
+        at = partial + (tl.program_id(2) * tl.num_programs(0) + tile) * (tl.num_programs(1) * LENGTH * BM * 16)
         at += tl.arange(0, BM)[None, :] * 16 + tl.arange(0, 16)[:, None]
         for j in tl.static_range(LENGTH):
             mine = at + (tl.program_id(1) * LENGTH + j) * (BM * 16)
             tl.store(mine, acc[j] * down[None, :], mask=live[None, :])
-        last = is_last(counters, SPLITS)
+        last = is_last(counters)
     if last:
         peak = tl.load(peaks + group).to(tl.float32)
         for j in tl.static_range(LENGTH):
-            if SPLITS > 1:
-                product = _collected(at + j * (BM * 16), live, LENGTH, BM, SPLITS)
+            if SPLIT:
+                product = _collected(at + j * (BM * 16), live, LENGTH, BM)
             else:
                 product = acc[j] * down[None, :]
             rows = first_rows + j
@@ -261,12 +261,13 @@ def codebook_kernel(
 
 
 @triton.jit
-def _collected(at, live, LENGTH: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):
+def _collected(at, live, LENGTH: tl.constexpr, BM: tl.constexpr):
     """The sum of all parts of one place, in their order. They are 16 rows each, so eight are on their way at a time."""
     acc = tl.zeros((16, BM), tl.float32)
-    for first in range(0, SPLITS, 8):
+    splits = tl.num_programs(1)
+    for first in range(0, splits, 8):
         for part in tl.static_range(8):
-            here = live[None, :] & (first + part < SPLITS)
+            here = live[None, :] & (tl.full((1, BM), first + part, tl.int32) < splits)
             mine = at + (first + part) * (LENGTH * BM * 16)
             acc += tl.load(mine, mask=here, other=0.0, cache_modifier=".cg")
     return acc

@@ -209,7 +209,7 @@ def launch(
             out if bias is None else bias, out if residual is None else residual.contiguous(), out, partial, counters,
             tokens, rows, columns, x.stride(0), count, -(-count // config.splits),
             **constants(bits, width, columns, zeros is not None, kind),
-            BM=config.bm, BN=config.bn, SPLITS=config.splits, EVEN=columns % TILE == 0, BIAS=bias is not None,
+            BM=config.bm, BN=config.bn, SPLIT=config.splits > 1, EVEN=columns % TILE == 0, BIAS=bias is not None,
             RESIDUAL=residual is not None, WIDEN=not cuda and x.dtype == torch.bfloat16,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=kind != "int8",  # see integer.py
         )  # fmt: skip

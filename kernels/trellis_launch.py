@@ -155,7 +155,7 @@ def launch(
             out if bias is None else bias, out, partial, counters,
             tokens, rows, columns, x.stride(0), count, -(-count // config.splits), total, whole, MASK,
             **constants(bits, window, code, table_bits, length, x.device),
-            BM=config.bm, BU=config.bn // UNIT, SPLITS=config.splits, EVEN=columns % CHUNK == 0, BIAS=bias is not None,
+            BM=config.bm, BU=config.bn // UNIT, SPLIT=config.splits > 1, EVEN=columns % CHUNK == 0, BIAS=bias is not None,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
 

@@ -123,7 +123,7 @@ def trellis_kernel(
     x, weight, scales, peaks, pairs, table, bias, out, partial, counters,
     M, N, K, stride, count, each, total, whole, mask,
     BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, LENGTH: tl.constexpr,
-    BM: tl.constexpr, BU: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BU: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
     BIAS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """`x` `[M, K]` with rows `stride` apart; `count` chunks of K, `each` of them per split; `total` units, `whole` of
@@ -165,17 +165,17 @@ def trellis_kernel(
                 fresh = fresh + (tl.dot(_operand(word, BU, CODE), inputs, acc[j], out_dtype=tl.float32),)
             acc = fresh
     total_x = tl.sum(tl.sum(sums, 0), 0)
-    last = SPLITS == 1
-    if SPLITS > 1:
+    last = not SPLIT
+    if SPLIT:
         for part in tl.static_range(2):  # half of the rows at a time: registers
             rows, tokens, at, here = _places(part * 8, BM, BU, M, N)
             leave(_rows(acc, total_x, up, part * 8, BM, BU, CODE), partial, at, here, M, N)
-        last = is_last(counters, SPLITS)
+        last = is_last(counters)
     if last:
         for part in tl.static_range(2):
             rows, tokens, at, here = _places(part * 8, BM, BU, M, N)
-            if SPLITS > 1:
-                product = collected(partial, at, here, M, N, SPLITS)
+            if SPLIT:
+                product = collected(partial, at, here, M, N)
             else:
                 product = _rows(acc, total_x, up, part * 8, BM, BU, CODE)
             product *= row_scales(scales, peaks, table, rows, rows < N, LENGTH)[:, None]

@@ -63,11 +63,11 @@ def leave(acc, partial, at, here, M, N):
 
 
 @triton.jit
-def is_last(counters, SPLITS: tl.constexpr):
+def is_last(counters):
     """Whether all other programs of this tile of the output have left their parts."""
     tl.debug_barrier()
     counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(1) - 1
     if last:
         tl.debug_barrier()
         tl.store(counter, 0)
@@ -75,21 +75,24 @@ def is_last(counters, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def collected(partial, at, here, M, N, SPLITS: tl.constexpr):
-    """The sum of all parts, in their order."""
+def collected(partial, at, here, M, N):
+    """The sum of all parts, in their order. Four are on their way at a time."""
     acc = tl.zeros(at.shape, tl.float32)
-    for part in range(SPLITS):
-        acc += tl.load(partial + tl.cast(part, tl.int64) * M * N + at, mask=here, other=0.0, cache_modifier=".cg")
+    splits = tl.num_programs(1)
+    for first in range(0, splits, 4):
+        for part in tl.static_range(4):
+            mine = partial + tl.cast(first + part, tl.int64) * M * N + at
+            acc += tl.load(mine, mask=here & (tl.full(here.shape, first + part, tl.int32) < splits), other=0.0, cache_modifier=".cg")
     return acc
 
 
 @triton.jit
-def gathered(acc, partial, counters, at, here, M, N, SPLITS: tl.constexpr):
+def gathered(acc, partial, counters, at, here, M, N):
     """Leaves this program's part; the sum of all parts and True for the last program to come."""
     leave(acc, partial, at, here, M, N)
-    last = is_last(counters, SPLITS)
+    last = is_last(counters)
     if last:
-        acc = collected(partial, at, here, M, N, SPLITS)
+        acc = collected(partial, at, here, M, N)
     return acc, last
 
 
@@ -126,7 +129,7 @@ def matmul_kernel(
     x, x_scale, weight, scales, zeros, bias, residual, out, partial, counters,
     M, N, K, stride, count, each,
     BITS: tl.constexpr, GROUP: tl.constexpr, FLUSH: tl.constexpr, ZERO: tl.constexpr, KIND: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """`x` `[M, K]` with rows `stride` apart; `count` tiles of K, `each` of them per split. GROUP columns share a scale
@@ -180,8 +183,8 @@ def matmul_kernel(
                     sums = tl.zeros((16, BM), SUM)
     at = tokens[None, :].to(tl.int64) * N + rows[:, None]
     here = inside[:, None] & live[None, :]
-    last = SPLITS == 1
-    if SPLITS > 1:
-        acc, last = gathered(acc, partial, counters, at, here, M, N, SPLITS)
+    last = not SPLIT
+    if SPLIT:
+        acc, last = gathered(acc, partial, counters, at, here, M, N)
     if last:
         stored(acc, x_scale, bias, residual, out, rows, tokens, inside, live, N, INTEGER, BIAS, RESIDUAL)

@@ -314,7 +314,7 @@ def compiled(capability: int, length: int, bits: int, second: int, dtype: str, t
     types |= dict.fromkeys(("weight", "columns", "counters"), "*i32")
     types |= dict.fromkeys(("M", "N", "K", "stride", "count", "each", "few", "more", "per"), "i32")
     constants = codebook_launch.constants(bits, second, length, 4096, second < 16, torch.device("cuda")) | {
-        "BM": config.bm, "SPLITS": config.splits, "EVEN": True, "BIAS": True,
+        "BM": config.bm, "SPLIT": config.splits > 1, "EVEN": True, "BIAS": True,
     }  # fmt: skip
     return compile_for(capability, codebook_kernel, types, constants, config.warps, config.stages)
 

@@ -205,7 +205,7 @@ def compiled_without_fused_steps() -> None:
     types |= {"residual": "*fp16", "out": "*fp16", "partial": "*fp32", "counters": "*i32"}
     types |= dict.fromkeys(("M", "N", "K", "stride", "count", "each"), "i32")
     constants = launch.constants(4, 128, 8192, True, "int8") | {
-        "BM": config.bm, "BN": config.bn, "SPLITS": config.splits, "EVEN": True, "BIAS": True, "RESIDUAL": True,
+        "BM": config.bm, "BN": config.bn, "SPLIT": config.splits > 1, "EVEN": True, "BIAS": True, "RESIDUAL": True,
         "WIDEN": False,
     }  # fmt: skip
     fused = compile_for(90, matmul_kernel, types, constants, config.warps, config.stages)

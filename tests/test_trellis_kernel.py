@@ -319,6 +319,6 @@ def compiled(capability: int, bits: int, code: str, window: int, kind: str, toke
     types |= {"counters": "*i32", "pairs": "*i32"}
     types |= dict.fromkeys(("M", "N", "K", "stride", "count", "each", "total", "whole", "mask"), "i32")
     constants = trellis_launch.constants(bits, window, code, 9, 256, torch.device("cuda")) | {
-        "BM": config.bm, "BU": config.bn // 16, "SPLITS": config.splits, "EVEN": True, "BIAS": True,
+        "BM": config.bm, "BU": config.bn // 16, "SPLIT": config.splits > 1, "EVEN": True, "BIAS": True,
     }  # fmt: skip
     return compile_for(capability, trellis_kernel, types, constants, config.warps, config.stages)

@@ -262,7 +262,7 @@ def compiled(capability: int, bits: int, kind: str, tokens: int) -> Compiled:
     types |= {"zeros": "*u8", "bias": half, "residual": half, "out": half, "partial": "*fp32", "counters": "*i32"}
     types |= dict.fromkeys(("M", "N", "K", "stride", "count", "each"), "i32")
     constants = launch.constants(bits, 128, 8192, True, kind) | {
-        "BM": config.bm, "BN": config.bn, "SPLITS": config.splits, "EVEN": True, "BIAS": True, "RESIDUAL": True,
+        "BM": config.bm, "BN": config.bn, "SPLIT": config.splits > 1, "EVEN": True, "BIAS": True, "RESIDUAL": True,
         "WIDEN": False,
     }  # fmt: skip
     return compile_for(capability, matmul_kernel, types, constants, config.warps, config.stages)
