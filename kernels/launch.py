@@ -42,17 +42,39 @@ class Config:
 
 
 def choose(
-    tokens: int, rows: int, columns: int, processors: int, bits: int = 4, kind: str = "fp16", narrow: bool = False
-) -> Config:
+    tokens: int, rows: int, columns: int, processors: int, bits: int = 4, kind: str = "fp16", narrow: bool = False,
+    skinny: bool = True,
+) -> Config:  # fmt: skip
     """The configuration without a tuned one: as many rows per warp as its registers hold while tokens are few, and K
-    split until every multiprocessor has about 8 warps. `narrow`: at most 32 rows from 32 tokens on. Triton 3.6 compiles
-    no more for compute capability 10.0 ("Illegal shared layout"); Triton 3.9 does."""
+    split until every multiprocessor has about as many warps as they let run (of `skinny.py`), else 8. `narrow`: at most
+    32 rows from 32 tokens on. Triton 3.6 compiles no more for compute capability 10.0 ("Illegal shared layout"); Triton
+    3.9 does. `skinny`: whether that kernel takes the weight."""
+    if skinny and kind != "int8" and tokens <= 16:
+        bm = next(size for size in (4, 8, 16) if tokens <= size)
+        bn = 64 if bm < 16 and bits < 8 else 32
+        programs = -(-rows // bn)
+        return Config(bm, bn, 1, 1, even_splits(columns, min(32, processors * 12 // programs), step_columns(bits)))
     bm = max(16 if kind == "int8" else 8, next((size for size in (8, 16, 32) if tokens <= size), 64))
     wide = 64 if kind != "int8" and bits <= 2 else 32
     many = {32: (32, 2), 64: (32, 4)} if narrow else {32: (64, 4), 64: (64, 4 if bits <= 4 else 8)}
     bn, warps = ({8: (wide, 1), 16: (16 if kind == "int8" else 32, 1)} | many)[bm]
     programs = -(-rows // bn) * -(-tokens // bm)
     return Config(bm, bn, warps, 1, even_splits(columns, min(16, processors * 8 // (programs * warps))))
+
+
+def is_skinny(config: Config, kind: str) -> bool:
+    """Whether a configuration is one of `skinny.py`'s kernel."""
+    return kind != "int8" and config.bm <= 16 and config.warps == 1 and config.bn in (32, 64)
+
+
+def takes_skinny(rows: int, width: int, columns: int) -> bool:
+    """Whether `skinny.py`'s kernel multiplies by a weight in groups of `width`."""
+    return rows % 8 == 0 and rows >= 8 and span(width, columns) > 0
+
+
+def step_columns(bits: int) -> int:
+    """Columns that `skinny.py`'s kernel takes at once."""
+    return TILE // 2 if bits >= 4 else TILE
 
 
 def even_splits(columns: int, wanted: int, tile: int = TILE) -> int:
@@ -186,33 +208,70 @@ def launch(
 ) -> None:  # fmt: skip
     """Fills `out` `[M, N]`. `config`: None for the default one."""
     from quant.kernels.tune import tuned  # it needs this module
-    from quant.kernels.uniform import matmul_kernel
 
     tokens, rows = out.shape
     if not out.numel():
         return
     x = x if x.stride(1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
-    cuda = x.device.type == "cuda"
     processors, narrow = processor(x.device)
     kind = KINDS[x.dtype]
-    config = config or tuned(x.device, tokens, rows, columns, bits, kind)
-    config = config or choose(tokens, rows, columns, processors, bits, kind, narrow)
-    count = tiles(columns)
+    skinny = takes_skinny(rows, width, columns)
+    if config is None and (skinny or tokens > 16):
+        config = tuned(x.device, tokens, rows, columns, bits, kind, step_columns(bits) if tokens <= 16 else TILE)
+    config = config or choose(tokens, rows, columns, processors, bits, kind, narrow, skinny)
+    skinny = skinny and is_skinny(config, kind)
+    count = -(-columns // (step_columns(bits) if skinny else TILE))
     grid = (-(-rows // config.bn), config.splits, -(-tokens // config.bm))
     partial, counters = out, out
     if config.splits > 1:
         partial = torch.empty((config.splits, tokens, rows), dtype=torch.float32, device=x.device)
         counters = fresh_counters(grid[0] * grid[2], x.device)
+    parts = (scales, scales if zeros is None else zeros, out if bias is None else bias)
+    parts += (out if residual is None else residual.contiguous(), out, partial, counters)
+    sizes = (tokens, rows, columns, -(-count // config.splits))
+    named = constants(bits, width, columns, zeros is not None, kind) | {"BM": config.bm, "SPLIT": config.splits > 1}
+    named |= {"BIAS": bias is not None, "RESIDUAL": residual is not None}
     with torch.cuda.device_of(x):
-        matmul_kernel[grid](
-            x, x if x_scale is None else x_scale, weight, scales, scales if zeros is None else zeros,
-            out if bias is None else bias, out if residual is None else residual.contiguous(), out, partial, counters,
-            tokens, rows, columns, x.stride(0), count, -(-count // config.splits),
-            **constants(bits, width, columns, zeros is not None, kind),
-            BM=config.bm, BN=config.bn, SPLIT=config.splits > 1, EVEN=columns % TILE == 0, BIAS=bias is not None,
-            RESIDUAL=residual is not None, WIDEN=not cuda and x.dtype == torch.bfloat16,
-            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=kind != "int8",  # see integer.py
-        )  # fmt: skip
+        run = _run_skinny if skinny else _run
+        run(grid, x, x_scale, weight, parts, count, sizes, named, config)
+
+
+def _run(
+    grid: tuple[int, ...], x: Tensor, x_scale: Tensor | None, weight: Tensor, parts: tuple[Tensor, ...], count: int,
+    sizes: tuple[int, ...], named: dict[str, Any], config: Config,
+) -> None:  # fmt: skip
+    from quant.kernels.uniform import matmul_kernel
+
+    tokens, rows, columns, each = sizes
+    widen = x.device.type != "cuda" and x.dtype == torch.bfloat16
+    matmul_kernel[grid](
+        x, x if x_scale is None else x_scale, weight, *parts, tokens, rows, columns, x.stride(0), count, each,
+        **named, BN=config.bn, EVEN=columns % TILE == 0, WIDEN=widen,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=named["KIND"] != "int8",  # see integer.py
+    )  # fmt: skip
+
+
+def _run_skinny(
+    grid: tuple[int, ...], x: Tensor, x_scale: Tensor | None, weight: Tensor, parts: tuple[Tensor, ...], count: int,
+    sizes: tuple[int, ...], named: dict[str, Any], config: Config,
+) -> None:  # fmt: skip
+    from quant.kernels.skinny import skinny_kernel
+
+    tokens, rows, columns, each = sizes
+    x = aligned(x)
+    skinny_kernel[grid](
+        x, weight, *parts, tokens, rows, x.shape[1], x.stride(0), count, each, 0x10001,
+        **named, TILES=config.bn // 16, EVEN=columns % step_columns(named["BITS"]) == 0, NATIVE=x.device.type == "cuda",
+        num_warps=1, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x` `[M, K]` with rows of a multiple of 8 columns, zeros at the end, each of which begins at a multiple of 16
+    bytes: `x` itself if it is so."""
+    if x.shape[1] % 8:
+        return torch.nn.functional.pad(x, (0, -x.shape[1] % 8))
+    return x if x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def processor(device: torch.device) -> tuple[int, bool]:

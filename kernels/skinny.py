@@ -1,0 +1,319 @@
+"""The Triton kernel that multiplies a few tokens by uniform weights in kernel order (`order.py`): up to 16 at a time.
+
+`out[M, N] = x[M, K] @ W[N, K]^T` where bytes decide. A program is one warp with 16 TILES rows and a part of K, and what
+each of its threads holds is written down (`warp.py`): lane `(g, t)` has the rows `2 TILES g` to `2 TILES (g + 1)` of
+its part, so that one load gives it their scales, and of a chunk of 32 columns the eight from `8 t` on, 16 bytes of `x`.
+A step is the columns of which 16 bytes of a row's plane hold the codes, 256 or (from 4 bits on) 128; the next step's
+words are on their way while this one's are multiplied.
+
+No code is shifted into place that can be multiplied where it is: `c 2^k` times `x 2^-k` is `c x`, exactly. In bfloat16
+`0x4300 | c << k` is `128 + c 2^k`, for 7 bits of `c << k`; in float16 `c << k` is the subnormal number `c 2^(k-24)`,
+here with k up to 2, so that `x` keeps its bits down to 2^-12. So two codes cost one instruction, and one in three (or
+two) a shift more. A product with ones gives `sum x 2^-k` in its upper rows and, from `2^k` times that, `sum x` in its
+lower ones; with them 128 and zero points come off in float32 where a group ends.
+
+Up to four tokens go to every second column of the product, so half of what a lane accumulates is left out. Splits of K
+are gathered as in `uniform.py`.
+"""
+
+# pyright: basic, reportGeneralTypeIssues=false, reportCallIssue=false
+# ruff: noqa: RET505, RUF005, SIM108
+# Triton's language has no types that pyright could follow, and its branches on constants are chosen when it compiles
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quant.kernels.uniform import collected, is_last, stored
+from quant.kernels.warp import halved, load_inputs, load_words, masked, numbers, product
+
+
+@triton.constexpr_function
+def _exponent(chunk: int, place: int, bits: int, kind: str) -> int:
+    """`k` of the code at `place` `2 r + e` of a chunk."""
+    if bits == 1:
+        return (4 * (chunk % 4) + place) % (7 if kind == "bf16" else 3)
+    return (4 * (chunk % 2) + place) % (3 if kind == "bf16" else 2) * 2 if bits <= 3 else 0
+
+
+@triton.jit
+def _moved(word, RIGHT: tl.constexpr):
+    if RIGHT > 0:
+        return word >> RIGHT
+    elif RIGHT < 0:
+        return word << -RIGHT
+    else:
+        return word
+
+
+@triton.jit
+def _codes(
+    words, mask, FIRST: tl.constexpr, CHUNK: tl.constexpr, PLACE: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Two codes as numbers, one in each half; of 8 bits in bfloat16 the low four. FIRST: where the row's words begin.
+    `mask`: a one in each half, which the compiler must not know; see `skinny_kernel`."""
+    K: tl.constexpr = _exponent(CHUNK, PLACE, BITS, KIND)
+    MAGIC: tl.constexpr = 0x43004300 if KIND == "bf16" else 0
+    AT_2: tl.constexpr = 2 * (4 * (CHUNK % 2) + PLACE)
+    AT_1: tl.constexpr = 4 * (CHUNK % 4) + PLACE
+    if BITS == 1:
+        made = masked(_moved(words[FIRST + CHUNK // 4], AT_1 - K), mask * (1 << K), MAGIC, NATIVE)
+    elif BITS <= 3:
+        made = masked(_moved(words[FIRST + CHUNK // 2], AT_2 - K), mask * (3 << K), MAGIC, NATIVE)
+        if BITS == 3:
+            made = masked(_moved(words[FIRST + 4 + CHUNK // 4], AT_1 - K - 2), mask * (4 << K), made, NATIVE)
+    else:
+        made = masked(_moved(words[FIRST + CHUNK], 4 * PLACE), mask * 15, MAGIC, NATIVE)
+        if BITS == 8:
+            if KIND == "fp16":
+                made = masked(_moved(words[FIRST + 4 + CHUNK], 4 * PLACE - 4), mask * 240, made, NATIVE)
+        else:
+            if BITS >= 6:
+                made = masked(_moved(words[FIRST + 4 + CHUNK // 2], AT_2 - 4), mask * 48, made, NATIVE)
+            if BITS == 5:
+                made = masked(_moved(words[FIRST + 4], AT_1 - 4), mask * 16, made, NATIVE)
+            if BITS == 7:
+                made = masked(_moved(words[FIRST + 6], AT_1 - 6), mask * 64, made, NATIVE)
+    return made
+
+
+@triton.jit
+def _high_codes(words, mask, FIRST: tl.constexpr, CHUNK: tl.constexpr, PLACE: tl.constexpr, NATIVE: tl.constexpr):
+    """The high four of 8 bits in bfloat16: `2048 + 16 c`."""
+    return masked(_moved(words[FIRST + 4 + CHUNK], 4 * PLACE), mask * 15, 0x45004500, NATIVE)
+
+
+@triton.jit
+def _row_words(at, half, N, BITS: tl.constexpr, ROW: tl.constexpr, NATIVE: tl.constexpr):
+    """The words of one step for row ROW of a lane; `at`: where the first plane of the lane's first row begins, with
+    pieces of `16 N` words (8 N of one bit); `half`: of a tile, from 4 bits on."""
+    words = ()
+    if BITS >= 4:
+        words = words + load_words(at[0] + ROW * 16, 4, NATIVE)
+    if BITS == 8:
+        words = words + load_words(at[0] + 32 * N + ROW * 16, 4, NATIVE)
+    if BITS == 2 or BITS == 3:
+        words = words + load_words(at[1] + ROW * 16, 4, NATIVE)
+    if BITS == 6 or BITS == 7:
+        words = words + load_words(at[1] + ROW * 16, 2, NATIVE)
+    if BITS == 1 or BITS == 3:
+        words = words + load_words(at[2] + ROW * 8, 2, NATIVE)
+    if BITS == 5 or BITS == 7:
+        words = words + load_words(at[2] + ROW * 8, 1, NATIVE)
+    return words
+
+
+@triton.jit
+def _step_words(weight, step, N, row, lane, BITS: tl.constexpr, ROWS: tl.constexpr, NATIVE: tl.constexpr):
+    """All words of a step: ROWS rows of a lane, from `row` on."""
+    PARTS: tl.constexpr = 2 if BITS >= 4 else 1
+    half = step % PARTS
+    start = tl.cast(step // PARTS, tl.int64) * (8 * BITS * N)
+    wide = row * 16 + lane * 4
+    FOURS: tl.constexpr = 0 if BITS < 4 else (64 if BITS == 8 else 32)
+    TWOS: tl.constexpr = FOURS + (16 if BITS % 4 >= 2 else 0)
+    first = weight + start + (half * 16 * N + wide)
+    two = weight + start + (FOURS * N + wide + (half * 2 if BITS >= 4 else 0))
+    one = weight + start + (TWOS * N + row * 8 + lane * 2 + (half if BITS >= 4 else 0))
+    words = ()
+    for i in tl.static_range(ROWS):
+        words = words + _row_words((first, two, one), half, N, BITS, i, NATIVE)
+    return words
+
+
+@triton.jit
+def _inputs(some, R: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """The operand of `x` for columns `4 R` to `4 R + 3` of each lane's eight."""
+    b0 = halved(some[2 * R], _exponent(CHUNK, 2 * R, BITS, KIND), KIND, NATIVE)
+    return b0, halved(some[2 * R + 1], _exponent(CHUNK, 2 * R + 1, BITS, KIND), KIND, NATIVE)
+
+
+@triton.jit
+def _one(mask, TIMES: tl.constexpr, KIND: tl.constexpr):
+    """2^TIMES in both halves."""
+    return mask * ((0x3F80 + TIMES * 0x80) if KIND == "bf16" else (0x3C00 + TIMES * 0x400))
+
+
+@triton.jit
+def _step(
+    words, mask, some, dots, sums, CHUNK: tl.constexpr, R: tl.constexpr,
+    BITS: tl.constexpr, KIND: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The products of 16 columns of a chunk, with ones and with all rows."""
+    WORDS: tl.constexpr = BITS if BITS >= 4 else 2 * BITS
+    one = _one(mask, 0, KIND)
+    up0 = _one(mask, _exponent(CHUNK, 2 * R, BITS, KIND), KIND)
+    up1 = _one(mask, _exponent(CHUNK, 2 * R + 1, BITS, KIND), KIND)
+    fresh, added = (), ()
+    for part in tl.static_range(PARTS):
+        b = _inputs(some[part], R, CHUNK, BITS, KIND, NATIVE)
+        added = added + (product(one, up0, one, up1, b[0], b[1], sums[part], KIND, NATIVE),)
+    for tile in tl.static_range(TILES):
+        a0 = _codes(words, mask, 2 * tile * WORDS, CHUNK, 2 * R, BITS, KIND, NATIVE)
+        a1 = _codes(words, mask, 2 * tile * WORDS + WORDS, CHUNK, 2 * R, BITS, KIND, NATIVE)
+        a2 = _codes(words, mask, 2 * tile * WORDS, CHUNK, 2 * R + 1, BITS, KIND, NATIVE)
+        a3 = _codes(words, mask, 2 * tile * WORDS + WORDS, CHUNK, 2 * R + 1, BITS, KIND, NATIVE)
+        for part in tl.static_range(PARTS):
+            b = _inputs(some[part], R, CHUNK, BITS, KIND, NATIVE)
+            made = product(a0, a1, a2, a3, b[0], b[1], dots[tile * PARTS + part], KIND, NATIVE)
+            if BITS == 8 and KIND == "bf16":
+                a4 = _high_codes(words, mask, 2 * tile * WORDS, CHUNK, 2 * R, NATIVE)
+                a5 = _high_codes(words, mask, 2 * tile * WORDS + WORDS, CHUNK, 2 * R, NATIVE)
+                a6 = _high_codes(words, mask, 2 * tile * WORDS, CHUNK, 2 * R + 1, NATIVE)
+                a7 = _high_codes(words, mask, 2 * tile * WORDS + WORDS, CHUNK, 2 * R + 1, NATIVE)
+                made = product(a4, a5, a6, a7, b[0], b[1], made, KIND, NATIVE)
+            fresh = fresh + (made,)
+    return fresh, added
+
+
+@triton.jit
+def _scales(at, COUNT: tl.constexpr, NATIVE: tl.constexpr):
+    """2 COUNT neighbours, 16-bit numbers from pointers `at` on, as float32, a tensor each. COUNT: 2 or 4."""
+    KIND: tl.constexpr = "bf16" if at.dtype.element_ty == tl.bfloat16 else "fp16"
+    found = ()
+    words = load_inputs(at, True, COUNT, True, NATIVE)
+    for i in tl.static_range(COUNT):
+        found = found + numbers(words[i], KIND)
+    return found
+
+
+@triton.jit
+def _zeros(at, COUNT: tl.constexpr, NATIVE: tl.constexpr):
+    """The same of bytes."""
+    found = ()
+    if NATIVE:
+        words = load_words(at, COUNT // 2, NATIVE)
+        for i in tl.static_range(2 * COUNT):
+            number = tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [words[i // 4], 0x4B000000, 0x7650 + i % 4], dtype=tl.uint32,
+                is_pure=True, pack=1,
+            )  # fmt: skip
+            found = found + (number.to(tl.float32, bitcast=True) - 8388608.0,)
+    else:
+        for i in tl.static_range(2 * COUNT):
+            found = found + (tl.load(at + i).to(tl.float32),)
+    return found
+
+
+@triton.jit
+def _flush(
+    acc, dots, sums, grids, group, N, row,
+    ZERO: tl.constexpr, BASE: tl.constexpr, UNIT: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
+    EACH: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Adds a group's products, with its scale on them and its zero point off."""
+    scales, zeros = grids
+    at = group * N + row
+    scale = _scales(scales + at, TILES, NATIVE)
+    if ZERO < 0:
+        zero = _zeros(zeros + at, TILES, NATIVE)
+    fresh = ()
+    for tile in tl.static_range(TILES):
+        for h in tl.static_range(2):
+            for part in tl.static_range(PARTS):
+                for i in tl.static_range(EACH):
+                    value = dots[tile * PARTS + part][2 * h + i] * UNIT
+                    if BASE > 0:
+                        value -= BASE * sums[part][i]
+                    if ZERO < 0:
+                        value -= zero[2 * tile + h] * sums[part][2 + i]
+                    else:
+                        value -= ZERO * sums[part][2 + i]
+                    old = acc[((2 * tile + h) * PARTS + part) * EACH + i]
+                    fresh = fresh + (old + value * scale[2 * tile + h],)
+    return fresh
+
+
+@triton.jit
+def _nothing(COUNT: tl.constexpr):
+    made = ()
+    for _ in tl.static_range(COUNT):
+        zero = tl.zeros((32,), tl.float32)
+        made = made + ((zero, zero, zero, zero),)
+    return made
+
+
+@triton.jit(do_not_specialize=("M", "count", "each", "mask"))  # or 1 and multiples of 16 would be compiled once more
+def skinny_kernel(
+    x, weight, scales, zeros, bias, residual, out, partial, counters,
+    M, N, K, stride, count, each, mask,
+    BITS: tl.constexpr, GROUP: tl.constexpr, FLUSH: tl.constexpr, ZERO: tl.constexpr, KIND: tl.constexpr,
+    BM: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """`x` `[M, K]` with rows `stride` apart, `K` and `stride` multiples of 8; `count` steps of K, `each` of them per
+    split. BM: 4, 8 or 16 tokens; TILES: 2 or 4. `N` a multiple of 8. GROUP columns share a scale (0: all of them); FLUSH: columns
+    after which a group may end. `mask`: 0x00010001, an argument since an instruction holds one constant, and of two the
+    assembler would load one again for each."""
+    PARTS: tl.constexpr = 2 if BM == 16 else 1
+    EACH: tl.constexpr = 1 if BM == 4 else 2
+    HALVES: tl.constexpr = 2 if BITS >= 4 else 1
+    CHUNKS: tl.constexpr = 8 // HALVES
+    SPAN: tl.constexpr = FLUSH if FLUSH < 32 * CHUNKS else 32 * CHUNKS
+    UNIT: tl.constexpr = 16777216.0 if KIND == "fp16" else 1.0
+    BASE: tl.constexpr = (2176.0 if BITS == 8 else 128.0) if KIND == "bf16" else 0.0
+    mask = tl.full((32,), 0, tl.uint32) + mask.to(tl.uint32)
+    lanes = tl.arange(0, 32)
+    g, t = lanes // 4, lanes % 4
+    row = tl.program_id(0) * (16 * TILES) + g * (2 * TILES)
+    inside = row < N
+    row = tl.minimum(row, N - 2 * TILES)  # what is not there is computed again, and not stored
+    token = tl.program_id(2) * BM + (g // 2 if BM == 4 else g)
+    begin = tl.program_id(1) * each
+    end = tl.minimum(begin + each, count)
+    places = ()
+    for part in tl.static_range(PARTS):
+        places = places + (x + tl.minimum(token + part * 8, M - 1).to(tl.int64) * stride + t * 8,)
+    acc = ()
+    for _ in tl.static_range(2 * TILES * PARTS * EACH):
+        acc = acc + (tl.zeros((32,), tl.float32),)
+    dots, sums = _nothing(TILES * PARTS), _nothing(PARTS)
+    words = _step_words(weight, begin, N, row, t, BITS, 2 * TILES, NATIVE)
+    for step in range(begin, end):
+        then = _step_words(weight, tl.minimum(step + 1, count - 1), N, row, t, BITS, 2 * TILES, NATIVE)
+        for chunk in tl.static_range(CHUNKS):
+            k = step * (256 // HALVES) + chunk * 32
+            some = ()
+            for part in tl.static_range(PARTS):
+                some = some + (load_inputs(places[part] + k, k + t * 8 < K, 4, EVEN, NATIVE),)
+            for r in tl.static_range(2):
+                dots, sums = _step(words, mask, some, dots, sums, chunk, r, BITS, KIND, TILES, PARTS, NATIVE)
+            if (chunk * 32 + 32) % SPAN == 0:
+                group = 0
+                if GROUP > 0:
+                    group = tl.minimum((k + 32 - SPAN) // GROUP, (K - 1) // GROUP)
+                acc = _flush(acc, dots, sums, (scales, zeros), group, N, row, ZERO, BASE, UNIT, TILES, PARTS, EACH, NATIVE)
+                dots, sums = _nothing(TILES * PARTS), _nothing(PARTS)
+        words = then
+    token = tl.program_id(2) * BM + (t if BM == 4 else t * 2)
+    for index in tl.static_range(2 * TILES * PARTS * EACH):
+        mine = token + index // EACH % PARTS * 8 + index % EACH
+        at = mine.to(tl.int64) * N + row + index // (PARTS * EACH)
+        here = inside & (mine < M)
+        value = acc[index]
+        if SPLIT:
+            tl.store(partial + tl.program_id(1).to(tl.int64) * M * N + at, value, mask=here)
+        else:
+            if BIAS:
+                value += tl.load(bias + row + index // (PARTS * EACH)).to(tl.float32)
+            if RESIDUAL:
+                value += tl.load(residual + at, mask=here, other=0.0).to(tl.float32)
+            tl.store(out + at, value.to(out.dtype.element_ty), mask=here)
+    if SPLIT:
+        if is_last(counters):
+            _finish(x, bias, residual, out, partial, M, N, 16 * TILES, BM, BIAS, RESIDUAL)
+
+
+@triton.jit
+def _finish(
+    x, bias, residual, out, partial, M, N,
+    BN: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """The sum of all parts of this tile of the output, stored."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.program_id(2) * BM + tl.arange(0, BM)
+    inside, live = rows < N, tokens < M
+    at = tokens[None, :].to(tl.int64) * N + rows[:, None]
+    total = collected(partial, at, inside[:, None] & live[None, :], M, N)
+    stored(total, x, bias, residual, out, rows, tokens, inside, live, N, False, BIAS, RESIDUAL)

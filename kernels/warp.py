@@ -1,0 +1,230 @@
+"""A warp's own arithmetic: Triton functions of tensors of 32 elements, one for each lane of a program of one warp.
+
+Which thread holds which part of a tensor core's operands is written down here (PTX ISA, mma.m16n8k16 and mma.m16n8k32)
+and not left to the compiler, whose choice differs between versions: the same trellis product took 4.7 instructions per
+weight with Triton 3.9 and 8.0 with 3.6, half of them to carry values between lanes.
+
+Lane `l` is `g = l // 4`, `t = l % 4`. Of a product `C[16, 8] += A[16, k] B[k, 8]` of 16-bit numbers, k = 16, it holds
+
+    a0 A[g, 2t..]   a1 A[g + 8, 2t..]   a2 A[g, 2t + 8..]   a3 A[g + 8, 2t + 8..]      two columns in a word each
+    b0 B[2t.., g]   b1 B[2t + 8.., g]                                                  two rows in a word each
+    c0 C[g, 2t]     c1 C[g, 2t + 1]     c2 C[g + 8, 2t]     c3 C[g + 8, 2t + 1]
+
+and of bytes, k = 32, `4t` and `4t + 16` in place of `2t` and `2t + 8`, four in a word. Under the interpreter (NATIVE
+is false), which has no assembler, the same is done with Triton's own operations.
+"""
+
+# pyright: basic, reportGeneralTypeIssues=false, reportCallIssue=false
+# ruff: noqa: RET505, RUF005, SIM108
+# Triton's language has no types that pyright could follow, and its branches on constants are chosen when it compiles
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_words(at, COUNT: tl.constexpr, NATIVE: tl.constexpr):
+    """COUNT words uint32 (1, 2 or 4) from each lane's pointer `at` to int32, aligned to as many. Past the first-level
+    cache: each is read once."""
+    if NATIVE:
+        if COUNT == 4:
+            return tl.inline_asm_elementwise(
+                "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at.to(tl.int64)],
+                dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
+            )  # fmt: skip
+        elif COUNT == 2:
+            return tl.inline_asm_elementwise(
+                "ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at.to(tl.int64)],
+                dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            return (
+                tl.inline_asm_elementwise(
+                    "ld.global.nc.L1::no_allocate.b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.uint32,
+                    is_pure=True, pack=1,
+                ),
+            )  # fmt: skip
+    else:
+        words = ()
+        for i in tl.static_range(COUNT):
+            words = words + (tl.load(at + i).to(tl.uint32, bitcast=True),)
+        return words
+
+
+@triton.jit
+def load_inputs(at, here, COUNT: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr):
+    """COUNT words (2 or 4) of two activations each from pointers `at` to 16-bit numbers, aligned to as many; zero where
+    not `here`, which EVEN says is everywhere."""
+    if NATIVE:
+        if COUNT == 4:
+            if EVEN:
+                return tl.inline_asm_elementwise(
+                    "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at.to(tl.int64)],
+                    dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
+                )  # fmt: skip
+            else:
+                return tl.inline_asm_elementwise(
+                    "{.reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+                    "@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];}", "=&r,=&r,=&r,=&r,l,r",
+                    [at.to(tl.int64), here.to(tl.int32)],
+                    dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
+                )  # fmt: skip
+        else:
+            if EVEN:
+                return tl.inline_asm_elementwise(
+                    "ld.global.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at.to(tl.int64)],
+                    dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
+                )  # fmt: skip
+            else:
+                return tl.inline_asm_elementwise(
+                    "{.reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
+                    "@p ld.global.v2.b32 {$0, $1}, [$2];}", "=&r,=&r,l,r", [at.to(tl.int64), here.to(tl.int32)],
+                    dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
+                )  # fmt: skip
+    else:
+        words = ()
+        for i in tl.static_range(COUNT):
+            low = tl.load(at + 2 * i, mask=here, other=0.0).to(tl.uint16, bitcast=True).to(tl.uint32)
+            high = tl.load(at + 2 * i + 1, mask=here, other=0.0).to(tl.uint16, bitcast=True).to(tl.uint32)
+            words = words + (low | high << 16,)
+        return words
+
+
+@triton.jit
+def masked(word, mask, other, NATIVE: tl.constexpr):
+    """`word & mask | other`, one instruction wherever it stands."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [word, mask, other], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        return word & mask | other
+
+
+@triton.jit
+def numbers(word, KIND: tl.constexpr):
+    """The two halves of words as float32."""
+    if KIND == "bf16":
+        return (word << 16).to(tl.float32, bitcast=True), (word & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        low = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+        return low.to(tl.float32), (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def halved(word, TIMES: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """Both halves times 2^-TIMES."""
+    if TIMES == 0:
+        return word
+    elif NATIVE:
+        if KIND == "bf16":  # mul.bf16x2 needs compute capability 9.0
+            FACTOR: tl.constexpr = 0x3F803F80 - TIMES * 0x00800080
+            return tl.inline_asm_elementwise(
+                "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [word, FACTOR, 0x80008000], dtype=tl.uint32, is_pure=True,
+                pack=1,
+            )  # fmt: skip
+        else:
+            FACTOR: tl.constexpr = 0x3C003C00 - TIMES * 0x04000400
+            return tl.inline_asm_elementwise(
+                "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [word, FACTOR], dtype=tl.uint32, is_pure=True, pack=1
+            )
+    else:
+        low, high = numbers(word, KIND)
+        FACTOR: tl.constexpr = 1.0 / (1 << TIMES)
+        if KIND == "bf16":
+            return (low * FACTOR).to(tl.uint32, bitcast=True) >> 16 | (high * FACTOR).to(tl.uint32, bitcast=True)
+        else:
+            low = (low * FACTOR).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+            return low | (high * FACTOR).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+
+
+@triton.jit
+def _pairs(first, second):
+    """Of each lane `[8, 4]` two numbers `[8, 4, 2]`."""
+    return tl.join(tl.reshape(first, (8, 4)), tl.reshape(second, (8, 4)))
+
+
+@triton.jit
+def _matrix_a(a0, a1, a2, a3):
+    """Fragments `[8, 4, ...]` (g, t, place in the word) of A as float32 `[16, k]`."""
+    K: tl.constexpr = 8 * a0.shape[2]
+    both = tl.join(tl.join(a0, a1), tl.join(a2, a3))  # g t p, row half, column half
+    return tl.reshape(tl.permute(both, (3, 0, 4, 1, 2)), (16, K))
+
+
+@triton.jit
+def _matrix_b(b0, b1):
+    K: tl.constexpr = 8 * b0.shape[2]
+    return tl.reshape(tl.permute(tl.join(b0, b1), (3, 1, 2, 0)), (K, 8))
+
+
+@triton.jit
+def _matrix_c(c0, c1, c2, c3):
+    both = tl.join(_pairs(c0, c1), _pairs(c2, c3))  # g t i, row half
+    return tl.reshape(tl.permute(both, (3, 0, 1, 2)), (16, 8))
+
+
+@triton.jit
+def _fragments(c):
+    both = tl.permute(tl.reshape(c, (2, 8, 4, 2)), (1, 2, 3, 0))
+    upper, lower = tl.split(both)
+    c0, c1 = tl.split(upper)
+    c2, c3 = tl.split(lower)
+    return tl.reshape(c0, (32,)), tl.reshape(c1, (32,)), tl.reshape(c2, (32,)), tl.reshape(c3, (32,))
+
+
+@triton.jit
+def _halves(word, KIND: tl.constexpr):
+    low, high = numbers(word, KIND)
+    return _pairs(low, high)
+
+
+@triton.jit
+def _bytes(word, SIGNED: tl.constexpr):
+    """Float32 `[8, 4, 4]`."""
+    both = tl.join(_pairs(word & 255, word >> 16 & 255), _pairs(word >> 8 & 255, word >> 24))
+    found = tl.reshape(both, (8, 4, 4)).to(tl.int32)
+    if SIGNED:
+        found = (found ^ 128) - 128
+    return found.to(tl.float32)
+
+
+@triton.jit
+def product(
+    a0, a1, a2, a3, b0, b1, c,
+    KIND: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """`c` (four accumulators) and a product of `KIND`: "fp16" or "bf16" with float32 accumulators; "int8": bytes
+    without a sign times bytes with one, int32."""
+    if NATIVE:
+        if KIND == "bf16":
+            return tl.inline_asm_elementwise(
+                "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+                "{$10, $11, $12, $13};", "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+                [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
+                dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+            )  # fmt: skip
+        elif KIND == "fp16":
+            return tl.inline_asm_elementwise(
+                "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+                "{$10, $11, $12, $13};", "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+                [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
+                dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+                "{$10, $11, $12, $13};", "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
+                [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+            )  # fmt: skip
+    else:
+        if KIND == "int8":
+            a = _matrix_a(_bytes(a0, False), _bytes(a1, False), _bytes(a2, False), _bytes(a3, False))
+            fresh = tl.dot(a, _matrix_b(_bytes(b0, True), _bytes(b1, True)), input_precision="ieee")
+            return _fragments(_matrix_c(c[0], c[1], c[2], c[3]) + fresh.to(tl.int32))
+        else:
+            a = _matrix_a(_halves(a0, KIND), _halves(a1, KIND), _halves(a2, KIND), _halves(a3, KIND))
+            b = _matrix_b(_halves(b0, KIND), _halves(b1, KIND))
+            return _fragments(tl.dot(a, b, _matrix_c(c[0], c[1], c[2], c[3]), input_precision="ieee"))
