@@ -23,8 +23,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant.kernels.trellis_product import PAIRS
 from quant.kernels.uniform import is_last, power, stored
+
+PAIRS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
+"""How the compiler wants operands: two registers of a lane side by side before Triton 3.8 (`kWidth = 4` where they are
+joined), one since. The other order is right too, but takes more instructions."""
 
 STEP = tl.constexpr(8 if PAIRS else 4)
 """Columns of a lane in one product; see `PAIRS`."""

@@ -271,7 +271,9 @@ def aligned(x: Tensor) -> Tensor:
     bytes: `x` itself if it is so."""
     if x.shape[1] % 8:
         return torch.nn.functional.pad(x, (0, -x.shape[1] % 8))
-    return x if x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
+    if x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) == 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def processor(device: torch.device) -> tuple[int, bool]:

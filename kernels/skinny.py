@@ -90,17 +90,17 @@ def _row_words(at, half, N, BITS: tl.constexpr, ROW: tl.constexpr, NATIVE: tl.co
     pieces of `16 N` words (8 N of one bit); `half`: of a tile, from 4 bits on."""
     words = ()
     if BITS >= 4:
-        words = words + load_words(at[0] + ROW * 16, 4, NATIVE)
+        words = words + load_words(at[0] + ROW * 16, 4, False, NATIVE)
     if BITS == 8:
-        words = words + load_words(at[0] + 32 * N + ROW * 16, 4, NATIVE)
+        words = words + load_words(at[0] + 32 * N + ROW * 16, 4, False, NATIVE)
     if BITS == 2 or BITS == 3:
-        words = words + load_words(at[1] + ROW * 16, 4, NATIVE)
+        words = words + load_words(at[1] + ROW * 16, 4, False, NATIVE)
     if BITS == 6 or BITS == 7:
-        words = words + load_words(at[1] + ROW * 16, 2, NATIVE)
+        words = words + load_words(at[1] + ROW * 16, 2, False, NATIVE)
     if BITS == 1 or BITS == 3:
-        words = words + load_words(at[2] + ROW * 8, 2, NATIVE)
+        words = words + load_words(at[2] + ROW * 8, 2, False, NATIVE)
     if BITS == 5 or BITS == 7:
-        words = words + load_words(at[2] + ROW * 8, 1, NATIVE)
+        words = words + load_words(at[2] + ROW * 8, 1, False, NATIVE)
     return words
 
 
@@ -183,7 +183,7 @@ def _zeros(at, COUNT: tl.constexpr, NATIVE: tl.constexpr):
     """The same of bytes."""
     found = ()
     if NATIVE:
-        words = load_words(at, COUNT // 2, NATIVE)
+        words = load_words(at, COUNT // 2, False, NATIVE)
         for i in tl.static_range(2 * COUNT):
             number = tl.inline_asm_elementwise(
                 "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [words[i // 4], 0x4B000000, 0x7650 + i % 4], dtype=tl.uint32,

@@ -54,12 +54,17 @@ def load_streams(weight, start, size, units, after, inside, SIDE: tl.constexpr, 
 
 
 @triton.jit
-def _word(
-    stream, mask, flip, pairs,
-    SHIFT: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """What a code makes of the state at bit SHIFT of its register: the two halves of `inst`, the two values of `hyb`
-    (`pairs`: its table, 2^TABLE words), else the integer."""
+def scattered(state, CODE: tl.constexpr):
+    """The four bytes whose sum is the integer of `mac` and `sum`."""
+    if CODE == "mac":
+        return state * 34038481 + 76625530
+    else:
+        return (state * 89226354 + 64248484) & 0x3F3F3F3F
+
+
+@triton.jit
+def state_of(stream, SHIFT: tl.constexpr, WINDOW: tl.constexpr, NATIVE: tl.constexpr):
+    """The state at bit SHIFT of its register. The left shift is a multiplication: see `trellis_product.py`."""
     if NATIVE:
         LEFT: tl.constexpr = 1 << (32 - WINDOW - SHIFT)
         top = tl.inline_asm_elementwise(
@@ -67,7 +72,17 @@ def _word(
         )
     else:
         top = stream << (32 - WINDOW - SHIFT)
-    state = top >> (32 - WINDOW)
+    return top >> (32 - WINDOW)
+
+
+@triton.jit
+def _word(
+    stream, mask, flip, pairs,
+    SHIFT: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """What a code makes of the state at bit SHIFT of its register: the two halves of `inst`, the two values of `hyb`
+    (`pairs`: its table, 2^TABLE words), else the integer."""
+    state = state_of(stream, SHIFT, WINDOW, NATIVE)
     if CODE == "inst":
         return ((state * 89226354 + 64248484) & mask) ^ flip
     elif CODE == "hyb":
@@ -82,10 +97,7 @@ def _word(
             pair = tl.load(pairs + place.to(tl.int32)).to(tl.uint32, bitcast=True)
         return pair ^ (word & 0x8000)
     else:
-        if CODE == "mac":
-            word = state * 34038481 + 76625530
-        else:
-            word = (state * 89226354 + 64248484) & 0x3F3F3F3F
+        word = scattered(state, CODE)
         if NATIVE:
             return tl.inline_asm_elementwise(
                 "dp4a.u32.u32 $0, $1, $2, $3;", "=r,r,r,r", [word, 0x01010101, 0], dtype=tl.uint32, is_pure=True, pack=1

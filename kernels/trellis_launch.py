@@ -17,6 +17,7 @@ from quant.kernels.available import missing
 from quant.kernels.launch import (
     KINDS,
     Config,
+    aligned,
     even_splits,
     fresh_counters,
     input_gradient,
@@ -34,24 +35,26 @@ MASK = 0x8FFF8FFF - (1 << 32)
 """Of `inst`; an argument of the kernels, see `trellis_product.py`."""
 
 
-def choose(tokens: int, rows: int, columns: int, processors: int, code: str = "inst") -> Config:
-    """The configuration without a tuned one: 256 rows per warp, K split until every multiprocessor has about 8 warps.
-    Two copies of a chunk are on their way while one is decoded. `hyb`'s lookups leave registers for 8 tokens."""
-    bm = 8 if tokens <= 8 or code == "hyb" else 16
+INTEGER = ("mac", "sum")
+"""Codes that are multiplied as integers, with two columns of a product to a token."""
+
+MOST = 16384
+"""Columns of which a program of such a code may sum 32 bits: `1020 * 127 * MOST < 2^31`."""
+
+
+def choose(tokens: int, rows: int, columns: int, processors: int, code: str = "inst", warps: int = 12) -> Config:
+    """The configuration without a tuned one: a warp and 256 rows per program, K split until every multiprocessor has
+    about so many `warps`, as many as their registers let run."""
+    bm = (4 if tokens <= 4 else 8) if code in INTEGER else 8 if tokens <= 8 or code == "hyb" else 16
     programs = -(-rows // (16 * UNIT)) * -(-tokens // bm)
-    return Config(bm, 16 * UNIT, 1, 3, even_splits(columns, min(32, processors * 8 // programs), CHUNK))
+    wanted = max(min(32, processors * warps // programs), -(-columns // MOST))
+    return Config(bm, 16 * UNIT, 1, 1, even_splits(columns, wanted, CHUNK))
 
 
-def candidates(tokens: int, rows: int, columns: int, processors: int) -> list[Config]:
-    """Configurations worth timing: a warp per program, whose registers hold 256 rows of 16 tokens or 512 of 8."""
-    default = choose(tokens, rows, columns, processors)
-    made = list[Config]()
-    for bn in (256, 512)[: 2 if default.bm == 8 else 1]:
-        programs = -(-rows // bn) * -(-tokens // default.bm)
-        wanted = [max(1, processors * warps // programs) for warps in (2, 4, 8, 16)]
-        splits = {even_splits(columns, min(64, count), CHUNK) for count in wanted}
-        made += [Config(default.bm, bn, 1, stages, count) for stages in (1, 2, 3, 4) for count in sorted(splits)]
-    return made
+def candidates(tokens: int, rows: int, columns: int, processors: int, code: str = "inst") -> list[Config]:
+    """Configurations worth timing: how K is split."""
+    made = [choose(tokens, rows, columns, processors, code, warps) for warps in (4, 6, 8, 10, 12, 14, 16, 24)]
+    return list(dict.fromkeys(made))
 
 
 def refuses(x: Tensor, arranged: Weight) -> str | None:
@@ -140,7 +143,7 @@ def launch(
     tokens = len(out)
     if not out.numel():
         return
-    x = x if x.stride(1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
+    x = aligned(x)
     config = config or tuned(x.device, tokens, rows, columns, bits, f"{code}-{KINDS[x.dtype]}", CHUNK)
     config = config or choose(tokens, rows, columns, processor(x.device)[0], code)
     grid = (-(-rows // config.bn), config.splits, -(-tokens // config.bm))
@@ -153,10 +156,10 @@ def launch(
         trellis_kernel[grid](
             x, weight, scales, peaks, weight if table is None else table.view(torch.int32), scale_table(x.device),
             out if bias is None else bias, out, partial, counters,
-            tokens, rows, columns, x.stride(0), count, -(-count // config.splits), total, whole, MASK,
+            tokens, rows, x.shape[1], x.stride(0), count, -(-count // config.splits), total, whole, MASK,
             **constants(bits, window, code, table_bits, length, x.device),
-            BM=config.bm, BU=config.bn // UNIT, SPLIT=config.splits > 1, EVEN=columns % CHUNK == 0, BIAS=bias is not None,
-            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+            BM=config.bm, ONE=tokens == 1, SPLIT=config.splits > 1, EVEN=columns % CHUNK == 0, BIAS=bias is not None,
+            num_warps=1, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
 
 

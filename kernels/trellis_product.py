@@ -1,27 +1,29 @@
-"""The Triton kernels that multiply by trellis weights in kernel order (`trellis_order.py`), and that decode them.
+"""The Triton kernel that multiplies by trellis weights in kernel order (`trellis_order.py`), for few tokens.
 
-`out[M, N] = x[M, K] @ W[N, K]^T` for few tokens: each program has 16 units, 256 rows, and a part of K, and decodes its
-weights once per BM tokens. The states of one row of every unit, `[units, columns]`, are an operand of a tensor core as
-they are: 16 accumulators, one per row of a unit, and no value ever changes its thread.
+`out[M, N] = x[M, K] @ W[N, K]^T`: each program is a warp with 16 units, 256 rows, and a part of K, and decodes its
+weights once per BM tokens. What a thread holds is written down (`warp.py`): lane `(g, t)` has units `g` and `g + 8`, and
+of a side of a chunk the four columns `8 t + 4 side + i`. So one row of every unit is an operand of a tensor core as it
+is: 16 products, one per row of a unit, and no value ever changes its thread.
 
-A state is two shifts away from its register, and a value three or four instructions from its state (SASS, sm_90):
+A state is two shifts away from its register, and a value one or two instructions from its state (SASS, sm_90):
 
     inst   one multiply-add, one mask, and there lie two float16: the halves of one weight, side by side like two
            columns. They stay apart, each is multiplied by the same `x`, and the tensor core adds them, in float32. So
            the sum is not rounded to float16 as the table's is: up to `2^-11 |value|` apart, which tolerances include.
-    mac    one multiply-add and one sum of four bytes (dp4a), an integer from 0 to 1020: the float16 of those bits is
-           the subnormal number `integer 2^-24`. Two are put into a register
-    sum    the same with a mask before the sum; 0 to 252
+    mac    one multiply-add: a weight is the sum of the four bytes of a word, so each is multiplied by the same `x`, as
+           an integer. `x` is rounded to 16 bits, a token at a time, to a scale of each part of K (an error of 2^-16 of
+           the largest; a bfloat16 number's own is 2^-9 of itself), and its two bytes go to two columns of the product
+    sum    the same with a mask first
     hyb    one multiply-add, two for the place in the table, one lookup of 4 bytes, in a table of 2 KB that stays in the
            first-level cache, and one for the sign, for two weights: two rows' values lie side by side
 
-What integers carry beside the value, 510 or 126, comes off at the end, times the sum of `x`; the scale of a row comes
-on there too. The left shift is written as a multiplication: shifts and masks share one half of a multiprocessor's
-units, and integer products go to the other. The first mask of `inst` is an argument and the second a product with it;
-an instruction holds one constant, and the assembler would load the other again and again.
+What integers carry beside the value, 510 or 126, comes off as an integer, with a product with ones; the scale of a row
+comes on at the end. A left shift may be written as a multiplication: shifts and masks share one half of a
+multiprocessor's units, and integer products go to the other. The first mask of `inst` is an argument and the second a
+product with it; an instruction holds one constant, and the assembler would load the other again and again.
 
-The tensor core takes float16 only. A bfloat16 `x` is scaled by a power of two, per token and program, so that the
-largest is between 2^14 and 2^15; that is exact for all that are not `2^29` times smaller.
+The tensor core takes float16 of the other codes only. A bfloat16 `x` is scaled by a power of two, per token and
+program, so that the largest is between 2^14 and 2^15; that is exact for all that are not `2^29` times smaller.
 """
 
 # pyright: basic, reportGeneralTypeIssues=false, reportCallIssue=false
@@ -32,90 +34,281 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant.kernels.trellis_decode import FLIP, load_streams, neighbours, row_scales, row_words
-from quant.kernels.uniform import collected, is_last, leave, power, stored
+from quant.kernels.trellis_decode import FLIP, neighbours, row_scales, row_words, scattered, state_of
+from quant.kernels.uniform import is_last, power, stored
+from quant.kernels.warp import load_inputs, load_words, numbers, product, shuffled
 
-PAIRS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
-"""How the compiler wants `inst`'s operands: two registers of a lane side by side before Triton 3.8 (`kWidth = 4` where
-operands are joined), one since. The other order is right too, but takes more instructions for `inst` of 2 bits: 3235
-instead of 2451 with Triton 3.7, 3571 instead of 3179 with 3.6, which shuffles words of its loads all the same."""
+LEVELS = tl.constexpr(32512.0)
+"""The largest `x` of `mac` and `sum`, so that both of its bytes have a sign: `127 * 256`."""
 
 
 @triton.jit
-def _operand(word, BU: tl.constexpr, CODE: tl.constexpr):
-    """Words as float16 `[BU, 32]` (`inst`, columns twice) or `[BU, 16]`, in the order of `_inputs`: four neighbouring
-    columns of a thread are in four registers of the tensor core's operand, or the halves of two."""
-    low = word.to(tl.uint16).to(tl.float16, bitcast=True)
-    if CODE == "inst":
-        both = tl.join(low, (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True))
-        if PAIRS:
-            both = tl.permute(both, (0, 2, 1, 3, 4))
+def _pieces(at, size, BITS: tl.constexpr, SIDE: tl.constexpr, NATIVE: tl.constexpr):
+    """The words of one side of a unit, four columns each, from where a lane's four of its chunk's first piece lie."""
+    if BITS == 1:
+        return load_words(at, 4, True, NATIVE)
+    elif BITS == 2:
+        return load_words(at + SIDE * size, 4, True, NATIVE)
+    elif BITS == 3:
+        return load_words(at + SIDE * size, 4, True, NATIVE) + load_words(at + 2 * size, 4, True, NATIVE)
+    else:
+        return load_words(at + SIDE * size, 4, True, NATIVE) + load_words(at + (2 + SIDE) * size, 4, True, NATIVE)
+
+
+@triton.jit
+def _middle(low, high):
+    return low >> 16 | high << 16
+
+
+@triton.jit
+def _streams(words, FIRST: tl.constexpr, I: tl.constexpr, SIDE: tl.constexpr, BITS: tl.constexpr):
+    """32 bits of column I's stream from every half word on, and of 2 and 4 bits the next unit's first. `words`: from
+    FIRST on those of `_pieces`, and then the first piece of the unit that comes after."""
+    word = words[FIRST + I]
+    if BITS == 1:
+        then = words[FIRST + 4 + I]
+        if SIDE == 0:
+            return ((word & 0xFFFF) | then << 16,)
         else:
-            both = tl.permute(both, (0, 2, 3, 1, 4))
-        return tl.reshape(both, (BU, 32))
+            return (word >> 16 | (then & 0xFFFF0000),)
+    elif BITS == 2:
+        return word, _middle(word, words[FIRST + 4 + I]), words[FIRST + 4 + I]
+    elif BITS == 4:
+        more = words[FIRST + 4 + I]
+        return word, _middle(word, more), more, _middle(more, words[FIRST + 8 + I]), words[FIRST + 8 + I]
     else:
-        return tl.reshape(tl.permute(low, (0, 2, 1, 3)), (BU, 16))
-
-
-@triton.jit
-def _inputs(some, BM: tl.constexpr, CODE: tl.constexpr):
-    """`x` `[4 lanes, 4, BM]` in the order of `_operand`."""
-    if CODE == "inst":
-        both = tl.join(some, some)
-        if PAIRS:
-            both = tl.permute(tl.reshape(both, (4, 2, 2, BM, 2)), (1, 0, 2, 4, 3))
+        odd, then = words[FIRST + 4 + I], words[FIRST + 8 + I]
+        if SIDE == 0:
+            return word, _middle(word, odd), (odd & 0xFFFF) | then << 16
         else:
-            both = tl.permute(both, (1, 0, 3, 2))
-        return tl.reshape(both, (32, BM))
-    else:
-        return tl.reshape(tl.permute(tl.reshape(some, (4, 2, 2, BM)), (1, 0, 2, 3)), (16, BM))
+            return word, word >> 16 | (odd & 0xFFFF0000), _middle(odd, then)
 
 
 @triton.jit
-def _one(parts, COUNT: tl.constexpr):
-    """COUNT tensors as one, their number the last dimensions, all of size 2, highest bit first."""
-    if COUNT == 1:
-        return parts[0]
-    else:
-        half = ()
-        for j in tl.static_range(COUNT // 2):
-            half = half + (tl.join(parts[j], parts[j + COUNT // 2]),)
-        return _one(half, COUNT // 2)
+def _chunk_words(weight, chunk, size, units, after, lane, BITS: tl.constexpr, NATIVE: tl.constexpr):
+    """All words of a chunk, per side and unit those of `_pieces` and of the unit that comes after."""
+    start = weight + tl.cast(chunk, tl.int64) * (BITS * size)
+    words = ()
+    for side in tl.static_range(2):
+        for half in tl.static_range(2):
+            words = words + _pieces(start + units[half] * 16 + lane * 4, size, BITS, side, NATIVE)
+            first = start + after[half] * 16 + lane * 4
+            words = words + load_words(first + (side * size if BITS > 1 else 0), 4, True, NATIVE)
+    return words
 
 
 @triton.jit
-def _rows(acc, sums, up, FIRST: tl.constexpr, BM: tl.constexpr, BU: tl.constexpr, CODE: tl.constexpr):
-    """Rows FIRST to FIRST + 8 of all units, `[BU * 8, BM]`, but for their scales."""
-    parts = ()
-    for j in tl.static_range(8):
-        parts = parts + (acc[FIRST + j],)
-    product = tl.reshape(tl.permute(_one(parts, 8), (0, 2, 3, 4, 1)), (BU * 8, BM))
+def _doubled(number):
+    """A float32 as float16, in both halves."""
+    half = number.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    return half | half << 16
+
+
+@triton.jit
+def _joined(low, high):
+    low, high = low.to(tl.float16).to(tl.uint16, bitcast=True), high.to(tl.float16).to(tl.uint16, bitcast=True)
+    return low.to(tl.uint32) | high.to(tl.uint32) << 16
+
+
+@triton.jit
+def _byte(number, times, add, right, NATIVE: tl.constexpr):
+    """One of the two bytes of a float32 as an integer, four times: `number times` to the nearest, plus `add`, shifted
+    `right`."""
+    shifted = tl.math.fma(number, times, 12582912.0).to(tl.uint32, bitcast=True) + add >> right
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $1, 0;", "=r,r", [shifted], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        return (shifted & 255) * 0x01010101
+
+
+@triton.jit
+def _operand_x(some, scale, add, right, KIND: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
+    """Four columns of `x` (two words) as the right operands of a side: four words, of `hyb` two."""
+    x0, x1 = numbers(some[0], KIND)
+    x2, x3 = numbers(some[1], KIND)
     if CODE == "mac" or CODE == "sum":
-        BASE: tl.constexpr = 510.0 if CODE == "mac" else 126.0
-        product = product * 16777216.0 - BASE * sums[None, :]
-    down = ((254 << 23) - up.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # 1 / up
-    return product * down[None, :]
+        first = _byte(x0, scale, add, right, NATIVE), _byte(x1, scale, add, right, NATIVE)
+        return first + (_byte(x2, scale, add, right, NATIVE), _byte(x3, scale, add, right, NATIVE))
+    elif CODE == "hyb":
+        return _joined(x0 * scale, x1 * scale), _joined(x2 * scale, x3 * scale)
+    else:
+        return _doubled(x0 * scale), _doubled(x1 * scale), _doubled(x2 * scale), _doubled(x3 * scale)
+
+
+@triton.constexpr_function
+def _partner(row: int, bits: int, window: int) -> int:
+    """How many rows on (or back, below 0) is the row whose state ends the 32 bits that this row's begins (or begins
+    those that it ends); 0 where a unit has none."""
+    apart = (32 - window) // bits if (32 - window) % bits == 0 else 16
+    if row // apart % 2:
+        return -apart
+    return apart if row + apart < 16 else 0
+
+
+@triton.constexpr_function
+def _row(index: int, code: str, bits: int, window: int) -> int:
+    """In which order rows are decoded: partners one after the other, since they share a register."""
+    if code not in ("mac", "sum"):
+        return index
+    order = list[int]()
+    for row in range(16):
+        apart = (32 - window) // bits if (32 - window) % bits == 0 else 16
+        if row not in order:
+            order += [row, row + apart] if row + apart < 16 else [row]
+    return order[index]
 
 
 @triton.jit
-def _places(FIRST: tl.constexpr, BM: tl.constexpr, BU: tl.constexpr, M, N):
-    """Of `_rows`: rows, tokens, where they are in the output, and which of them there are."""
-    count = tl.arange(0, BU * 8)
-    rows = (tl.program_id(0) * BU + count // 8) * 16 + FIRST + count % 8
-    tokens = tl.program_id(2) * BM + tl.arange(0, BM)
-    return rows, tokens, tokens[None, :].to(tl.int64) * N + rows[:, None], (rows < N)[:, None] & (tokens < M)[None, :]
+def _bits(streams, FROM: tl.constexpr, BITS: tl.constexpr):
+    """32 bits of a stream from bit FROM on."""
+    WHOLE: tl.constexpr = FROM // 32 * 2
+    low = streams[WHOLE]
+    if FROM % 32 == 0:
+        return low
+    else:
+        return low >> FROM % 32 | streams[WHOLE + 2] << (32 - FROM % 32)
 
 
 @triton.jit
-def _upscale(places, columns, begin, end, K, live, BM: tl.constexpr):
-    """A power of two per token, `[BM]`, that puts the largest `x` between 2^14 and 2^15."""
-    largest = tl.zeros((4, 4, BM), tl.float32)
-    for chunk in range(begin, end):
-        for side in tl.static_range(2):
-            k = chunk * 32 + side * 4
-            some = tl.load(places + k, mask=live[None, None, :] & (k + columns < K), other=0.0)
-            largest = tl.maximum(largest, tl.abs(some.to(tl.float32)))
-    return power(tl.max(tl.max(largest, 0), 0))
+def _integer_state(streams, J: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.constexpr, NATIVE: tl.constexpr):
+    """Row J's state. Two that are partners take three instructions, and others two each."""
+    PARTNER: tl.constexpr = _partner(J, BITS, WINDOW)
+    if PARTNER > 0:
+        return _bits(streams, J * BITS, BITS) & ((1 << WINDOW) - 1)
+    elif PARTNER < 0:
+        return _bits(streams, (J + PARTNER) * BITS, BITS) >> (32 - WINDOW)
+    else:
+        return state_of(streams[J * BITS // 16], J * BITS % 16, WINDOW, NATIVE)
+
+
+@triton.jit
+def _value(
+    before, streams, mask, flip, pairs, J: tl.constexpr,
+    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Row J of one column of a unit as the tensor core takes it: `row_words`, or the bytes of an integer code."""
+    if CODE == "mac" or CODE == "sum":
+        return scattered(_integer_state(streams, J, BITS, WINDOW, NATIVE), CODE)
+    else:
+        return row_words(before, streams, mask, flip, pairs, J, BITS, WINDOW, CODE, TABLE, NATIVE)
+
+
+@triton.jit
+def _paired(low, high, NATIVE: tl.constexpr):
+    """The low halves of two words in one."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [low, high], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        return low & 0xFFFF | high << 16
+
+
+@triton.jit
+def _multiplied(made, inputs, acc, CODE: tl.constexpr, NATIVE: tl.constexpr):
+    """`acc` and the product of one row of all units with four columns of each lane. `made`: 2 units x 4 columns."""
+    if CODE == "hyb":
+        a0, a1 = _paired(made[0], made[1], NATIVE), _paired(made[4], made[5], NATIVE)
+        a2, a3 = _paired(made[2], made[3], NATIVE), _paired(made[6], made[7], NATIVE)
+        return product(a0, a1, a2, a3, inputs[0], inputs[1], acc, "fp16", NATIVE)
+    else:
+        KIND: tl.constexpr = "fp16" if CODE == "inst" else "int8"
+        acc = product(made[0], made[4], made[1], made[5], inputs[0], inputs[1], acc, KIND, NATIVE)
+        return product(made[2], made[6], made[3], made[7], inputs[2], inputs[3], acc, KIND, NATIVE)
+
+
+@triton.jit
+def _side(
+    acc, sums, words, inputs, mask, flip, pairs, SIDE: tl.constexpr,
+    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, PARTS: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The products of all 16 rows of the units with one side of a chunk."""
+    WORDS: tl.constexpr = 8 if BITS <= 2 else 12
+    made = ()
+    streams = ()
+    for half in tl.static_range(2):
+        for i in tl.static_range(4):
+            streams = streams + (_streams(words, (2 * SIDE + half) * WORDS, i, SIDE, BITS),)
+            made = made + (mask,)
+    fresh = ()
+    for j in tl.static_range(16):
+        row = ()
+        for i in tl.static_range(8):
+            row = row + (_value(made[i], streams[i], mask, flip, pairs, _row(j, CODE, BITS, WINDOW), BITS, WINDOW, CODE, TABLE, NATIVE),)
+        made = row
+        for part in tl.static_range(PARTS):
+            fresh = fresh + (_multiplied(made, inputs[part], acc[j * PARTS + part], CODE, NATIVE),)
+    if CODE == "mac" or CODE == "sum":
+        one = (mask & 0) | 0x01010101
+        ones = (one, one, one, one, one, one, one, one)
+        added = ()
+        for part in tl.static_range(PARTS):
+            added = added + (_multiplied(ones, inputs[part], sums[part], CODE, NATIVE),)
+        sums = added
+    return fresh, sums
+
+
+@triton.jit
+def _nothing(COUNT: tl.constexpr, INTEGER: tl.constexpr):
+    made = ()
+    for _ in tl.static_range(COUNT):
+        zero = tl.zeros((32,), tl.int32 if INTEGER else tl.float32)
+        made = made + ((zero, zero, zero, zero),)
+    return made
+
+
+@triton.jit
+def _largest(place, begin, end, K, lanes, STEP: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """The largest `|x|` of each lane's token in these chunks. `place`: the lane's first of 8 columns of a chunk; STEP
+    lanes, 4, 8 or 32 in a row, share a token and take its chunks in turn."""
+    largest = tl.zeros((32,), tl.float32)
+    turn = lanes % STEP // 4
+    for chunk in range(begin, end, STEP // 4):
+        k = (chunk + turn) * 32
+        words = load_inputs(place + k, (chunk + turn < end) & (k + lanes % 4 * 8 < K), 4, False, NATIVE)
+        for i in tl.static_range(4):
+            low, high = numbers(words[i], KIND)
+            largest = tl.maximum(largest, tl.maximum(tl.abs(low), tl.abs(high)))
+    other = 1
+    for _ in tl.static_range(5 if STEP == 32 else 3 if STEP == 8 else 2):
+        largest = tl.maximum(largest, shuffled(largest, lanes ^ other, NATIVE))
+        other *= 2
+    return largest
+
+
+@triton.jit
+def _inverse(up):
+    """Of a power of two."""
+    return ((254 << 23) - up.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _finish(
+    x, scales, peaks, table, bias, out, partial, M, N,
+    BM: tl.constexpr, TAKEN: tl.constexpr, AHEAD: tl.constexpr, LENGTH: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """The sums of all parts of this tile of the output, in their order, scaled and stored: TAKEN tokens at a time,
+    AHEAD parts of them on their way."""
+    rows = tl.program_id(0) * 256 + tl.arange(0, 256)
+    inside = rows < N
+    scale = row_scales(scales, peaks, table, rows, inside, LENGTH)
+    splits = tl.num_programs(1)
+    token = tl.program_id(2) * BM
+    for start in range(token, tl.minimum(token + BM, M), TAKEN):
+        tokens = start + tl.arange(0, TAKEN)
+        live = tokens < M
+        at = tokens[None, :].to(tl.int64) * N + rows[:, None]
+        here = inside[:, None] & live[None, :]
+        total = tl.zeros((256, TAKEN), tl.float32)
+        for first in range(0, splits, AHEAD):
+            for part in tl.static_range(AHEAD):
+                mine = here & (tl.full((256, TAKEN), first + part, tl.int32) < splits)
+                place = partial + tl.cast(first + part, tl.int64) * M * N + at
+                total += tl.load(place, mask=mine, other=0.0, cache_modifier=".cg")
+        stored(total * scale[:, None], x, bias, out, out, rows, tokens, inside, live, N, False, BIAS, False)
 
 
 @triton.jit(do_not_specialize=("M", "count", "each", "total", "whole", "mask"))
@@ -123,60 +316,91 @@ def trellis_kernel(
     x, weight, scales, peaks, pairs, table, bias, out, partial, counters,
     M, N, K, stride, count, each, total, whole, mask,
     BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, LENGTH: tl.constexpr,
-    BM: tl.constexpr, BU: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, ONE: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
     BIAS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """`x` `[M, K]` with rows `stride` apart; `count` chunks of K, `each` of them per split; `total` units, `whole` of
-    them of whole sequences. NATIVE: not in the interpreter, which has no assembler."""
-    units = tl.program_id(0) * BU + tl.arange(0, BU)
+    """`x` `[M, K]` with rows `stride` apart, `K` and `stride` multiples of 8; `count` chunks of K, `each` of them per
+    split; `total` units, `whole` of them of whole sequences. BM: 8 or 16 tokens, 4 or 8 of `mac` and `sum`. ONE: M is
+    1. NATIVE: not in the interpreter, which has no assembler."""
+    INTEGER: tl.constexpr = CODE == "mac" or CODE == "sum"
+    KIND: tl.constexpr = "bf16" if x.dtype.element_ty == tl.bfloat16 else "fp16"
+    EACH: tl.constexpr = 4 if INTEGER else 8
+    PARTS: tl.constexpr = BM // EACH
+    BASE: tl.constexpr = (510 if CODE == "mac" else 126) // 2  # of two ones: each is four bytes
+    lanes = tl.arange(0, 32)
+    g, t = lanes // 4, lanes % 4
     begin = tl.program_id(1) * each
     end = tl.minimum(begin + each, count)
-    tokens = tl.program_id(2) * BM + tl.arange(0, BM)
-    live, inside = tokens < M, units * 16 < N
-    after = neighbours(units, whole, LENGTH)
     size = total * 16
-    mask = mask.to(tl.uint32, bitcast=True)
+    unit = tl.program_id(0) * 16 + g
+    held = tl.minimum(unit, total - 1), tl.minimum(unit + 8, total - 1)  # what is not there is not stored
+    after = neighbours(held[0], whole, LENGTH), neighbours(held[1], whole, LENGTH)
+    after = tl.minimum(after[0], total - 1), tl.minimum(after[1], total - 1)
+    words = _chunk_words(weight, begin, size, held, after, t, BITS, NATIVE)
+    mask = tl.full((32,), 0, tl.uint32) + mask.to(tl.uint32, bitcast=True)
     flip = mask * FLIP
-    columns = tl.arange(0, 4)[:, None, None] * 8 + tl.arange(0, 4)[None, :, None]
-    places = x + tl.program_id(2).to(tl.int64) * BM * stride + (tl.arange(0, BM)[None, None, :] * stride + columns)
-    SCALED: tl.constexpr = x.dtype.element_ty == tl.bfloat16
-    up = tl.full((BM,), 1.0, tl.float32)
-    if SCALED:
-        up = _upscale(places, columns, begin, end, K, live, BM)
-    sums = tl.zeros((4, 4, BM), tl.float32)
-    acc = ()
-    for _ in tl.static_range(16):
-        acc = acc + (tl.zeros((BU, BM), tl.float32),)
+    first = tl.program_id(2) * BM
+    places, scale, down = (), (), ()
+    for part in tl.static_range(PARTS):
+        token = first + part * EACH + (g // 2 if INTEGER else g)
+        place = x + tl.minimum(token, M - 1).to(tl.int64) * stride + t * 8
+        places = places + (place,)
+        if INTEGER:
+            largest = _largest(place, begin, end, K, lanes, 32 if ONE else 8, KIND, NATIVE)
+            scale = scale + (tl.where(largest > 0, LEVELS / largest, 0.0),)
+            down = down + (shuffled(largest * (1 / LEVELS), t * 8, NATIVE),)
+        else:
+            up = tl.full((32,), 1.0, tl.float32)
+            if KIND == "bf16":
+                up = power(_largest(place, begin, end, K, lanes, 32 if ONE else 4, KIND, NATIVE))
+            scale = scale + (up,)
+            inverse = _inverse(up)
+            down = down + ((shuffled(inverse, t * 8, NATIVE), shuffled(inverse, t * 8 + 4, NATIVE)),)
+    low = (g % 2).to(tl.uint32)
+    add, right = 128 - 128 * low, 8 - 8 * low
+    acc, sums = _nothing(16 * PARTS, INTEGER), _nothing(PARTS, True)
     for chunk in range(begin, end):
-        start = tl.cast(chunk, tl.int64) * (BITS * size)
+        then = _chunk_words(weight, tl.minimum(chunk + 1, count - 1), size, held, after, t, BITS, NATIVE)
         for side in tl.static_range(2):
             k = chunk * 32 + side * 4
-            here = live[None, None, :] if EVEN else live[None, None, :] & (k + columns < K)
-            some = tl.load(places + k, mask=here, other=0.0)
-            if SCALED:
-                some = (some.to(tl.float32) * up[None, None, :]).to(tl.float16)
-            if CODE == "mac" or CODE == "sum":
-                sums += some.to(tl.float32)
-            inputs = _inputs(some, BM, CODE)
-            streams = load_streams(weight, start, size, units, after, inside, side, BITS)
-            fresh, word = (), mask
-            for j in tl.static_range(16):
-                word = row_words(word, streams, mask, flip, pairs, j, BITS, WINDOW, CODE, TABLE, NATIVE)
-                fresh = fresh + (tl.dot(_operand(word, BU, CODE), inputs, acc[j], out_dtype=tl.float32),)
-            acc = fresh
-    total_x = tl.sum(tl.sum(sums, 0), 0)
-    last = not SPLIT
+            inputs = ()
+            for part in tl.static_range(PARTS):
+                some = load_inputs(places[part] + k, k + t * 8 < K, 2, EVEN, NATIVE)
+                inputs = inputs + (_operand_x(some, scale[part], add, right, KIND, CODE, NATIVE),)
+            acc, sums = _side(
+                acc, sums, words, inputs, mask, flip, pairs, side, BITS, WINDOW, CODE, TABLE, PARTS, NATIVE
+            )
+        words = then
+    for j in tl.static_range(16):
+        for half in tl.static_range(2):
+            row = (unit + 8 * half) * 16 + _row(j, CODE, BITS, WINDOW)
+            inside = row < N
+            if not SPLIT:
+                row_scale = row_scales(scales, peaks, table, row, inside, LENGTH)
+                if BIAS:
+                    more = tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
+            for part in tl.static_range(PARTS):
+                for i in tl.static_range(1 if INTEGER else 2):
+                    mine = acc[j * PARTS + part]
+                    if INTEGER:
+                        token = first + part * EACH + t
+                        upper = (mine[2 * half] - sums[part][2 * half] // 2 * BASE).to(tl.float32) * 256.0
+                        lower = (mine[2 * half + 1] - sums[part][2 * half + 1] // 2 * BASE).to(tl.float32)
+                        value = (upper + lower) * down[part]
+                    else:
+                        token = first + part * EACH + t * 2 + i
+                        value = mine[2 * half + i] * down[part][i]
+                    at = token.to(tl.int64) * N + row
+                    here = inside & (token < M)
+                    if SPLIT:
+                        tl.store(partial + tl.program_id(1).to(tl.int64) * M * N + at, value, mask=here)
+                    else:
+                        value *= row_scale
+                        if BIAS:
+                            value += more
+                        tl.store(out + at, value.to(out.dtype.element_ty), mask=here)
     if SPLIT:
-        for part in tl.static_range(2):  # half of the rows at a time: registers
-            rows, tokens, at, here = _places(part * 8, BM, BU, M, N)
-            leave(_rows(acc, total_x, up, part * 8, BM, BU, CODE), partial, at, here, M, N)
-        last = is_last(counters)
-    if last:
-        for part in tl.static_range(2):
-            rows, tokens, at, here = _places(part * 8, BM, BU, M, N)
-            if SPLIT:
-                product = collected(partial, at, here, M, N)
-            else:
-                product = _rows(acc, total_x, up, part * 8, BM, BU, CODE)
-            product *= row_scales(scales, peaks, table, rows, rows < N, LENGTH)[:, None]
-            stored(product, x, bias, out, out, rows, tokens, rows < N, tokens < M, N, False, BIAS, False)
+        if is_last(counters):
+            _finish(
+                x, scales, peaks, table, bias, out, partial, M, N, BM, 1 if ONE else 4, 8 if ONE else 2, LENGTH, BIAS
+            )

@@ -194,7 +194,7 @@ def fastest(
 
     if isinstance(spec, Trellis):
         default = trellis_launch.choose(*sizes, count, spec.code)
-        measured([default, *trellis_launch.candidates(*sizes, count)])
+        measured([default, *trellis_launch.candidates(*sizes, count, spec.code)])
     elif isinstance(spec, Codebook):
         length = spec.chosen((rows, columns)).length
         default = codebook_launch.choose(*sizes, length, count)

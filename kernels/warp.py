@@ -24,27 +24,32 @@ import triton.language as tl
 
 
 @triton.jit
-def load_words(at, COUNT: tl.constexpr, NATIVE: tl.constexpr):
-    """COUNT words uint32 (1, 2 or 4) from each lane's pointer `at` to int32, aligned to as many. Past the first-level
-    cache: each is read once."""
+def load_words(at, COUNT: tl.constexpr, TWICE: tl.constexpr, NATIVE: tl.constexpr):
+    """COUNT words uint32 (1, 2 or 4) from each lane's pointer `at` to int32, aligned to as many. TWICE: they are read
+    once more soon; else they go past the first-level cache."""
     if NATIVE:
         if COUNT == 4:
-            return tl.inline_asm_elementwise(
-                "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at.to(tl.int64)],
-                dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
-            )  # fmt: skip
+            if TWICE:
+                return tl.inline_asm_elementwise(
+                    "ld.global.nc.L1::evict_first.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at.to(tl.int64)],
+                    dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
+                )  # fmt: skip
+            else:
+                return tl.inline_asm_elementwise(
+                    "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at.to(tl.int64)],
+                    dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
+                )  # fmt: skip
         elif COUNT == 2:
             return tl.inline_asm_elementwise(
                 "ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at.to(tl.int64)],
                 dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
             )  # fmt: skip
         else:
-            return (
-                tl.inline_asm_elementwise(
-                    "ld.global.nc.L1::no_allocate.b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.uint32,
-                    is_pure=True, pack=1,
-                ),
+            word = tl.inline_asm_elementwise(
+                "ld.global.nc.L1::no_allocate.b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.uint32, is_pure=True,
+                pack=1,
             )  # fmt: skip
+            return (word,)
     else:
         words = ()
         for i in tl.static_range(COUNT):
@@ -89,6 +94,18 @@ def load_inputs(at, here, COUNT: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.co
             high = tl.load(at + 2 * i + 1, mask=here, other=0.0).to(tl.uint16, bitcast=True).to(tl.uint32)
             words = words + (low | high << 16,)
         return words
+
+
+@triton.jit
+def shuffled(number, lane, NATIVE: tl.constexpr):
+    """The float32 of another lane."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [number, lane], dtype=tl.float32, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+    else:
+        return tl.gather(number, lane, 0)
 
 
 @triton.jit
