@@ -4,7 +4,7 @@
 
 1. `quant.kernels.benchmark --quick`: the products of real models against bfloat16 and the roofline.
 2. Decoding: a model shaped like Llama-3-8B with random weights, batch 1, a cache of 1024 tokens, one CUDA graph per
-   token; bfloat16, 4 bits and 2 bits in groups of 128. Embedding and head stay in bfloat16. With plain torch between
+   token; bfloat16, 4 bits and 2 bits in groups of 128, and a trellis of 2 bits. Embedding and head stay in bfloat16. With plain torch between
    the products, and with `torch.compile(fullgraph=True)` of a block.
 3. GPTQ: `quant.quantize` of models of one and of three blocks (4096 wide, 14336 inside, 226 million weights per block
    where Llama-3-8B has 218) at 4 bits, group 128; the difference is two blocks, free of all that is done once.
@@ -30,11 +30,20 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 import quant
-from quant.kernels import benchmark, measure
+from quant.kernels import benchmark, launch, measure, trellis_launch
 from quant.kernels.order import Arranged
+from quant.kernels.spec import Trellis
+from quant.kernels.trellis import deviation, values
+from quant.kernels.trellis_order import ArrangedTrellis
 
 GROUP = 128
-Weight = Tensor | tuple[Tensor, Tensor, Tensor, int, int]
+Weight = Tensor | Arranged | ArrangedTrellis
+SPECS = {
+    "bfloat16": None,
+    "4 bits": quant.Uniform(bits=4, group_size=GROUP),
+    "2 bits": quant.Uniform(bits=2, group_size=GROUP),
+    "2 bits, trellis": Trellis(bits=2),
+}
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,7 @@ class Sizes:
 def times(x: Tensor, weight: Weight) -> Tensor:
     if isinstance(weight, Tensor):
         return linear(x, weight)
-    words, scales, zeros, columns, bits = weight
-    return torch.ops.bitwright.uniform_matmul(
-        x, None, words, scales, zeros, None, None, scales.shape[1], columns, bits, min(GROUP, columns), x.dtype
-    )
+    return (launch if isinstance(weight, Arranged) else trellis_launch).matmul(x, weight)
 
 
 def block(
@@ -82,12 +88,12 @@ def block(
 class Decoder:
     """Random weights; each `step` feeds the likeliest token back."""
 
-    def __init__(self, sizes: Sizes, bits: int | None, make: Callable[[int, int, int | None], Weight], device: str):
+    def __init__(self, sizes: Sizes, make: Callable[[int, int], Weight], device: str):
         self.sizes, h, i, w = sizes, sizes.hidden, sizes.inner, sizes.width
         key = sizes.key_heads * w
         shapes = [(sizes.heads * w, h), (key, h), (key, h), (h, sizes.heads * w), (i, h), (i, h), (h, i)]
         half = {"device": device, "dtype": torch.bfloat16}
-        self.blocks = [[make(*shape, bits) for shape in shapes] for _ in range(sizes.blocks)]
+        self.blocks = [[make(*shape) for shape in shapes] for _ in range(sizes.blocks)]
         cache = (1, sizes.key_heads, sizes.context, w)
         self.caches = [(torch.zeros(cache, **half), torch.zeros(cache, **half)) for _ in range(sizes.blocks)]
         self.embedding = torch.randn((sizes.vocabulary, h), **half)
@@ -111,24 +117,27 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Of the linear layers and the head: what one token reads."""
-        parts = [part for row in self.blocks for w in row for part in ((w,) if isinstance(w, Tensor) else w[:3])]
-        return sum(part.numel() * part.itemsize for part in (*parts, self.head))
+        return sum(weight.nbytes for row in self.blocks for weight in row) + self.head.nbytes
 
 
-def made(rows: int, columns: int, bits: int | None) -> Weight:
+def made(rows: int, columns: int, spec: measure.Spec | None) -> Weight:
     """Random, of about unit gain, on the GPU."""
-    if bits is None:
+    if spec is None:
         return torch.randn((rows, columns), device="cuda", dtype=torch.bfloat16) * columns**-0.5
-    found = measure.weights(rows, columns, quant.Uniform(bits=bits, group_size=GROUP), 1)[0]
+    found = measure.weights(rows, columns, spec, 1)[0]
+    if isinstance(found, ArrangedTrellis):
+        found.scales.zero_()
+        found.peaks.fill_(columns**-0.5 / deviation(values(found.spec.code, found.spec.window)))
+        return found
     assert isinstance(found, Arranged)
-    assert found.zeros is not None
-    return found.weight, found.scales * (columns**-0.5 / 2**bits), found.zeros, columns, bits
+    found.scales.mul_(columns**-0.5 / 2**found.spec.bits)
+    return found
 
 
 @torch.no_grad()
-def decoding(bits: int | None, compiled: bool, tokens: int = 256) -> dict[str, Any]:
-    """Tokens per second of one variant."""
-    decoder = Decoder(Sizes(), bits, made, "cuda")
+def decoding(name: str, compiled: bool, tokens: int = 256) -> dict[str, Any]:
+    """Tokens per second of one of SPECS."""
+    decoder = Decoder(Sizes(), lambda rows, columns: made(rows, columns, SPECS[name]), "cuda")
     if compiled:
         decoder.block = torch.compile(block, fullgraph=True, dynamic=False)
     for _ in range(2):
@@ -145,7 +154,7 @@ def decoding(bits: int | None, compiled: bool, tokens: int = 256) -> dict[str, A
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / tokens
     return {
-        "weights": f"{bits} bits" if bits else "bfloat16",
+        "weights": name,
         "between": "torch.compile" if compiled else "torch",
         "GB read": decoder.nbytes / 1e9,
         "tokens/s": 1 / seconds,
@@ -224,8 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.cuda.empty_cache()
         save()
 
-    for bits in (None, 4, 2):
-        keep(decoded, lambda bits=bits: decoding(bits, False))
+    for name in SPECS:
+        keep(decoded, lambda name=name: decoding(name, False))
     keep(rounded, batched)
     for blocks in (1, 1, 3):  # the first also compiles
         keep(solved, lambda blocks=blocks: quantizing(blocks))
@@ -233,8 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         each = (solved[2]["seconds"] - solved[1]["seconds"]) / 2
         notes.append(f"GPTQ: a block takes {each:.2f} s; 32 such blocks would take {32 * each:.0f} s (not measured).")
         save()
-    for bits in () if args.quick else (None, 4, 2):
-        keep(decoded, lambda bits=bits: decoding(bits, True))
+    for name in () if args.quick else SPECS:
+        keep(decoded, lambda name=name: decoding(name, True))
     return code
 
 

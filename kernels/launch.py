@@ -45,21 +45,31 @@ def choose(
     tokens: int, rows: int, columns: int, processors: int, bits: int = 4, kind: str = "fp16", narrow: bool = False,
     skinny: bool = True,
 ) -> Config:  # fmt: skip
-    """The configuration without a tuned one: as many rows per warp as its registers hold while tokens are few, and K
-    split until every multiprocessor has about as many warps as they let run (of `skinny.py`), else 8. `narrow`: at most
-    32 rows from 32 tokens on. Triton 3.6 compiles no more for compute capability 10.0 ("Illegal shared layout"); Triton
-    3.9 does. `skinny`: whether that kernel takes the weight."""
+    """The configuration without a tuned one. `skinny`: whether `skinny.py`'s kernel takes the weight; it does up to 16
+    tokens. Else as many rows per warp as its registers hold, and K split until every multiprocessor has about 8 warps.
+    `narrow`: at most 32 rows from 32 tokens on. Triton 3.6 compiles no more for compute capability 10.0 ("Illegal
+    shared layout"); Triton 3.9 does."""
     if skinny and kind != "int8" and tokens <= 16:
-        bm = next(size for size in (4, 8, 16) if tokens <= size)
-        bn = 64 if bm < 16 and bits < 8 else 32
-        programs = -(-rows // bn)
-        return Config(bm, bn, 1, 1, even_splits(columns, min(32, processors * 12 // programs), step_columns(bits)))
+        return choose_skinny(tokens, rows, columns, processors, bits)
     bm = max(16 if kind == "int8" else 8, next((size for size in (8, 16, 32) if tokens <= size), 64))
     wide = 64 if kind != "int8" and bits <= 2 else 32
     many = {32: (32, 2), 64: (32, 4)} if narrow else {32: (64, 4), 64: (64, 4 if bits <= 4 else 8)}
     bn, warps = ({8: (wide, 1), 16: (16 if kind == "int8" else 32, 1)} | many)[bm]
     programs = -(-rows // bn) * -(-tokens // bm)
     return Config(bm, bn, warps, 1, even_splits(columns, min(16, processors * 8 // (programs * warps))))
+
+
+def choose_skinny(
+    tokens: int, rows: int, columns: int, processors: int, bits: int, bn: int = 0, warps: int = 0
+) -> Config:
+    """Of `skinny.py`'s kernel, with `bn` rows per program and K split until a multiprocessor has about so many `warps`;
+    0: 64 rows where there are enough of them and registers hold them, and as many warps as then run at once. A split
+    has two steps at least."""
+    bm = next(size for size in (4, 8, 16) if tokens <= size)
+    bn = bn or (64 if bm < 16 and bits not in (3, 8) and rows * columns >= 1 << 27 else 32)
+    programs, step = -(-rows // bn) * -(-tokens // bm), step_columns(bits)
+    wanted = min(32, processors * (warps or (14 if bn == 64 else 18)) // programs, columns // (2 * step))
+    return Config(bm, bn, 1, 1, even_splits(columns, wanted, step))
 
 
 def is_skinny(config: Config, kind: str) -> bool:
@@ -261,7 +271,8 @@ def _run_skinny(
     x = aligned(x)
     skinny_kernel[grid](
         x, weight, *parts, tokens, rows, x.shape[1], x.stride(0), count, each, 0x10001,
-        **named, TILES=config.bn // 16, EVEN=columns % step_columns(named["BITS"]) == 0, NATIVE=x.device.type == "cuda",
+        **named, ONE=tokens == 1, TILES=config.bn // 16, EVEN=columns % step_columns(named["BITS"]) == 0,
+        NATIVE=x.device.type == "cuda",
         num_warps=1, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -93,7 +93,7 @@ class Trellis(Spec):
 
     bits: int = 2
     window: int = 12
-    code: Literal["inst", "mac", "sum", "hyb"] = "inst"
+    code: Literal["inst", "mac", "sum", "hyb"] = "mac"
     length: int = 256
     table_bits: int = 9
 

@@ -3,7 +3,7 @@ that hold its values, and the kernel that decodes a weight. What the words are, 
 """
 
 # pyright: basic, reportGeneralTypeIssues=false, reportCallIssue=false
-# ruff: noqa: RET505, SIM108
+# ruff: noqa: RET505
 # Triton's language has no types that pyright could follow, and its branches on constants are chosen when it compiles
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load_streams(weight, start, size, units, after, inside, SIDE: tl.constexpr, 
 def scattered(state, CODE: tl.constexpr):
     """The four bytes whose sum is the integer of `mac` and `sum`."""
     if CODE == "mac":
-        return state * 34038481 + 76625530
+        return state * 2687280969 + 1714943582
     else:
         return (state * 89226354 + 64248484) & 0x3F3F3F3F
 

@@ -42,7 +42,7 @@ MOST = 16384
 """Columns of which a program of such a code may sum 32 bits: `1020 * 127 * MOST < 2^31`."""
 
 
-def choose(tokens: int, rows: int, columns: int, processors: int, code: str = "inst", warps: int = 12) -> Config:
+def choose(tokens: int, rows: int, columns: int, processors: int, code: str = "mac", warps: int = 15) -> Config:
     """The configuration without a tuned one: a warp and 256 rows per program, K split until every multiprocessor has
     about so many `warps`, as many as their registers let run."""
     bm = (4 if tokens <= 4 else 8) if code in INTEGER else 8 if tokens <= 8 or code == "hyb" else 16
@@ -51,7 +51,7 @@ def choose(tokens: int, rows: int, columns: int, processors: int, code: str = "i
     return Config(bm, 16 * UNIT, 1, 1, even_splits(columns, wanted, CHUNK))
 
 
-def candidates(tokens: int, rows: int, columns: int, processors: int, code: str = "inst") -> list[Config]:
+def candidates(tokens: int, rows: int, columns: int, processors: int, code: str = "mac") -> list[Config]:
     """Configurations worth timing: how K is split."""
     made = [choose(tokens, rows, columns, processors, code, warps) for warps in (4, 6, 8, 10, 12, 14, 16, 24)]
     return list(dict.fromkeys(made))

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from quant.kernels.launch import Config, even_splits
+from quant.kernels.launch import Config, choose_skinny, even_splits
 from quant.kernels.order import TILE
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256)
@@ -91,14 +91,14 @@ def fits(config: Config, bits: int, shared: int) -> bool:
 
 
 def candidates(tokens: int, rows: int, columns: int, bits: int, processors: int, shared: int) -> list[Config]:
-    """Blocks worth compiling, each with K split so that a multiprocessor has about 8 warps."""
-    bm = next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
-    made = (
-        Config(m, bn, warps, stages, 1)
-        for m in ((bm,) if bm <= 16 else (bm // 2, bm))
-        for bn, warps in BLOCKS
-        for stages in (1, 3)
-    )
+    """Blocks worth compiling, each with K split so that a multiprocessor has about 8 warps. Up to 16 tokens those of
+    `skinny.py`, with several splits each."""
+    if tokens <= 16:
+        sizes = (tokens, rows, columns, processors, bits)
+        made = [choose_skinny(*sizes, bn, warps) for bn in (32, 64) for warps in (6, 8, 10, 12, 14, 16, 18, 20, 24)]
+        return list(dict.fromkeys(made))
+    bm = next((size for size in (32, 64) if tokens <= size), 128)
+    made = (Config(m, bn, warps, stages, 1) for m in (bm // 2, bm) for bn, warps in BLOCKS for stages in (1, 3))
     return [spread(config, 8, tokens, rows, columns, processors) for config in made if fits(config, bits, shared)]
 
 
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--bits", type=int, nargs="+", default=[4, 2, 3, 8])
     options.add_argument("--trellis", type=int, nargs="*", default=[2, 3, 4], help="bits of trellises")
     options.add_argument("--codebook", type=float, nargs="*", default=[2, 3], help="bits of codebooks, all included")
-    options.add_argument("--code", choices=("inst", "mac", "sum", "hyb"), default="inst", help="of the trellises")
+    options.add_argument("--code", choices=("inst", "mac", "sum", "hyb"), default="mac", help="of the trellises")
     options.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 8, 32, 64, 128], help=f"of {BUCKETS}")
     options.add_argument("--kind", choices=("bf16", "fp16"), default="bf16")
     options.add_argument("--out", type=Path, default=cache_folder(), help="folder of the JSON file")
@@ -203,7 +203,8 @@ def fastest(
         default = launch.choose(*sizes, count, bits, kind, launch.processor(x.device)[1])
         measured([default, *candidates(*sizes, bits, count, properties.shared_memory_per_block_optin)])
         best = sorted(times, key=times.__getitem__)[:2]
-        measured(spread(config, warps, *sizes, count) for config in best for warps in (2, 4, 16, 32))
+        if tokens > 16:
+            measured(spread(config, warps, *sizes, count) for config in best for warps in (2, 4, 16, 32))
     chosen = min(times, key=times.__getitem__)
     return chosen, times[chosen], times[default]
 

@@ -15,7 +15,7 @@ is false), which has no assembler, the same is done with Triton's own operations
 """
 
 # pyright: basic, reportGeneralTypeIssues=false, reportCallIssue=false
-# ruff: noqa: RET505, RUF005, SIM108
+# ruff: noqa: RET505, RUF005
 # Triton's language has no types that pyright could follow, and its branches on constants are chosen when it compiles
 from __future__ import annotations
 
