@@ -4,8 +4,8 @@
 
 1. `quant.kernels.benchmark --quick`: the products of real models against bfloat16 and the roofline.
 2. Decoding: a model shaped like Llama-3-8B with random weights, batch 1, a cache of 1024 tokens, one CUDA graph per
-   token; bfloat16, 4 bits and 2 bits in groups of 128, and a trellis of 2 bits. Embedding and head stay in bfloat16. With plain torch between
-   the products, and with `torch.compile(fullgraph=True)` of a block.
+   token; bfloat16, 4 bits and 2 bits in groups of 128, and a trellis of 2 bits. Embedding and head stay in bfloat16.
+   With plain torch between the products, and with `torch.compile(fullgraph=True)` of a block.
 3. GPTQ: `quant.quantize` of models of one and of three blocks (4096 wide, 14336 inside, 226 million weights per block
    where Llama-3-8B has 218) at 4 bits, group 128; the difference is two blocks, free of all that is done once.
 4. GPTQ's kernel on a block of columns of 128 experts, in one launch and in one for each.
@@ -30,10 +30,9 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 import quant
-from quant.kernels import benchmark, launch, measure, trellis_launch
+from quant.kernels import benchmark, launch, measure, trellis, trellis_launch
 from quant.kernels.order import Arranged
 from quant.kernels.spec import Trellis
-from quant.kernels.trellis import deviation, values
 from quant.kernels.trellis_order import ArrangedTrellis
 
 GROUP = 128
@@ -127,7 +126,7 @@ def made(rows: int, columns: int, spec: measure.Spec | None) -> Weight:
     found = measure.weights(rows, columns, spec, 1)[0]
     if isinstance(found, ArrangedTrellis):
         found.scales.zero_()
-        found.peaks.fill_(columns**-0.5 / deviation(values(found.spec.code, found.spec.window)))
+        found.peaks.fill_(columns**-0.5 / trellis.deviation(trellis.values(found.spec.code, found.spec.window)))
         return found
     assert isinstance(found, Arranged)
     found.scales.mul_(columns**-0.5 / 2**found.spec.bits)
