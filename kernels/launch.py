@@ -24,8 +24,9 @@ from quant.kernels.layouts import symmetric_zero
 from quant.kernels.order import CHUNK, TILE, Arranged, tiles
 from quant.kernels.reference import check_shape
 
-UNPACK_FROM = 256
-"""Tokens from which unpacking pays. A guess from the arithmetic (`README.md`) until a GPU has measured it."""
+UNPACK_FROM = 144
+"""Tokens from which unpacking pays: at 128 the kernel takes 311 to 332 us of an H200 for 28672 x 8192 and unpacking 369
+to 380, at 256 it is 625 to 660 and 398 to 411 (2 and 4 bits)."""
 
 KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
 
@@ -45,11 +46,11 @@ def choose(
     tokens: int, rows: int, columns: int, processors: int, bits: int = 4, kind: str = "fp16", narrow: bool = False,
     skinny: bool = True,
 ) -> Config:  # fmt: skip
-    """The configuration without a tuned one. `skinny`: whether `skinny.py`'s kernel takes the weight; it does up to 16
-    tokens. Else as many rows per warp as its registers hold, and K split until every multiprocessor has about 8 warps.
-    `narrow`: at most 32 rows from 32 tokens on. Triton 3.6 compiles no more for compute capability 10.0 ("Illegal
-    shared layout"); Triton 3.9 does."""
-    if skinny and kind != "int8" and tokens <= 16:
+    """The configuration without a tuned one. `skinny`: whether `skinny.py`'s kernel takes the weight; it is the faster
+    one for any number of tokens. Else as many rows per warp as its registers hold, and K split until every
+    multiprocessor has about 8 warps. `narrow`: at most 32 rows from 32 tokens on. Triton 3.6 compiles no more for
+    compute capability 10.0 ("Illegal shared layout"); Triton 3.9 does."""
+    if skinny and kind != "int8":
         return choose_skinny(tokens, rows, columns, processors, bits)
     bm = max(16 if kind == "int8" else 8, next((size for size in (8, 16, 32) if tokens <= size), 64))
     wide = 64 if kind != "int8" and bits <= 2 else 32
@@ -63,12 +64,12 @@ def choose_skinny(
     tokens: int, rows: int, columns: int, processors: int, bits: int, bn: int = 0, warps: int = 0
 ) -> Config:
     """Of `skinny.py`'s kernel, with `bn` rows per program and K split until a multiprocessor has about so many `warps`;
-    0: 64 rows where there are enough of them and registers hold them, and as many warps as then run at once. A split
-    has two steps at least."""
-    bm = next(size for size in (4, 8, 16) if tokens <= size)
-    bn = bn or (64 if bm < 16 and bits not in (3, 8) and rows * columns >= 1 << 27 else 32)
+    0: what was fastest on an H200 (`README.md`). A split has two steps at least."""
+    bm = next((size for size in (4, 8) if tokens <= size), 16)
+    bn = bn or (64 if bm == 4 and bits <= 3 and rows * columns >= 1 << 27 else 32)
+    best = (24 if bm < 16 else 16) if 4 <= bits < 8 else 16 if bm < 16 else 12
     programs, step = -(-rows // bn) * -(-tokens // bm), step_columns(bits)
-    wanted = min(32, processors * (warps or (14 if bn == 64 else 18)) // programs, columns // (2 * step))
+    wanted = min(32, processors * (warps or best) // programs, columns // (2 * step))
     return Config(bm, bn, 1, 1, even_splits(columns, wanted, step))
 
 
@@ -226,8 +227,8 @@ def launch(
     processors, narrow = processor(x.device)
     kind = KINDS[x.dtype]
     skinny = takes_skinny(rows, width, columns)
-    if config is None and (skinny or tokens > 16):
-        config = tuned(x.device, tokens, rows, columns, bits, kind, step_columns(bits) if tokens <= 16 else TILE)
+    if config is None:
+        config = tuned(x.device, tokens, rows, columns, bits, kind, step_columns(bits) if skinny else TILE)
     config = config or choose(tokens, rows, columns, processors, bits, kind, narrow, skinny)
     skinny = skinny and is_skinny(config, kind)
     count = -(-columns // (step_columns(bits) if skinny else TILE))
@@ -271,7 +272,7 @@ def _run_skinny(
     x = aligned(x)
     skinny_kernel[grid](
         x, weight, *parts, tokens, rows, x.shape[1], x.stride(0), count, each, 0x10001,
-        **named, ONE=tokens == 1, TILES=config.bn // 16, EVEN=columns % step_columns(named["BITS"]) == 0,
+        **named, TILES=config.bn // 16, EVEN=columns % step_columns(named["BITS"]) == 0,
         NATIVE=x.device.type == "cuda",
         num_warps=1, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip

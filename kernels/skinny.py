@@ -168,53 +168,46 @@ def _step(
 
 
 @triton.jit
-def _grid_words(scales, zeros, group, N, row, ZERO: tl.constexpr, TILES: tl.constexpr, NATIVE: tl.constexpr):
-    """Scales of one group for a lane's rows, TILES words, and zero points."""
-    at = group * N + row
-    words = load_inputs(scales + at, True, TILES, True, NATIVE)
-    if ZERO < 0:
-        if NATIVE:
-            words = words + load_words(zeros + at, TILES // 2, False, NATIVE)
-        else:
-            for i in tl.static_range(2 * TILES):
-                words = words + (tl.load(zeros + at + i).to(tl.uint32),)
-    return words
-
-
-@triton.jit
-def _scales(words, KIND: tl.constexpr, TILES: tl.constexpr):
-    """As float32, a tensor each."""
+def _scales(at, COUNT: tl.constexpr, NATIVE: tl.constexpr):
+    """2 COUNT neighbours, 16-bit numbers from pointers `at` on, as float32, a tensor each. COUNT: 2 or 4."""
+    KIND: tl.constexpr = "bf16" if at.dtype.element_ty == tl.bfloat16 else "fp16"
     found = ()
-    for i in tl.static_range(TILES):
+    words = load_inputs(at, True, COUNT, True, NATIVE)
+    for i in tl.static_range(COUNT):
         found = found + numbers(words[i], KIND)
     return found
 
 
 @triton.jit
-def _zeros(words, TILES: tl.constexpr, NATIVE: tl.constexpr):
+def _zeros(at, COUNT: tl.constexpr, NATIVE: tl.constexpr):
+    """The same of bytes."""
     found = ()
-    for i in tl.static_range(2 * TILES):
-        if NATIVE:
+    if NATIVE:
+        words = load_words(at, COUNT // 2, False, NATIVE)
+        for i in tl.static_range(2 * COUNT):
             number = tl.inline_asm_elementwise(
-                "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [words[TILES + i // 4], 0x4B000000, 0x7650 + i % 4],
-                dtype=tl.uint32, is_pure=True, pack=1,
+                "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [words[i // 4], 0x4B000000, 0x7650 + i % 4], dtype=tl.uint32,
+                is_pure=True, pack=1,
             )  # fmt: skip
             found = found + (number.to(tl.float32, bitcast=True) - 8388608.0,)
-        else:
-            found = found + (words[TILES + i].to(tl.float32),)
+    else:
+        for i in tl.static_range(2 * COUNT):
+            found = found + (tl.load(at + i).to(tl.float32),)
     return found
 
 
 @triton.jit
 def _flush(
-    acc, dots, sums, grid, SCALE: tl.constexpr,
+    acc, dots, sums, grids, group, N, row,
     ZERO: tl.constexpr, BASE: tl.constexpr, UNIT: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     EACH: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Adds a group's products, with its scale on them and its zero point off."""
-    scale = _scales(grid, SCALE, TILES)
+    scales, zeros = grids
+    at = group * N + row
+    scale = _scales(scales + at, TILES, NATIVE)
     if ZERO < 0:
-        zero = _zeros(grid, TILES, NATIVE)
+        zero = _zeros(zeros + at, TILES, NATIVE)
     fresh = ()
     for tile in tl.static_range(TILES):
         for h in tl.static_range(2):
@@ -233,17 +226,6 @@ def _flush(
 
 
 @triton.jit
-def _some(places, k, lane, K, PARTS: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr):
-    """Eight columns of `x` for each lane, four words per part; the last chunk's again past the end."""
-    found = ()
-    if EVEN:
-        k = tl.minimum(k, K - 32)
-    for part in tl.static_range(PARTS):
-        found = found + (load_inputs(places[part] + k, k + lane * 8 < K, 4, EVEN, NATIVE),)
-    return found
-
-
-@triton.jit
 def _nothing(COUNT: tl.constexpr):
     made = ()
     for _ in tl.static_range(COUNT):
@@ -257,14 +239,13 @@ def skinny_kernel(
     x, weight, scales, zeros, bias, residual, out, partial, counters,
     M, N, K, stride, count, each, mask,
     BITS: tl.constexpr, GROUP: tl.constexpr, FLUSH: tl.constexpr, ZERO: tl.constexpr, KIND: tl.constexpr,
-    BM: tl.constexpr, ONE: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """`x` `[M, K]` with rows `stride` apart, `K` and `stride` multiples of 8; `count` steps of K, `each` of them per
-    split. BM: 4, 8 or 16 tokens; ONE: M is 1;
-    TILES: 2 or 4. `N` a multiple of 8. GROUP columns share a scale (0: all of them); FLUSH: columns
-    after which a group may end. `mask`: 0x00010001, an argument since an instruction holds one constant, and of two the
-    assembler would load one again for each."""
+    split. BM: 4, 8 or 16 tokens; TILES: 2 or 4. `N` a multiple of 8. GROUP columns share a scale (0: all of them);
+    FLUSH: columns after which a group may end. `mask`: 0x00010001, an argument since an instruction holds one constant,
+    and of two the assembler would load one again for each."""
     PARTS: tl.constexpr = 2 if BM == 16 else 1
     EACH: tl.constexpr = 1 if BM == 4 else 2
     HALVES: tl.constexpr = 2 if BITS >= 4 else 1
@@ -272,7 +253,6 @@ def skinny_kernel(
     SPAN: tl.constexpr = FLUSH if FLUSH < 32 * CHUNKS else 32 * CHUNKS
     UNIT: tl.constexpr = 16777216.0 if KIND == "fp16" else 1.0
     BASE: tl.constexpr = (2176.0 if BITS == 8 else 128.0) if KIND == "bf16" else 0.0
-    SCALE: tl.constexpr = "bf16" if scales.dtype.element_ty == tl.bfloat16 else "fp16"
     mask = tl.full((32,), 0, tl.uint32) + mask.to(tl.uint32)
     lanes = tl.arange(0, 32)
     g, t = lanes // 4, lanes % 4
@@ -290,29 +270,24 @@ def skinny_kernel(
         acc = acc + (tl.zeros((32,), tl.float32),)
     dots, sums = _nothing(TILES * PARTS), _nothing(PARTS)
     words = _step_words(weight, begin, N, row, t, BITS, 2 * TILES, NATIVE)
-    some = _some(places, begin * (32 * CHUNKS), t, K, PARTS, EVEN, NATIVE)
-    group = 0
-    if GROUP > 0:
-        group = begin * (32 * CHUNKS) // GROUP
-    grid = _grid_words(scales, zeros, group, N, row, ZERO, TILES, NATIVE)
     for step in range(begin, end):
-        coming = _step_words(weight, tl.minimum(step + 1, count - 1), N, row, t, BITS, 2 * TILES, NATIVE)
+        then = _step_words(weight, tl.minimum(step + 1, count - 1), N, row, t, BITS, 2 * TILES, NATIVE)
         for chunk in tl.static_range(CHUNKS):
-            k = step * (32 * CHUNKS) + chunk * 32
-            more = _some(places, k + 32, t, K, PARTS, EVEN, NATIVE)
-            if chunk * 32 % SPAN == 0:
-                group = 0
-                if GROUP > 0:
-                    group = tl.minimum((k + SPAN) // GROUP, (K - 1) // GROUP)
-                following = _grid_words(scales, zeros, group, N, row, ZERO, TILES, NATIVE)
+            k = step * (256 // HALVES) + chunk * 32
+            some = ()
+            for part in tl.static_range(PARTS):
+                some = some + (load_inputs(places[part] + k, k + t * 8 < K, 4, EVEN, NATIVE),)
             for r in tl.static_range(2):
                 dots, sums = _step(words, mask, some, dots, sums, chunk, r, BITS, KIND, TILES, PARTS, NATIVE)
-            some = more
             if (chunk * 32 + 32) % SPAN == 0:
-                acc = _flush(acc, dots, sums, grid, SCALE, ZERO, BASE, UNIT, TILES, PARTS, EACH, NATIVE)
+                group = 0
+                if GROUP > 0:
+                    group = tl.minimum((k + 32 - SPAN) // GROUP, (K - 1) // GROUP)
+                acc = _flush(
+                    acc, dots, sums, (scales, zeros), group, N, row, ZERO, BASE, UNIT, TILES, PARTS, EACH, NATIVE
+                )
                 dots, sums = _nothing(TILES * PARTS), _nothing(PARTS)
-                grid = following
-        words = coming
+        words = then
     token = tl.program_id(2) * BM + (t if BM == 4 else t * 2)
     for index in tl.static_range(2 * TILES * PARTS * EACH):
         mine = token + index // EACH % PARTS * 8 + index % EACH
@@ -329,25 +304,18 @@ def skinny_kernel(
             tl.store(out + at, value.to(out.dtype.element_ty), mask=here)
     if SPLIT:
         if is_last(counters):
-            _finish(
-                x, bias, residual, out, partial, M, N, 16 * TILES, BM, 1 if ONE else 4, 16 if ONE else 8, BIAS, RESIDUAL
-            )
+            _finish(x, bias, residual, out, partial, M, N, 16 * TILES, BM, BIAS, RESIDUAL)
 
 
 @triton.jit
 def _finish(
     x, bias, residual, out, partial, M, N,
-    BN: tl.constexpr, BM: tl.constexpr, TAKEN: tl.constexpr, AHEAD: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """The sums of all parts of this tile of the output, stored: TAKEN tokens at a time, AHEAD parts of them on their
-    way."""
+    """The sum of all parts of this tile of the output, stored."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    inside = rows < N
-    token = tl.program_id(2) * BM
-    for start in range(token, tl.minimum(token + BM, M), TAKEN):
-        tokens = start + tl.arange(0, TAKEN)
-        live = tokens < M
-        at = tokens[None, :].to(tl.int64) * N + rows[:, None]
-        total = collected(partial, at, inside[:, None] & live[None, :], M, N, AHEAD)
-        stored(total, x, bias, residual, out, rows, tokens, inside, live, N, False, BIAS, RESIDUAL)
+    tokens = tl.program_id(2) * BM + tl.arange(0, BM)
+    inside, live = rows < N, tokens < M
+    at = tokens[None, :].to(tl.int64) * N + rows[:, None]
+    total = collected(partial, at, inside[:, None] & live[None, :], M, N)
+    stored(total, x, bias, residual, out, rows, tokens, inside, live, N, False, BIAS, RESIDUAL)

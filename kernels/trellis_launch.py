@@ -42,18 +42,23 @@ MOST = 16384
 """Columns of which a program of such a code may sum 32 bits: `1020 * 127 * MOST < 2^31`."""
 
 
-def choose(tokens: int, rows: int, columns: int, processors: int, code: str = "mac", warps: int = 15) -> Config:
+def choose(
+    tokens: int, rows: int, columns: int, processors: int, code: str = "mac", warps: int = 0, most: int = 0
+) -> Config:
     """The configuration without a tuned one: a warp and 256 rows per program, K split until every multiprocessor has
-    about so many `warps`, as many as their registers let run."""
+    about so many `warps`, into `most` parts; 0: what was fastest on an H200 (`README.md`). Multiples of four go best: a
+    multiprocessor has four schedulers."""
     bm = (4 if tokens <= 4 else 8) if code in INTEGER else 8 if tokens <= 8 or code == "hyb" else 16
-    programs = -(-rows // (16 * UNIT)) * -(-tokens // bm)
-    wanted = max(min(32, processors * warps // programs), -(-columns // MOST))
-    return Config(bm, 16 * UNIT, 1, 1, even_splits(columns, wanted, CHUNK))
+    passes = -(-tokens // bm)
+    programs = -(-rows // (16 * UNIT)) * passes
+    most = most or (32 if tokens == 1 else max(1, 16 // passes))
+    wanted = min(most, processors * (warps or (12 if tokens == 1 else 8)) // programs)
+    return Config(bm, 16 * UNIT, 1, 1, even_splits(columns, max(wanted, -(-columns // MOST)), CHUNK))
 
 
 def candidates(tokens: int, rows: int, columns: int, processors: int, code: str = "mac") -> list[Config]:
     """Configurations worth timing: how K is split."""
-    made = [choose(tokens, rows, columns, processors, code, warps) for warps in (4, 6, 8, 10, 12, 14, 16, 24)]
+    made = [choose(tokens, rows, columns, processors, code, warps, 64) for warps in (4, 6, 8, 10, 12, 16, 20, 24)]
     return list(dict.fromkeys(made))
 
 

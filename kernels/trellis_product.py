@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 
 from quant.kernels.trellis_decode import FLIP, neighbours, row_scales, row_words, scattered, state_of
-from quant.kernels.uniform import collected, is_last, power, stored
+from quant.kernels.uniform import is_last, power, stored
 from quant.kernels.warp import load_inputs, load_words, numbers, product, shuffled
 
 LEVELS = tl.constexpr(32512.0)
@@ -61,22 +61,23 @@ def _middle(low, high):
 
 
 @triton.jit
-def _streams(words, then, FIRST: tl.constexpr, COLUMN: tl.constexpr, SIDE: tl.constexpr, BITS: tl.constexpr):
+def _streams(words, FIRST: tl.constexpr, COLUMN: tl.constexpr, SIDE: tl.constexpr, BITS: tl.constexpr):
     """32 bits of a column's stream from every half word on, and of 2 and 4 bits the next unit's first. `words`: from
-    FIRST on those of `_pieces`; `then`: the first piece of the unit that comes after."""
+    FIRST on those of `_pieces`, and then the first piece of the unit that comes after."""
     word = words[FIRST + COLUMN]
     if BITS == 1:
+        then = words[FIRST + 4 + COLUMN]
         if SIDE == 0:
             return ((word & 0xFFFF) | then << 16,)
         else:
             return (word >> 16 | (then & 0xFFFF0000),)
     elif BITS == 2:
-        return word, _middle(word, then), then
+        return word, _middle(word, words[FIRST + 4 + COLUMN]), words[FIRST + 4 + COLUMN]
     elif BITS == 4:
         more = words[FIRST + 4 + COLUMN]
-        return word, _middle(word, more), more, _middle(more, then), then
+        return word, _middle(word, more), more, _middle(more, words[FIRST + 8 + COLUMN]), words[FIRST + 8 + COLUMN]
     else:
-        odd = words[FIRST + 4 + COLUMN]
+        odd, then = words[FIRST + 4 + COLUMN], words[FIRST + 8 + COLUMN]
         if SIDE == 0:
             return word, _middle(word, odd), (odd & 0xFFFF) | then << 16
         else:
@@ -84,22 +85,16 @@ def _streams(words, then, FIRST: tl.constexpr, COLUMN: tl.constexpr, SIDE: tl.co
 
 
 @triton.jit
-def _chunk_words(weight, chunk, size, units, lane, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """All words of a chunk, per side and unit those of `_pieces`."""
+def _chunk_words(weight, chunk, size, units, after, lane, BITS: tl.constexpr, NATIVE: tl.constexpr):
+    """All words of a chunk, per side and unit those of `_pieces` and of the unit that comes after."""
     start = weight + tl.cast(chunk, tl.int64) * (BITS * size)
     words = ()
     for side in tl.static_range(2):
         for half in tl.static_range(2):
             words = words + _pieces(start + units[half] * 16 + lane * 4, size, BITS, side, NATIVE)
+            first = start + after[half] * 16 + lane * 4
+            words = words + load_words(first + (side * size if BITS > 1 else 0), 4, True, NATIVE)
     return words
-
-
-@triton.jit
-def _next_words(weight, chunk, size, after, lane, SIDE: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """The first pieces of the units that come after, which other lanes had on their way before: 2 units x 4 columns."""
-    start = weight + tl.cast(chunk, tl.int64) * (BITS * size) + (SIDE * size if BITS > 1 else 0)
-    first = load_words(start + after[0] * 16 + lane * 4, 4, True, NATIVE)
-    return first + load_words(start + after[1] * 16 + lane * 4, 4, True, NATIVE)
 
 
 @triton.jit
@@ -189,25 +184,6 @@ def _integer_state(streams, J: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.cons
 
 
 @triton.jit
-def _some(places, k, lane, K, PARTS: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr):
-    """Four columns of `x` for each lane, two words per part."""
-    found = ()
-    for part in tl.static_range(PARTS):
-        found = found + (load_inputs(places[part] + k, k + lane * 8 < K, 2, EVEN, NATIVE),)
-    return found
-
-
-@triton.jit
-def _operands(
-    some, scale, add, right, KIND: tl.constexpr, CODE: tl.constexpr, PARTS: tl.constexpr, NATIVE: tl.constexpr
-):
-    made = ()
-    for part in tl.static_range(PARTS):
-        made = made + (_operand_x(some[part], scale[part], add, right, KIND, CODE, NATIVE),)
-    return made
-
-
-@triton.jit
 def _value(
     before, streams, mask, flip, pairs, J: tl.constexpr,
     BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, NATIVE: tl.constexpr,
@@ -245,37 +221,26 @@ def _multiplied(made, inputs, acc, CODE: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def _side(
-    acc, sums, words, then, inputs, mask, flip, pairs, SIDE: tl.constexpr,
+    acc, sums, words, inputs, mask, flip, pairs, SIDE: tl.constexpr,
     BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, PARTS: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The products of all 16 rows of the units with one side of a chunk."""
-    WORDS: tl.constexpr = 4 if BITS <= 2 else 8
+    WORDS: tl.constexpr = 8 if BITS <= 2 else 12
     made = ()
     streams = ()
     for half in tl.static_range(2):
         for i in tl.static_range(4):
-            streams = streams + (_streams(words, then[half * 4 + i], (2 * SIDE + half) * WORDS, i, SIDE, BITS),)
+            streams = streams + (_streams(words, (2 * SIDE + half) * WORDS, i, SIDE, BITS),)
             made = made + (mask,)
     fresh = ()
     for j in tl.static_range(16):
         row = ()
         for i in tl.static_range(8):
-            row = row + (
-                _value(
-                    made[i],
-                    streams[i],
-                    mask,
-                    flip,
-                    pairs,
-                    _row(j, CODE, BITS, WINDOW),
-                    BITS,
-                    WINDOW,
-                    CODE,
-                    TABLE,
-                    NATIVE,
-                ),
+            value = _value(
+                made[i], streams[i], mask, flip, pairs, _row(j, CODE, BITS, WINDOW), BITS, WINDOW, CODE, TABLE, NATIVE
             )
+            row = row + (value,)
         made = row
         for part in tl.static_range(PARTS):
             fresh = fresh + (_multiplied(made, inputs[part], acc[j * PARTS + part], CODE, NATIVE),)
@@ -300,8 +265,8 @@ def _nothing(COUNT: tl.constexpr, INTEGER: tl.constexpr):
 
 @triton.jit
 def _largest(place, begin, end, K, lanes, STEP: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr):
-    """The largest `|x|` of each lane's token in these chunks. `place`: the lane's first of 8 columns of a chunk; STEP
-    lanes, 4, 8 or 32 in a row, share a token and take its chunks in turn."""
+    """The largest `|x|` of each lane's token in these chunks, NaN if there is one. `place`: the lane's first of 8
+    columns of a chunk; STEP lanes, 4, 8 or 32 in a row, share a token and take its chunks in turn."""
     largest = tl.zeros((32,), tl.float32)
     turn = lanes % STEP // 4
     for chunk in range(begin, end, STEP // 4):
@@ -309,10 +274,12 @@ def _largest(place, begin, end, K, lanes, STEP: tl.constexpr, KIND: tl.constexpr
         words = load_inputs(place + k, (chunk + turn < end) & (k + lanes % 4 * 8 < K), 4, False, NATIVE)
         for i in tl.static_range(4):
             low, high = numbers(words[i], KIND)
-            largest = tl.maximum(largest, tl.maximum(tl.abs(low), tl.abs(high)))
+            either = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
+            largest = tl.maximum(largest, either, propagate_nan=tl.PropagateNan.ALL)
     other = 1
     for _ in tl.static_range(5 if STEP == 32 else 3 if STEP == 8 else 2):
-        largest = tl.maximum(largest, shuffled(largest, lanes ^ other, NATIVE))
+        partner = shuffled(largest, lanes ^ other, NATIVE)
+        largest = tl.maximum(largest, partner, propagate_nan=tl.PropagateNan.ALL)
         other *= 2
     return largest
 
@@ -333,12 +300,19 @@ def _finish(
     rows = tl.program_id(0) * 256 + tl.arange(0, 256)
     inside = rows < N
     scale = row_scales(scales, peaks, table, rows, inside, LENGTH)
+    splits = tl.num_programs(1)
     token = tl.program_id(2) * BM
     for start in range(token, tl.minimum(token + BM, M), TAKEN):
         tokens = start + tl.arange(0, TAKEN)
         live = tokens < M
         at = tokens[None, :].to(tl.int64) * N + rows[:, None]
-        total = collected(partial, at, inside[:, None] & live[None, :], M, N, AHEAD)
+        here = inside[:, None] & live[None, :]
+        total = tl.zeros((256, TAKEN), tl.float32)
+        for first in range(0, splits, AHEAD):
+            for part in tl.static_range(AHEAD):
+                mine = here & (tl.full((256, TAKEN), first + part, tl.int32) < splits)
+                place = partial + tl.cast(first + part, tl.int64) * M * N + at
+                total += tl.load(place, mask=mine, other=0.0, cache_modifier=".cg")
         stored(total * scale[:, None], x, bias, out, out, rows, tokens, inside, live, N, False, BIAS, False)
 
 
@@ -367,7 +341,7 @@ def trellis_kernel(
     held = tl.minimum(unit, total - 1), tl.minimum(unit + 8, total - 1)  # what is not there is not stored
     after = neighbours(held[0], whole, LENGTH), neighbours(held[1], whole, LENGTH)
     after = tl.minimum(after[0], total - 1), tl.minimum(after[1], total - 1)
-    words = _chunk_words(weight, begin, size, held, t, BITS, NATIVE)
+    words = _chunk_words(weight, begin, size, held, after, t, BITS, NATIVE)
     mask = tl.full((32,), 0, tl.uint32) + mask.to(tl.uint32, bitcast=True)
     flip = mask * FLIP
     first = tl.program_id(2) * BM
@@ -390,24 +364,18 @@ def trellis_kernel(
     low = (g % 2).to(tl.uint32)
     add, right = 128 - 128 * low, 8 - 8 * low
     acc, sums = _nothing(16 * PARTS, INTEGER), _nothing(PARTS, True)
-    some = _some(places, begin * 32, t, K, PARTS, EVEN, NATIVE)
     for chunk in range(begin, end):
-        first_then = _next_words(weight, chunk, size, after, t, 0, BITS, NATIVE)
-        more = _some(places, chunk * 32 + 4, t, K, PARTS, EVEN, NATIVE)
-        coming = _chunk_words(weight, tl.minimum(chunk + 1, count - 1), size, held, t, BITS, NATIVE)
-        inputs = _operands(some, scale, add, right, KIND, CODE, PARTS, NATIVE)
-        acc, sums = _side(
-            acc, sums, words, first_then, inputs, mask, flip, pairs, 0, BITS, WINDOW, CODE, TABLE, PARTS, NATIVE
-        )
-        second_then = first_then
-        if BITS > 1:
-            second_then = _next_words(weight, chunk, size, after, t, 1, BITS, NATIVE)
-        some = _some(places, tl.minimum(chunk + 1, count - 1) * 32, t, K, PARTS, EVEN, NATIVE)
-        inputs = _operands(more, scale, add, right, KIND, CODE, PARTS, NATIVE)
-        acc, sums = _side(
-            acc, sums, words, second_then, inputs, mask, flip, pairs, 1, BITS, WINDOW, CODE, TABLE, PARTS, NATIVE
-        )
-        words = coming
+        then = _chunk_words(weight, tl.minimum(chunk + 1, count - 1), size, held, after, t, BITS, NATIVE)
+        for side in tl.static_range(2):
+            k = chunk * 32 + side * 4
+            inputs = ()
+            for part in tl.static_range(PARTS):
+                some = load_inputs(places[part] + k, k + t * 8 < K, 2, EVEN, NATIVE)
+                inputs = inputs + (_operand_x(some, scale[part], add, right, KIND, CODE, NATIVE),)
+            acc, sums = _side(
+                acc, sums, words, inputs, mask, flip, pairs, side, BITS, WINDOW, CODE, TABLE, PARTS, NATIVE
+            )
+        words = then
     for j in tl.static_range(16):
         for half in tl.static_range(2):
             row = (unit + 8 * half) * 16 + _row(j, CODE, BITS, WINDOW)

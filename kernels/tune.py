@@ -90,16 +90,22 @@ def fits(config: Config, bits: int, shared: int) -> bool:
     return registers <= REGISTERS and buffers <= shared
 
 
-def candidates(tokens: int, rows: int, columns: int, bits: int, processors: int, shared: int) -> list[Config]:
-    """Blocks worth compiling, each with K split so that a multiprocessor has about 8 warps. Up to 16 tokens those of
-    `skinny.py`, with several splits each."""
-    if tokens <= 16:
+def candidates(
+    tokens: int, rows: int, columns: int, bits: int, processors: int, shared: int, kind: str = "bf16"
+) -> list[Config]:
+    """Blocks worth compiling. Those of `skinny.py`'s kernel, with several splits each, unless it is int8's."""
+    if kind != "int8":
         sizes = (tokens, rows, columns, processors, bits)
-        made = [choose_skinny(*sizes, bn, warps) for bn in (32, 64) for warps in (6, 8, 10, 12, 14, 16, 18, 20, 24)]
+        made = [choose_skinny(*sizes, bn, warps) for bn in (32, 64) for warps in (4, 8, 12, 14, 16, 18, 20, 24)]
         return list(dict.fromkeys(made))
-    bm = next((size for size in (32, 64) if tokens <= size), 128)
-    made = (Config(m, bn, warps, stages, 1) for m in (bm // 2, bm) for bn, warps in BLOCKS for stages in (1, 3))
-    return [spread(config, 8, tokens, rows, columns, processors) for config in made if fits(config, bits, shared)]
+    bm = next((size for size in (16, 32, 64) if tokens <= size), 128)
+    blocks = (
+        Config(m, bn, warps, stages, 1)
+        for m in ((bm,) if bm <= 16 else (bm // 2, bm))
+        for bn, warps in BLOCKS
+        for stages in (1, 3)
+    )
+    return [spread(config, 8, tokens, rows, columns, processors) for config in blocks if fits(config, bits, shared)]
 
 
 def spread(config: Config, warps: int, tokens: int, rows: int, columns: int, processors: int) -> Config:
@@ -201,10 +207,8 @@ def fastest(
         measured([default, *codebook_launch.candidates(*sizes, length, count)])
     else:
         default = launch.choose(*sizes, count, bits, kind, launch.processor(x.device)[1])
-        measured([default, *candidates(*sizes, bits, count, properties.shared_memory_per_block_optin)])
-        best = sorted(times, key=times.__getitem__)[:2]
-        if tokens > 16:
-            measured(spread(config, warps, *sizes, count) for config in best for warps in (2, 4, 16, 32))
+        measured([default, *candidates(*sizes, bits, count, properties.shared_memory_per_block_optin, kind)])
+
     chosen = min(times, key=times.__getitem__)
     return chosen, times[chosen], times[default]
 

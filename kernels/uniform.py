@@ -75,15 +75,19 @@ def is_last(counters):
 
 
 @triton.jit
-def collected(partial, at, here, M, N, AHEAD: tl.constexpr):
-    """The sum of all parts, in their order. AHEAD of them are on their way at a time."""
+def collected(partial, at, here, M, N):
+    """The sum of all parts, in their order. Four are on their way at a time."""
     acc = tl.zeros(at.shape, tl.float32)
     splits = tl.num_programs(1)
-    for first in range(0, splits, AHEAD):
-        for part in tl.static_range(AHEAD):
+    for first in range(0, splits, 4):
+        for part in tl.static_range(4):
             mine = partial + tl.cast(first + part, tl.int64) * M * N + at
-            there = here & (tl.full(here.shape, first + part, tl.int32) < splits)
-            acc += tl.load(mine, mask=there, other=0.0, cache_modifier=".cg")
+            acc += tl.load(
+                mine,
+                mask=here & (tl.full(here.shape, first + part, tl.int32) < splits),
+                other=0.0,
+                cache_modifier=".cg",
+            )
     return acc
 
 
@@ -93,7 +97,7 @@ def gathered(acc, partial, counters, at, here, M, N):
     leave(acc, partial, at, here, M, N)
     last = is_last(counters)
     if last:
-        acc = collected(partial, at, here, M, N, 4)
+        acc = collected(partial, at, here, M, N)
     return acc, last
 
 

@@ -113,7 +113,9 @@ def small_kernel(
         tl.store(came + t * GROUPS + group, way.to(tl.uint8))
         cost = _leave(least, first, second, x, weight, t, VECTOR)
     cost = tl.where((held < 0) | (number >> BITS == held), cost, float("inf"))
-    state = tl.argmin(tl.reshape(cost, (STATES,)), 0)
+    # not argmin of a reshape: Triton 3.6 lets it reorder the costs, but not their numbers
+    least = tl.min(tl.min(cost, 0), 0)
+    state = tl.min(tl.min(tl.where(cost == least, number, STATES), 0), 0)
     tl.debug_barrier()  # what other threads know of `came`
     _trace(state, came, states + row * length, length, GROUPS, BITS)
 

@@ -84,18 +84,21 @@ def test_kernel_order_is_what_its_description_says() -> None:
 
 
 def test_configurations() -> None:
-    assert launch.choose(1, 8192, 8192, 132) == Config(8, 32, 1, 1, 4)
-    assert launch.choose(1, 8192, 8192, 132, bits=2) == Config(8, 64, 1, 1, 8)
-    assert launch.choose(16, 64, 256, 132).splits == 1  # one tile cannot be split
-    assert launch.choose(4096, 8192, 8192, 132).bm == 64
-    assert launch.choose(17, 8192, 8192, 132) == Config(32, 64, 4, 1, 2)
-    assert launch.choose(17, 8192, 8192, 132, narrow=True) == Config(32, 32, 2, 1, 2)
+    assert launch.choose(1, 8192, 8192, 132) == Config(4, 32, 1, 1, 11)
+    assert launch.choose(1, 8192, 8192, 132, bits=2) == Config(4, 32, 1, 1, 8)
+    assert launch.choose(1, 28672, 8192, 132, bits=2) == Config(4, 64, 1, 1, 4)
+    assert launch.choose(16, 28672, 8192, 132) == Config(16, 32, 1, 1, 2)
+    assert launch.choose(16, 64, 256, 132).splits == 1  # a split has two steps
+    assert launch.choose(4096, 8192, 8192, 132, skinny=False).bm == 64
+    assert launch.choose(17, 8192, 8192, 132, skinny=False) == Config(32, 64, 4, 1, 2)
+    assert launch.choose(17, 8192, 8192, 132, narrow=True, skinny=False) == Config(32, 32, 2, 1, 2)
     for tokens in (1, 9, 17, 33, 100):
         for columns in (100, 256, 1000, 8192, 28672):
-            config = launch.choose(tokens, 4096, columns, 132)
-            count = -(-columns // 256)
-            each = -(-count // config.splits)
-            assert (config.splits - 1) * each < count <= config.splits * each  # no split is without work
+            for skinny in (False, True):
+                config = launch.choose(tokens, 4096, columns, 132, skinny=skinny)
+                count = -(-columns // (launch.step_columns(4) if skinny else 256))
+                each = -(-count // config.splits)
+                assert (config.splits - 1) * each < count <= config.splits * each  # no split is without work
 
 
 def test_what_the_kernels_do_not_take() -> None:
@@ -134,13 +137,20 @@ def interpreted_matmul(bits: int, dtype: torch.dtype) -> None:
         (17, 9, 260, 16, False, Config(32, 16, 1, 1, 2)),
         (2, 40, 700, -1, True, Config(16, 16, 1, 1, 3)),
     ]
-    for tokens, rows, columns, group, symmetric, config in cases[: 4 if bits in (2, 3, 4, 8) else 2]:
+    few = [  # of the kernel for few tokens
+        (1, 40, 300, 128, False, Config(4, 32, 1, 1, 2)),
+        (7, 24, 200, 32, True, Config(8, 32, 1, 1, 1)),
+        (18, 64, 264, -1, False, Config(16, 64, 1, 1, 1)),
+    ]
+    cases = cases[: 4 if bits in (2, 3, 4, 8) else 2] + few[bits % 2 + (dtype == torch.float16) :][:1]
+    for tokens, rows, columns, group, symmetric, config in cases:
         check(tokens, rows, columns, Uniform(bits=bits, group_size=group, symmetric=symmetric), dtype, config)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
-    tokens=st.sampled_from([1, 2, 3, 16, 17, 64, 65]), rows=st.integers(1, 48), columns=st.integers(1, 560),
+    tokens=st.sampled_from([1, 2, 3, 16, 17, 64, 65]), rows=st.sampled_from([1, 7, 8, 24, 33, 40, 48]),
+    columns=st.integers(1, 560),
     bits=st.integers(1, 8), symmetric=st.booleans(), group=st.sampled_from([16, 24, 32, 64, 96, 128, 256, -1]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16]), scales=st.sampled_from(["float16", "bfloat16"]),
 )  # fmt: skip
@@ -148,10 +158,10 @@ def interpreted_any_shape(
     tokens: int, rows: int, columns: int, bits: int, symmetric: bool, group: int, dtype: torch.dtype, scales: str
 ) -> None:
     spec = Uniform(bits=bits, group_size=group, symmetric=symmetric, scale_dtype=scales)  # pyright: ignore[reportArgumentType]
-    check(tokens, rows, columns, spec, dtype, launch.choose(tokens, rows, columns, 4))
+    check(tokens, rows, columns, spec, dtype, None)
 
 
-def check(tokens: int, rows: int, columns: int, spec: Uniform, dtype: torch.dtype, config: Config) -> None:
+def check(tokens: int, rows: int, columns: int, spec: Uniform, dtype: torch.dtype, config: Config | None) -> None:
     packed = weight(rows, columns, spec)
     arranged, x = arrange(packed), some(tokens, columns, dtype)
     bias, residual = some(1, rows, dtype, 2)[0], some(tokens, rows, dtype, 3)
@@ -232,8 +242,8 @@ def interpreted_module() -> None:
     assert torch.equal(module.unpack(torch.float32).weight, packed.dequantize())
 
 
-CHECKED = [(2, "fp16", 1), (3, "bf16", 16), (8, "bf16", 200), (4, "int8", 16)]
-HOPPER = [(bits, ("fp16", "bf16")[bits % 2], tokens) for bits in range(1, 9) for tokens in (1, (17, 64)[bits % 2])]
+CHECKED = [(2, "fp16", 1), (3, "bf16", 16), (8, "bf16", 5), (4, "int8", 16)]
+HOPPER = [(bits, ("fp16", "bf16")[bits % 2], tokens) for bits in range(1, 9) for tokens in (1, (8, 16)[bits % 2])]
 
 
 @pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
@@ -241,28 +251,40 @@ HOPPER = [(bits, ("fp16", "bf16")[bits % 2], tokens) for bits in range(1, 9) for
 def compiled_for(capability: int, bits: int, kind: str, tokens: int) -> None:
     made = compiled(capability, bits, kind, tokens)
     assert made.fits(), (made.registers, made.spilled, made.shared)
-    assert any(op.startswith(("LDG", "LDGSTS")) and "EF" in op and "128" in op for op in made.ops), made.ops
+    loads = "NA" if kind != "int8" else "EF"  # past the first-level cache, or first to leave it
+    assert any(op.startswith(("LDG", "LDGSTS")) and loads in op and "128" in op for op in made.ops), made.ops
 
 
 @pytest.mark.parametrize(("bits", "kind", "tokens"), HOPPER)
 def compiled_for_hopper(bits: int, kind: str, tokens: int) -> None:
     made = compiled(90, bits, kind, tokens)
     assert made.fits(), (made.registers, made.spilled, made.shared)
-    if tokens == 1:  # no shuffle between the load and the product; one each for a group's scale and zero point
-        assert sum(count for op, count in made.ops.items() if op.startswith("SHFL")) <= 2, made.ops
+    config = launch.choose(tokens, 8192, 8192, 132, bits, kind)
+    parts, tiles = 2 if config.bm == 16 else 1, config.bn // 16
+    each = parts + parts * tiles * (2 if bits == 8 and kind == "bf16" else 1)
+    products = sum(count for op, count in made.ops.items() if op.startswith("HMMA"))
+    assert products == each * (8 if bits >= 4 else 16), made.ops  # every one once: no thread computes another's
+    assert made.shared <= 64  # nothing is exchanged through it
 
 
 def compiled(capability: int, bits: int, kind: str, tokens: int) -> Compiled:
     """The default configuration for a matrix of 8192 x 8192 in groups of 128."""
+    from quant.kernels.skinny import skinny_kernel
     from quant.kernels.uniform import matmul_kernel
 
     config = launch.choose(tokens, 8192, 8192, 132, bits, kind, capability == 100)
+    skinny = launch.is_skinny(config, kind)
     half = "*bf16" if kind == "bf16" else "*fp16"
-    types = {"x": "*i8" if kind == "int8" else half, "x_scale": "*fp32", "weight": "*i32", "scales": "*fp16"}
+    types = {"x": "*i8" if kind == "int8" else half, "weight": "*i32", "scales": "*fp16"}
     types |= {"zeros": "*u8", "bias": half, "residual": half, "out": half, "partial": "*fp32", "counters": "*i32"}
     types |= dict.fromkeys(("M", "N", "K", "stride", "count", "each"), "i32")
     constants = launch.constants(bits, 128, 8192, True, kind) | {
-        "BM": config.bm, "BN": config.bn, "SPLIT": config.splits > 1, "EVEN": True, "BIAS": True, "RESIDUAL": True,
-        "WIDEN": False,
+        "BM": config.bm, "SPLIT": config.splits > 1, "EVEN": True, "BIAS": True, "RESIDUAL": True,
     }  # fmt: skip
+    if skinny:
+        types["mask"] = "i32"
+        constants |= {"TILES": config.bn // 16, "NATIVE": True}
+        return compile_for(capability, skinny_kernel, types, constants, 1, 1)
+    types["x_scale"] = "*fp32"
+    constants |= {"BN": config.bn, "WIDEN": False}
     return compile_for(capability, matmul_kernel, types, constants, config.warps, config.stages)
