@@ -51,7 +51,7 @@ def choose(
     bm = (4 if tokens <= 4 else 8) if code in INTEGER else 8 if tokens <= 8 or code == "hyb" else 16
     passes = -(-tokens // bm)
     programs = -(-rows // (16 * UNIT)) * passes
-    most = most or (32 if tokens == 1 else max(1, 16 // passes))
+    most = most or ((64 if programs < 8 else 32) if tokens == 1 else max(1, 16 // passes))
     wanted = min(most, processors * (warps or (12 if tokens == 1 else 8)) // programs)
     return Config(bm, 16 * UNIT, 1, 1, even_splits(columns, max(wanted, -(-columns // MOST)), CHUNK))
 

@@ -58,3 +58,16 @@ def compiled_for(capability: int, bits: int, window: int, vector: int) -> None:
     made = compile_for(capability, kernel, types | {"length": "i32"}, constants, 8, 3, fusion=False)
     assert made.fits(), (made.registers, made.spilled, made.shared)
     assert not any(op.startswith("FFMA") for op in made.ops)  # rounded after every operation, as in torch
+    assert "allow_reorder" not in made.ttgir  # costs may not move when their numbers do not
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("bits", "window"), [(2, 12), (3, 14)])
+def test_the_states_of_the_cpu(bits: int, window: int) -> None:
+    x = torch.randn((40, 256), generator=torch.Generator().manual_seed(0))
+    table = torch.randn((1, 1 << window), generator=torch.Generator().manual_seed(1))
+    weight = torch.rand(x.shape, generator=torch.Generator().manual_seed(2))
+    expected = viterbi.search(x, weight, table, bits)
+    found = viterbi.search(x.cuda(), weight.cuda(), table.cuda(), bits).cpu()
+    assert torch.equal(found, expected.to(found.dtype))
