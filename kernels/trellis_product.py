@@ -352,7 +352,8 @@ def trellis_kernel(
         places = places + (place,)
         if INTEGER:
             largest = _largest(place, begin, end, K, lanes, 32 if ONE else 8, KIND, NATIVE)
-            scale = scale + (tl.where(largest > 0, LEVELS / largest, 0.0),)
+            most = tl.maximum(largest, 2.0**-108)  # or the quotient were infinite
+            scale = scale + (tl.where(largest > 0, LEVELS / most, 0.0),)
             down = down + (shuffled(largest * (1 / LEVELS), t * 8, NATIVE),)
         else:
             up = tl.full((32,), 1.0, tl.float32)

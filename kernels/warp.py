@@ -157,54 +157,40 @@ def halved(word, TIMES: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _pairs(first, second):
-    """Of each lane `[8, 4]` two numbers `[8, 4, 2]`."""
-    return tl.join(tl.reshape(first, (8, 4)), tl.reshape(second, (8, 4)))
+def _parts(word, KIND: tl.constexpr, SIGNED: tl.constexpr):
+    """The numbers in words as float32, in a last dimension: two halves, or four bytes."""
+    if KIND == "int8":
+        even, odd = tl.join(word & 255, word >> 16 & 255), tl.join(word >> 8 & 255, word >> 24)
+        found = tl.join(even, odd).to(tl.int32)
+        if SIGNED:
+            found = (found ^ 128) - 128
+        return found.to(tl.float32)
+    else:
+        low, high = numbers(word, KIND)
+        return tl.join(low, high)
 
 
 @triton.jit
-def _matrix_a(a0, a1, a2, a3):
-    """Fragments `[8, 4, ...]` (g, t, place in the word) of A as float32 `[16, k]`."""
-    K: tl.constexpr = 8 * a0.shape[2]
-    both = tl.join(tl.join(a0, a1), tl.join(a2, a3))  # g t p, row half, column half
-    return tl.reshape(tl.permute(both, (3, 0, 4, 1, 2)), (16, K))
-
-
-@triton.jit
-def _matrix_b(b0, b1):
-    K: tl.constexpr = 8 * b0.shape[2]
-    return tl.reshape(tl.permute(tl.join(b0, b1), (3, 1, 2, 0)), (K, 8))
-
-
-@triton.jit
-def _matrix_c(c0, c1, c2, c3):
-    both = tl.join(_pairs(c0, c1), _pairs(c2, c3))  # g t i, row half
-    return tl.reshape(tl.permute(both, (3, 0, 1, 2)), (16, 8))
-
-
-@triton.jit
-def _fragments(c):
-    both = tl.permute(tl.reshape(c, (2, 8, 4, 2)), (1, 2, 3, 0))
-    upper, lower = tl.split(both)
-    c0, c1 = tl.split(upper)
-    c2, c3 = tl.split(lower)
-    return tl.reshape(c0, (32,)), tl.reshape(c1, (32,)), tl.reshape(c2, (32,)), tl.reshape(c3, (32,))
-
-
-@triton.jit
-def _halves(word, KIND: tl.constexpr):
-    low, high = numbers(word, KIND)
-    return _pairs(low, high)
-
-
-@triton.jit
-def _bytes(word, SIGNED: tl.constexpr):
-    """Float32 `[8, 4, 4]`."""
-    both = tl.join(_pairs(word & 255, word >> 16 & 255), _pairs(word >> 8 & 255, word >> 24))
-    found = tl.reshape(both, (8, 4, 4)).to(tl.int32)
-    if SIGNED:
-        found = (found ^ 128) - 128
-    return found.to(tl.float32)
+def _multiplied(a0, a1, a2, a3, b0, b1, c, KIND: tl.constexpr):
+    """`product` with Triton's own operations."""
+    K: tl.constexpr = 32 if KIND == "int8" else 16
+    a = tl.reshape(tl.join(tl.join(a0, a1), tl.join(a2, a3)), (8, 4, 2, 2))  # g, t, lower rows, later columns
+    a = _parts(a, KIND, False)
+    b = _parts(tl.reshape(tl.join(b0, b1), (8, 4, 2)), KIND, True)
+    if KIND == "int8":
+        a = tl.reshape(tl.permute(a, (2, 0, 3, 1, 4, 5)), (16, K))
+        b = tl.reshape(tl.permute(b, (2, 1, 3, 4, 0)), (K, 8))
+    else:
+        a = tl.reshape(tl.permute(a, (2, 0, 3, 1, 4)), (16, K))
+        b = tl.reshape(tl.permute(b, (2, 1, 3, 0)), (K, 8))
+    made = tl.dot(a, b, input_precision="ieee")
+    made = tl.permute(tl.reshape(made, (2, 8, 4, 2)), (1, 2, 3, 0))  # g, t, second column, lower rows
+    upper, lower = tl.split(made)
+    even, odd = tl.split(upper)
+    even_lower, odd_lower = tl.split(lower)
+    SUM: tl.constexpr = c[0].dtype
+    first = c[0] + tl.reshape(even, (32,)).to(SUM), c[1] + tl.reshape(odd, (32,)).to(SUM)
+    return first + (c[2] + tl.reshape(even_lower, (32,)).to(SUM), c[3] + tl.reshape(odd_lower, (32,)).to(SUM))
 
 
 @triton.jit
@@ -237,11 +223,4 @@ def product(
                 dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
             )  # fmt: skip
     else:
-        if KIND == "int8":
-            a = _matrix_a(_bytes(a0, False), _bytes(a1, False), _bytes(a2, False), _bytes(a3, False))
-            fresh = tl.dot(a, _matrix_b(_bytes(b0, True), _bytes(b1, True)), input_precision="ieee")
-            return _fragments(_matrix_c(c[0], c[1], c[2], c[3]) + fresh.to(tl.int32))
-        else:
-            a = _matrix_a(_halves(a0, KIND), _halves(a1, KIND), _halves(a2, KIND), _halves(a3, KIND))
-            b = _matrix_b(_halves(b0, KIND), _halves(b1, KIND))
-            return _fragments(tl.dot(a, b, _matrix_c(c[0], c[1], c[2], c[3]), input_precision="ieee"))
+        return _multiplied(a0, a1, a2, a3, b0, b1, c, KIND)

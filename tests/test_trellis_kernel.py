@@ -166,7 +166,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("bits", "case"), [(b, c) for n, c in enumerate(CASES) for b in ((1 + n % 2, 3 + n % 2), (1, 2, 3, 4))[n == 0]]
+    ("bits", "case"), [(b, c) for n, c in enumerate(CASES) for b in ((1 + n % 4,), (1, 2, 3, 4))[n == 0]]
 )
 def interpreted_matmul(bits: int, case: tuple[Any, ...]) -> None:
     tokens, rows, columns, length, window, code, dtype, config = case
@@ -201,10 +201,11 @@ def interpreted_dequantize(bits: int, code: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of infinity times 0
 def interpreted_bfloat16_of_any_size() -> None:
-    """From almost the smallest normal numbers to the largest, and zeros; infinities come out as what is not finite."""
+    """From small numbers (of float16 products, almost the smallest normal ones) to the largest, and zeros; infinities
+    come out as what is not finite."""
     packed = weight(20, 40, Trellis(length=32, code="sum"))
     held, x = arrange(packed), some(5, 40, torch.bfloat16)
-    x *= torch.tensor([2.0**-118, 2.0**110, 0.0, 1.0, torch.inf], dtype=torch.bfloat16)[:, None]
+    x *= torch.tensor([2.0**-104, 2.0**110, 0.0, 1.0, torch.inf], dtype=torch.bfloat16)[:, None]
     broken = x[2:4].clone()
     broken[1, 7] = torch.nan
     assert trellis_launch.matmul(broken, held).isnan().all(1).tolist() == [False, True]
@@ -323,7 +324,7 @@ def compiled_for(capability: int, case: tuple[Any, ...]) -> None:
     each = 16 if code == "hyb" else 34 if code in trellis_launch.INTEGER else 32
     products = sum(count for op, count in made.ops.items() if op.startswith(("HMMA", "IMMA")))
     assert products in (2 * each * parts, 4 * each * parts)  # the latter where one takes half as many columns
-    assert made.shared <= 64
+    assert made.shared <= 4096  # scales of rows at the end, no operand
 
 
 def compiled(capability: int, bits: int, code: str, window: int, kind: str, tokens: int) -> Compiled:
