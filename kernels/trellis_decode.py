@@ -3,22 +3,29 @@ that hold its values, and the kernel that decodes a weight. What the words are, 
 """
 
 # pyright: basic, reportGeneralTypeIssues=false, reportCallIssue=false
-# ruff: noqa: RET505
+# ruff: noqa: RET505, RUF005
 # Triton's language has no types that pyright could follow, and its branches on constants are chosen when it compiles
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from quant.kernels.warp import load_words
+
 FLIP = tl.constexpr(0x7E99C4A0)  # times `inst`'s first mask is its second, 0x3b603b60, modulo 2^32
 
 
 @triton.jit
-def _piece(weight, start, units, inside):
-    """Words uint32 `[units, 4 lanes, 2, 2]` of one piece."""
-    at = units[:, None, None] * 16 + tl.arange(0, 4)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    words = tl.load(weight + start + at, mask=inside[:, None, None], other=0, eviction_policy="evict_first")
-    return tl.reshape(words.to(tl.uint32, bitcast=True), (units.shape[0], 4, 2, 2))
+def pieces(at, size, BITS: tl.constexpr, SIDE: tl.constexpr, NATIVE: tl.constexpr):
+    """The words of one side of a unit, four columns each, from where a lane's four of its chunk's first piece lie."""
+    if BITS == 1:
+        return load_words(at, 4, True, NATIVE)
+    elif BITS == 2:
+        return load_words(at + SIDE * size, 4, True, NATIVE)
+    elif BITS == 3:
+        return load_words(at + SIDE * size, 4, True, NATIVE) + load_words(at + 2 * size, 4, True, NATIVE)
+    else:
+        return load_words(at + SIDE * size, 4, True, NATIVE) + load_words(at + (2 + SIDE) * size, 4, True, NATIVE)
 
 
 @triton.jit
@@ -27,30 +34,27 @@ def _middle(low, high):
 
 
 @triton.jit
-def load_streams(weight, start, size, units, after, inside, SIDE: tl.constexpr, BITS: tl.constexpr):
-    """32 bits of the streams from every half word on, BITS registers `[units, 4 lanes, 2, 2]`; `after`: the units that
-    come after `units`, `size`: words of a piece."""
+def streams_of(words, FIRST: tl.constexpr, COLUMN: tl.constexpr, SIDE: tl.constexpr, BITS: tl.constexpr):
+    """32 bits of a column's stream from every half word on, and of 2 and 4 bits the next unit's first. `words`: from
+    FIRST on those of `pieces`, and then the first piece of the unit that comes after."""
+    word = words[FIRST + COLUMN]
     if BITS == 1:
-        word = _piece(weight, start, units, inside)
-        then = _piece(weight, start, after, inside)
+        then = words[FIRST + 4 + COLUMN]
         if SIDE == 0:
             return ((word & 0xFFFF) | then << 16,)
         else:
             return (word >> 16 | (then & 0xFFFF0000),)
+    elif BITS == 2:
+        return word, _middle(word, words[FIRST + 4 + COLUMN]), words[FIRST + 4 + COLUMN]
+    elif BITS == 4:
+        more = words[FIRST + 4 + COLUMN]
+        return word, _middle(word, more), more, _middle(more, words[FIRST + 8 + COLUMN]), words[FIRST + 8 + COLUMN]
     else:
-        word = _piece(weight, start + SIDE * size, units, inside)
-        then = _piece(weight, start + SIDE * size, after, inside)
-        if BITS == 2:
-            return word, _middle(word, then)
-        elif BITS == 4:
-            more = _piece(weight, start + (2 + SIDE) * size, units, inside)
-            return word, _middle(word, more), more, _middle(more, then)
+        odd, then = words[FIRST + 4 + COLUMN], words[FIRST + 8 + COLUMN]
+        if SIDE == 0:
+            return word, _middle(word, odd), (odd & 0xFFFF) | then << 16
         else:
-            odd = _piece(weight, start + 2 * size, units, inside)
-            if SIDE == 0:
-                return word, _middle(word, odd), (odd & 0xFFFF) | then << 16
-            else:
-                return word, word >> 16 | (odd & 0xFFFF0000), _middle(odd, then)
+            return word, word >> 16 | (odd & 0xFFFF0000), _middle(odd, then)
 
 
 @triton.jit
@@ -134,39 +138,62 @@ def neighbours(units, whole, LENGTH: tl.constexpr):
     return tl.where((units % TURN == TURN - 1) & (units < whole), units + 1 - TURN, units + 1)
 
 
-@triton.jit(do_not_specialize=("first", "stop", "total", "whole", "mask"))
+@triton.jit
+def _number(word, CODE: tl.constexpr):
+    """The value of one of `row_words`, float32."""
+    if CODE == "hyb":
+        return word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif CODE == "inst":
+        low = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        high = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        return (low + high).to(tl.float16).to(tl.float32)
+    else:
+        return word.to(tl.float32) - (510.0 if CODE == "mac" else 126.0)
+
+
+@triton.jit(do_not_specialize=("first", "stop", "total", "whole", "mask", "count"))
 def decode_kernel(
-    weight, scales, peaks, pairs, table, out, first, stop, K, total, whole, mask,
+    weight, scales, peaks, pairs, table, out, first, stop, K, total, whole, mask, count,
     BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, LENGTH: tl.constexpr,
-    BU: tl.constexpr, NATIVE: tl.constexpr,
+    EACH: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """`out` `[stop - first, K]`: these rows of the weight, as `PackedTrellis.dequantize` gives them bit for bit; one
-    program per BU units and chunk."""
-    units = first // 16 + tl.program_id(0) * BU + tl.arange(0, BU)
-    chunk = tl.program_id(1)
-    inside = units * 16 < stop
-    after = neighbours(units, whole, LENGTH)
-    start = chunk.to(tl.int64) * (BITS * total * 16)
-    mask = mask.to(tl.uint32, bitcast=True)
+    """`out` `[stop - first, K]`: these rows of the weight, as `PackedTrellis.dequantize` gives them bit for bit; a warp
+    per 8 units and EACH of the `count` chunks. Lane `(g, t)` (`warp.py`) has unit `g`, and of a chunk the eight columns
+    from `8 t` on, which it stores together."""
+    lanes = tl.arange(0, 32)
+    g, t = lanes // 4, lanes % 4
+    unit = first // 16 + tl.program_id(0) * 8 + g
+    held = tl.minimum(unit, total - 1)  # what is not there is not stored
+    after = tl.minimum(neighbours(held, whole, LENGTH), total - 1)
+    size = total * 16
+    mask = tl.full((32,), 0, tl.uint32) + mask.to(tl.uint32, bitcast=True)
     flip = mask * FLIP
-    columns = chunk * 32 + tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 4)[None, :]
-    for side in tl.static_range(2):
-        streams = load_streams(weight, start, total * 16, units, after, inside, side, BITS)
-        held = mask
+    known = ()
+    for j in tl.static_range(16):
+        row = unit * 16 + j
+        known = known + (row_scales(scales, peaks, table, row, (row >= first) & (row < stop), LENGTH),)
+    begin = tl.program_id(1) * EACH
+    for chunk in range(begin, tl.minimum(begin + EACH, count)):
+        start = weight + tl.cast(chunk, tl.int64) * (BITS * size)
+        streams, words = (), ()
+        for side in tl.static_range(2):
+            mine = pieces(start + held * 16 + t * 4, size, BITS, side, NATIVE)
+            then = load_words(start + after * 16 + t * 4 + (side * size if BITS > 1 else 0), 4, True, NATIVE)
+            for i in tl.static_range(4):
+                streams = streams + (streams_of(mine + then, 0, i, side, BITS),)
+                words = words + (mask,)
+        column = chunk * 32 + t[:, None] * 8 + tl.arange(0, 8)[None, :]
         for j in tl.static_range(16):
-            held = row_words(held, streams, mask, flip, pairs, j, BITS, WINDOW, CODE, TABLE, NATIVE)
-            word = tl.reshape(held, (BU, 4, 4))
-            if CODE == "hyb":
-                value = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-            elif CODE == "inst":
-                low = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-                high = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-                value = (low + high).to(tl.float16).to(tl.float32)
-            else:
-                value = word.to(tl.float32) - (510.0 if CODE == "mac" else 126.0)
-            rows = units * 16 + j
-            fits = (rows >= first) & (rows < stop)
-            scale = row_scales(scales, peaks, table, rows, fits, LENGTH)[:, None, None]
-            places = out + (rows - first)[:, None, None].to(tl.int64) * K + (columns + side * 4)[None, :, :]
-            here = fits[:, None, None] & (columns + side * 4 < K)[None, :, :]
-            tl.store(places, (value * scale).to(out.dtype.element_ty), mask=here)
+            fresh = ()
+            for i in tl.static_range(8):
+                fresh = fresh + (
+                    row_words(words[i], streams[i], mask, flip, pairs, j, BITS, WINDOW, CODE, TABLE, NATIVE),
+                )
+            words = fresh
+            low = tl.join(tl.join(words[0], words[4]), tl.join(words[2], words[6]))
+            high = tl.join(tl.join(words[1], words[5]), tl.join(words[3], words[7]))
+            value = _number(tl.reshape(tl.join(low, high), (32, 8)), CODE) * known[j][:, None]
+            row = unit * 16 + j
+            places = out + (row - first).to(tl.int64)[:, None] * K + column
+            here = ((row >= first) & (row < stop))[:, None] & (column < K)
+            tl.store(places, value.to(out.dtype.element_ty), mask=here)

@@ -31,6 +31,9 @@ from quant.kernels.trellis_order import CHUNK, UNIT, ArrangedTrellis, chunks, un
 UNPACK_FROM = 96
 """Tokens from which decoding once pays. A guess from the arithmetic (`README.md`) until a GPU has measured it."""
 
+DECODED = 8
+"""Chunks that a program decodes when a whole weight is: its rows' scales are read once."""
+
 MASK = 0x8FFF8FFF - (1 << 32)
 """Of `inst`; an argument of the kernels, see `trellis_product.py`."""
 
@@ -196,13 +199,13 @@ def trellis_dequantize(
 
     out = torch.empty((stop - start, columns), dtype=dtype, device=weight.device)
     if out.numel():
-        whole, total = units(rows, length)
-        grid = (-(-(-(-stop // UNIT) - start // UNIT) // 8), chunks(columns))
+        (whole, total), count = units(rows, length), chunks(columns)
+        grid = (-(-(-(-stop // UNIT) - start // UNIT) // 8), -(-count // DECODED))
         with torch.cuda.device_of(weight):
             decode_kernel[grid](
                 weight, scales, peaks, weight if table is None else table.view(torch.int32),
-                scale_table(weight.device), out, start, stop, columns, total, whole, MASK,
-                **constants(bits, window, code, table_bits, length, weight.device), BU=8, num_warps=1,
+                scale_table(weight.device), out, start, stop, columns, total, whole, MASK, count,
+                **constants(bits, window, code, table_bits, length, weight.device), EACH=DECODED, num_warps=1,
                 enable_fp_fusion=True,
             )  # fmt: skip
     return out

@@ -34,7 +34,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant.kernels.trellis_decode import FLIP, neighbours, row_scales, row_words, scattered, state_of
+from quant.kernels.trellis_decode import (
+    FLIP,
+    neighbours,
+    pieces,
+    row_scales,
+    row_words,
+    scattered,
+    state_of,
+    streams_of,
+)
 from quant.kernels.uniform import is_last, power, stored
 from quant.kernels.warp import load_inputs, load_words, numbers, product, shuffled
 
@@ -43,55 +52,13 @@ LEVELS = tl.constexpr(32512.0)
 
 
 @triton.jit
-def _pieces(at, size, BITS: tl.constexpr, SIDE: tl.constexpr, NATIVE: tl.constexpr):
-    """The words of one side of a unit, four columns each, from where a lane's four of its chunk's first piece lie."""
-    if BITS == 1:
-        return load_words(at, 4, True, NATIVE)
-    elif BITS == 2:
-        return load_words(at + SIDE * size, 4, True, NATIVE)
-    elif BITS == 3:
-        return load_words(at + SIDE * size, 4, True, NATIVE) + load_words(at + 2 * size, 4, True, NATIVE)
-    else:
-        return load_words(at + SIDE * size, 4, True, NATIVE) + load_words(at + (2 + SIDE) * size, 4, True, NATIVE)
-
-
-@triton.jit
-def _middle(low, high):
-    return low >> 16 | high << 16
-
-
-@triton.jit
-def _streams(words, FIRST: tl.constexpr, COLUMN: tl.constexpr, SIDE: tl.constexpr, BITS: tl.constexpr):
-    """32 bits of a column's stream from every half word on, and of 2 and 4 bits the next unit's first. `words`: from
-    FIRST on those of `_pieces`, and then the first piece of the unit that comes after."""
-    word = words[FIRST + COLUMN]
-    if BITS == 1:
-        then = words[FIRST + 4 + COLUMN]
-        if SIDE == 0:
-            return ((word & 0xFFFF) | then << 16,)
-        else:
-            return (word >> 16 | (then & 0xFFFF0000),)
-    elif BITS == 2:
-        return word, _middle(word, words[FIRST + 4 + COLUMN]), words[FIRST + 4 + COLUMN]
-    elif BITS == 4:
-        more = words[FIRST + 4 + COLUMN]
-        return word, _middle(word, more), more, _middle(more, words[FIRST + 8 + COLUMN]), words[FIRST + 8 + COLUMN]
-    else:
-        odd, then = words[FIRST + 4 + COLUMN], words[FIRST + 8 + COLUMN]
-        if SIDE == 0:
-            return word, _middle(word, odd), (odd & 0xFFFF) | then << 16
-        else:
-            return word, word >> 16 | (odd & 0xFFFF0000), _middle(odd, then)
-
-
-@triton.jit
 def _chunk_words(weight, chunk, size, units, after, lane, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """All words of a chunk, per side and unit those of `_pieces` and of the unit that comes after."""
+    """All words of a chunk, per side and unit those of `pieces` and of the unit that comes after."""
     start = weight + tl.cast(chunk, tl.int64) * (BITS * size)
     words = ()
     for side in tl.static_range(2):
         for half in tl.static_range(2):
-            words = words + _pieces(start + units[half] * 16 + lane * 4, size, BITS, side, NATIVE)
+            words = words + pieces(start + units[half] * 16 + lane * 4, size, BITS, side, NATIVE)
             first = start + after[half] * 16 + lane * 4
             words = words + load_words(first + (side * size if BITS > 1 else 0), 4, True, NATIVE)
     return words
@@ -231,7 +198,7 @@ def _side(
     streams = ()
     for half in tl.static_range(2):
         for i in tl.static_range(4):
-            streams = streams + (_streams(words, (2 * SIDE + half) * WORDS, i, SIDE, BITS),)
+            streams = streams + (streams_of(words, (2 * SIDE + half) * WORDS, i, SIDE, BITS),)
             made = made + (mask,)
     fresh = ()
     for j in tl.static_range(16):
