@@ -4,21 +4,25 @@
 BM tokens; from there on the weight is unpacked, in slices of bounded size, and multiplied by torch (cuBLAS). Which of
 the two is settled inside one torch operator, with a shape rule for `torch.compile` and a gradient: a traced model has
 no guard on the number of tokens, and CUDA graphs record whatever ran.
-
-Scratch memory under CUDA graphs: outputs and the partial sums of a split K come from torch's allocator, which keeps
-what a graph allocated for that graph alone; counters are told of at `fresh_counters`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quant.kernels.available import missing
+from quant.kernels.blocks import Config as Config
+from quant.kernels.blocks import choose as choose
+from quant.kernels.blocks import choose_skinny as choose_skinny
+from quant.kernels.blocks import even_splits as even_splits
+from quant.kernels.blocks import is_skinny as is_skinny
+from quant.kernels.blocks import step_columns as step_columns
+from quant.kernels.blocks import takes_skinny
+from quant.kernels.counters import fresh_counters as fresh_counters
 from quant.kernels.integer import round_tokens, span
 from quant.kernels.layouts import symmetric_zero
 from quant.kernels.order import CHUNK, TILE, Arranged, tiles
@@ -29,69 +33,6 @@ UNPACK_FROM = 144
 to 380, at 256 it is 625 to 660 and 398 to 411 (2 and 4 bits)."""
 
 KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
-
-
-@dataclass(frozen=True)
-class Config:
-    """Block sizes of one launch; `splits`: programs that share K."""
-
-    bm: int
-    bn: int
-    warps: int
-    stages: int
-    splits: int
-
-
-def choose(
-    tokens: int, rows: int, columns: int, processors: int, bits: int = 4, kind: str = "fp16", narrow: bool = False,
-    skinny: bool = True,
-) -> Config:  # fmt: skip
-    """The configuration without a tuned one. `skinny`: whether `skinny.py`'s kernel takes the weight; it is the faster
-    one for any number of tokens. Else as many rows per warp as its registers hold, and K split until every
-    multiprocessor has about 8 warps. `narrow`: at most 32 rows from 32 tokens on. Triton 3.6 compiles no more for
-    compute capability 10.0 ("Illegal shared layout"); Triton 3.9 does."""
-    if skinny and kind != "int8":
-        return choose_skinny(tokens, rows, columns, processors, bits)
-    bm = max(16 if kind == "int8" else 8, next((size for size in (8, 16, 32) if tokens <= size), 64))
-    wide = 64 if kind != "int8" and bits <= 2 else 32
-    many = {32: (32, 2), 64: (32, 4)} if narrow else {32: (64, 4), 64: (64, 4 if bits <= 4 else 8)}
-    bn, warps = ({8: (wide, 1), 16: (16 if kind == "int8" else 32, 1)} | many)[bm]
-    programs = -(-rows // bn) * -(-tokens // bm)
-    return Config(bm, bn, warps, 1, even_splits(columns, min(16, processors * 8 // (programs * warps))))
-
-
-def choose_skinny(
-    tokens: int, rows: int, columns: int, processors: int, bits: int, bn: int = 0, warps: int = 0
-) -> Config:
-    """Of `skinny.py`'s kernel, with `bn` rows per program and K split until a multiprocessor has about so many `warps`;
-    0: what was fastest on an H200 (`README.md`). A split has two steps at least."""
-    bm = next((size for size in (4, 8) if tokens <= size), 16)
-    bn = bn or (64 if bm == 4 and bits <= 3 and rows * columns >= 1 << 27 else 32)
-    best = (24 if bm < 16 else 16) if 4 <= bits < 8 else 16 if bm < 16 else 12
-    programs, step = -(-rows // bn) * -(-tokens // bm), step_columns(bits)
-    wanted = min(32, processors * (warps or best) // programs, columns // (2 * step))
-    return Config(bm, bn, 1, 1, even_splits(columns, wanted, step))
-
-
-def is_skinny(config: Config, kind: str) -> bool:
-    """Whether a configuration is one of `skinny.py`'s kernel."""
-    return kind != "int8" and config.bm <= 16 and config.warps == 1 and config.bn in (32, 64)
-
-
-def takes_skinny(rows: int, width: int, columns: int) -> bool:
-    """Whether `skinny.py`'s kernel multiplies by a weight in groups of `width`."""
-    return rows % 8 == 0 and rows >= 8 and span(width, columns) > 0
-
-
-def step_columns(bits: int) -> int:
-    """Columns that `skinny.py`'s kernel takes at once."""
-    return TILE // 2 if bits >= 4 else TILE
-
-
-def even_splits(columns: int, wanted: int, tile: int = TILE) -> int:
-    """About so many programs that share K, none of them without a tile."""
-    count = -(-columns // tile)
-    return -(-count // -(-count // max(1, min(wanted, count))))
 
 
 def refuses(x: Tensor, arranged: Arranged) -> str | None:
@@ -226,9 +167,9 @@ def launch(
     x = x if x.stride(1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
     processors, narrow = processor(x.device)
     kind = KINDS[x.dtype]
-    skinny = takes_skinny(rows, width, columns)
-    if config is None:
-        config = tuned(x.device, tokens, rows, columns, bits, kind, step_columns(bits) if skinny else TILE)
+    skinny = kind != "int8" and takes_skinny(rows, width, columns)
+    if config is None and skinny:
+        config = tuned(x.device, tokens, rows, columns, bits, kind, step_columns(bits))
     config = config or choose(tokens, rows, columns, processors, bits, kind, narrow, skinny)
     skinny = skinny and is_skinny(config, kind)
     count = -(-columns // (step_columns(bits) if skinny else TILE))
@@ -336,48 +277,3 @@ def uniform_dequantize(
 def _(weight: Tensor, *rest: Any) -> Tensor:
     columns, dtype, start, stop = rest[3], rest[6], rest[7], rest[8]
     return weight.new_empty((stop - start, columns), dtype=dtype)
-
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-_pools: dict[torch.device, list[Tensor]] = {}
-"""Per device counters for launches in CUDA graphs: one zeroed buffer after another, of the last what is left. None is
-ever let go, since a graph holds addresses alone."""
-
-POOL = 1 << 20
-
-
-def fresh_counters(count: int, device: torch.device) -> Tensor:
-    """Counters at zero; every launch leaves them so. Each stream has its own, since launches on one never overlap. A
-    larger buffer replaces one that a launch may still use: it goes back to torch's allocator, which gives it to later
-    work of that stream only. While a CUDA graph is recorded each launch gets some of its own: graphs may run side by
-    side, and a graph may run beside its stream's ordinary launches. They are zeroed beforehand, when a launch that is
-    not recorded comes by, so that a graph spends no kernel on it; past `POOL` of them between two such launches, in the
-    graph."""
-    if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32)
-    if torch.cuda.is_current_stream_capturing():
-        return taken(count, device)
-    stock(device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _counters or len(_counters[key]) < count:
-        _counters[key] = torch.zeros(max(count, 1 << 14), dtype=torch.int32, device=device)
-    return _counters[key]
-
-
-def stock(device: torch.device) -> None:
-    """Sees to it that at least half of `POOL` counters are left for graphs."""
-    pools = _pools.setdefault(device, [])
-    if not pools or 2 * len(pools[-1]) < POOL:
-        pools.append(torch.zeros(POOL, dtype=torch.int32, device=device))
-        if device.type == "cuda":  # the graph may run on any stream
-            torch.cuda.synchronize(device)
-
-
-def taken(count: int, device: torch.device) -> Tensor:
-    """Counters that nobody else gets, in lines of 128 bytes."""
-    pools = _pools.get(device, [])
-    lines = -(-count // 32) * 32
-    if not pools or len(pools[-1]) < lines:
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    found, pools[-1] = pools[-1][:count], pools[-1][lines:]
-    return found

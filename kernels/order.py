@@ -104,8 +104,13 @@ def arrange(packed: PackedUniform, begin: int = 0, end: int | None = None) -> Ar
         codes = torch.nn.functional.pad(packed.codes(begin + start, begin + stop), (0, count * TILE - columns))
         for (plane, shift, first, words), place in zip(pieces(bits), places, strict=True):
             place[:, start:stop] = _words((codes >> shift) & (2**plane - 1), plane, first, words)
-    zeros = None if packed.zeros is None else packed.zero_points(begin, end).T.to(torch.uint8).contiguous()
-    return Arranged(packed.spec, (rows, columns), weight.flatten(), packed.scales[part].T.contiguous(), zeros)
+    zeros = None if packed.zeros is None else _own(packed.zero_points(begin, end).T.to(torch.uint8))
+    return Arranged(packed.spec, (rows, columns), weight.flatten(), _own(packed.scales[part].T), zeros)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Contiguous, in memory of its own, which begins where 16 bytes can be read at once."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def plain(arranged: Arranged) -> PackedUniform:

@@ -17,116 +17,23 @@ are gathered as in `uniform.py`.
 """
 
 # pyright: basic, reportGeneralTypeIssues=false, reportCallIssue=false
-# ruff: noqa: RET505, RUF005, SIM102
+# ruff: noqa: RUF005, SIM102
 # Triton's language has no types that pyright could follow, and its branches on constants are chosen when it compiles
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from quant.kernels.skinny_words import codes_of, exponent, high_codes_of, step_words
 from quant.kernels.uniform import collected, is_last, stored
-from quant.kernels.warp import halved, load_inputs, load_words, masked, numbers, product
-
-
-@triton.constexpr_function
-def _exponent(chunk: int, place: int, bits: int, kind: str) -> int:
-    """`k` of the code at `place` `2 r + e` of a chunk."""
-    if bits == 1:
-        return (4 * (chunk % 4) + place) % (7 if kind == "bf16" else 3)
-    return (4 * (chunk % 2) + place) % (3 if kind == "bf16" else 2) * 2 if bits <= 3 else 0
-
-
-@triton.jit
-def _moved(word, RIGHT: tl.constexpr):
-    if RIGHT > 0:
-        return word >> RIGHT
-    elif RIGHT < 0:
-        return word << -RIGHT
-    else:
-        return word
-
-
-@triton.jit
-def _codes(
-    words, mask, FIRST: tl.constexpr, CHUNK: tl.constexpr, PLACE: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
-    NATIVE: tl.constexpr,
-):  # fmt: skip
-    """Two codes as numbers, one in each half; of 8 bits in bfloat16 the low four. FIRST: where the row's words begin.
-    `mask`: a one in each half, which the compiler must not know; see `skinny_kernel`."""
-    K: tl.constexpr = _exponent(CHUNK, PLACE, BITS, KIND)
-    MAGIC: tl.constexpr = 0x43004300 if KIND == "bf16" else 0
-    AT_2: tl.constexpr = 2 * (4 * (CHUNK % 2) + PLACE)
-    AT_1: tl.constexpr = 4 * (CHUNK % 4) + PLACE
-    if BITS == 1:
-        made = masked(_moved(words[FIRST + CHUNK // 4], AT_1 - K), mask * (1 << K), MAGIC, NATIVE)
-    elif BITS <= 3:
-        made = masked(_moved(words[FIRST + CHUNK // 2], AT_2 - K), mask * (3 << K), MAGIC, NATIVE)
-        if BITS == 3:
-            made = masked(_moved(words[FIRST + 4 + CHUNK // 4], AT_1 - K - 2), mask * (4 << K), made, NATIVE)
-    else:
-        made = masked(_moved(words[FIRST + CHUNK], 4 * PLACE), mask * 15, MAGIC, NATIVE)
-        if BITS == 8:
-            if KIND == "fp16":
-                made = masked(_moved(words[FIRST + 4 + CHUNK], 4 * PLACE - 4), mask * 240, made, NATIVE)
-        else:
-            if BITS >= 6:
-                made = masked(_moved(words[FIRST + 4 + CHUNK // 2], AT_2 - 4), mask * 48, made, NATIVE)
-            if BITS == 5:
-                made = masked(_moved(words[FIRST + 4], AT_1 - 4), mask * 16, made, NATIVE)
-            if BITS == 7:
-                made = masked(_moved(words[FIRST + 6], AT_1 - 6), mask * 64, made, NATIVE)
-    return made
-
-
-@triton.jit
-def _high_codes(words, mask, FIRST: tl.constexpr, CHUNK: tl.constexpr, PLACE: tl.constexpr, NATIVE: tl.constexpr):
-    """The high four of 8 bits in bfloat16: `2048 + 16 c`."""
-    return masked(_moved(words[FIRST + 4 + CHUNK], 4 * PLACE), mask * 15, 0x45004500, NATIVE)
-
-
-@triton.jit
-def _row_words(at, half, N, BITS: tl.constexpr, ROW: tl.constexpr, NATIVE: tl.constexpr):
-    """The words of one step for row ROW of a lane; `at`: where the first plane of the lane's first row begins, with
-    pieces of `16 N` words (8 N of one bit); `half`: of a tile, from 4 bits on."""
-    words = ()
-    if BITS >= 4:
-        words = words + load_words(at[0] + ROW * 16, 4, False, NATIVE)
-    if BITS == 8:
-        words = words + load_words(at[0] + 32 * N + ROW * 16, 4, False, NATIVE)
-    if BITS == 2 or BITS == 3:
-        words = words + load_words(at[1] + ROW * 16, 4, False, NATIVE)
-    if BITS == 6 or BITS == 7:
-        words = words + load_words(at[1] + ROW * 16, 2, False, NATIVE)
-    if BITS == 1 or BITS == 3:
-        words = words + load_words(at[2] + ROW * 8, 2, False, NATIVE)
-    if BITS == 5 or BITS == 7:
-        words = words + load_words(at[2] + ROW * 8, 1, False, NATIVE)
-    return words
-
-
-@triton.jit
-def _step_words(weight, step, N, row, lane, BITS: tl.constexpr, ROWS: tl.constexpr, NATIVE: tl.constexpr):
-    """All words of a step: ROWS rows of a lane, from `row` on."""
-    PARTS: tl.constexpr = 2 if BITS >= 4 else 1
-    half = step % PARTS
-    start = tl.cast(step // PARTS, tl.int64) * (8 * BITS * N)
-    wide = row * 16 + lane * 4
-    FOURS: tl.constexpr = 0 if BITS < 4 else (64 if BITS == 8 else 32)
-    TWOS: tl.constexpr = FOURS + (16 if BITS % 4 >= 2 else 0)
-    first = weight + start + (half * 16 * N + wide)
-    two = weight + start + (FOURS * N + wide + (half * 2 if BITS >= 4 else 0))
-    one = weight + start + (TWOS * N + row * 8 + lane * 2 + (half if BITS >= 4 else 0))
-    words = ()
-    for i in tl.static_range(ROWS):
-        words = words + _row_words((first, two, one), half, N, BITS, i, NATIVE)
-    return words
+from quant.kernels.warp import halved, load_inputs, load_words, numbers, product
 
 
 @triton.jit
 def _inputs(some, R: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr):
     """The operand of `x` for columns `4 R` to `4 R + 3` of each lane's eight."""
-    b0 = halved(some[2 * R], _exponent(CHUNK, 2 * R, BITS, KIND), KIND, NATIVE)
-    return b0, halved(some[2 * R + 1], _exponent(CHUNK, 2 * R + 1, BITS, KIND), KIND, NATIVE)
+    b0 = halved(some[2 * R], exponent(CHUNK, 2 * R, BITS, KIND), KIND, NATIVE)
+    return b0, halved(some[2 * R + 1], exponent(CHUNK, 2 * R + 1, BITS, KIND), KIND, NATIVE)
 
 
 @triton.jit
@@ -143,25 +50,25 @@ def _step(
     """The products of 16 columns of a chunk, with ones and with all rows."""
     WORDS: tl.constexpr = BITS if BITS >= 4 else 2 * BITS
     one = _one(mask, 0, KIND)
-    up0 = _one(mask, _exponent(CHUNK, 2 * R, BITS, KIND), KIND)
-    up1 = _one(mask, _exponent(CHUNK, 2 * R + 1, BITS, KIND), KIND)
+    up0 = _one(mask, exponent(CHUNK, 2 * R, BITS, KIND), KIND)
+    up1 = _one(mask, exponent(CHUNK, 2 * R + 1, BITS, KIND), KIND)
     fresh, added = (), ()
     for part in tl.static_range(PARTS):
         b = _inputs(some[part], R, CHUNK, BITS, KIND, NATIVE)
         added = added + (product(one, up0, one, up1, b[0], b[1], sums[part], KIND, NATIVE),)
     for tile in tl.static_range(TILES):
-        a0 = _codes(words, mask, 2 * tile * WORDS, CHUNK, 2 * R, BITS, KIND, NATIVE)
-        a1 = _codes(words, mask, 2 * tile * WORDS + WORDS, CHUNK, 2 * R, BITS, KIND, NATIVE)
-        a2 = _codes(words, mask, 2 * tile * WORDS, CHUNK, 2 * R + 1, BITS, KIND, NATIVE)
-        a3 = _codes(words, mask, 2 * tile * WORDS + WORDS, CHUNK, 2 * R + 1, BITS, KIND, NATIVE)
+        a0 = codes_of(words, mask, 2 * tile * WORDS, CHUNK, 2 * R, BITS, KIND, NATIVE)
+        a1 = codes_of(words, mask, 2 * tile * WORDS + WORDS, CHUNK, 2 * R, BITS, KIND, NATIVE)
+        a2 = codes_of(words, mask, 2 * tile * WORDS, CHUNK, 2 * R + 1, BITS, KIND, NATIVE)
+        a3 = codes_of(words, mask, 2 * tile * WORDS + WORDS, CHUNK, 2 * R + 1, BITS, KIND, NATIVE)
         for part in tl.static_range(PARTS):
             b = _inputs(some[part], R, CHUNK, BITS, KIND, NATIVE)
             made = product(a0, a1, a2, a3, b[0], b[1], dots[tile * PARTS + part], KIND, NATIVE)
             if BITS == 8 and KIND == "bf16":
-                a4 = _high_codes(words, mask, 2 * tile * WORDS, CHUNK, 2 * R, NATIVE)
-                a5 = _high_codes(words, mask, 2 * tile * WORDS + WORDS, CHUNK, 2 * R, NATIVE)
-                a6 = _high_codes(words, mask, 2 * tile * WORDS, CHUNK, 2 * R + 1, NATIVE)
-                a7 = _high_codes(words, mask, 2 * tile * WORDS + WORDS, CHUNK, 2 * R + 1, NATIVE)
+                a4 = high_codes_of(words, mask, 2 * tile * WORDS, CHUNK, 2 * R, NATIVE)
+                a5 = high_codes_of(words, mask, 2 * tile * WORDS + WORDS, CHUNK, 2 * R, NATIVE)
+                a6 = high_codes_of(words, mask, 2 * tile * WORDS, CHUNK, 2 * R + 1, NATIVE)
+                a7 = high_codes_of(words, mask, 2 * tile * WORDS + WORDS, CHUNK, 2 * R + 1, NATIVE)
                 made = product(a4, a5, a6, a7, b[0], b[1], made, KIND, NATIVE)
             fresh = fresh + (made,)
     return fresh, added
@@ -269,9 +176,9 @@ def skinny_kernel(
     for _ in tl.static_range(2 * TILES * PARTS * EACH):
         acc = acc + (tl.zeros((32,), tl.float32),)
     dots, sums = _nothing(TILES * PARTS), _nothing(PARTS)
-    words = _step_words(weight, begin, N, row, t, BITS, 2 * TILES, NATIVE)
+    words = step_words(weight, begin, N, row, t, BITS, 2 * TILES, NATIVE)
     for step in range(begin, end):
-        then = _step_words(weight, tl.minimum(step + 1, count - 1), N, row, t, BITS, 2 * TILES, NATIVE)
+        then = step_words(weight, tl.minimum(step + 1, count - 1), N, row, t, BITS, 2 * TILES, NATIVE)
         for chunk in tl.static_range(CHUNKS):
             k = step * (256 // HALVES) + chunk * 32
             some = ()
@@ -289,6 +196,19 @@ def skinny_kernel(
                 dots, sums = _nothing(TILES * PARTS), _nothing(PARTS)
         words = then
     token = tl.program_id(2) * BM + (t if BM == 4 else t * 2)
+    _leave(acc, bias, residual, out, partial, row, inside, token, M, N, TILES, PARTS, EACH, SPLIT, BIAS, RESIDUAL)
+    if SPLIT:
+        if is_last(counters):
+            _finish(x, bias, residual, out, partial, M, N, 16 * TILES, BM, BIAS, RESIDUAL)
+
+
+@triton.jit
+def _leave(
+    acc, bias, residual, out, partial, row, inside, token, M, N,
+    TILES: tl.constexpr, PARTS: tl.constexpr, EACH: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Stores what a lane has: as this program's part, or as the output."""
     for index in tl.static_range(2 * TILES * PARTS * EACH):
         mine = token + index // EACH % PARTS * 8 + index % EACH
         at = mine.to(tl.int64) * N + row + index // (PARTS * EACH)
@@ -302,9 +222,6 @@ def skinny_kernel(
             if RESIDUAL:
                 value += tl.load(residual + at, mask=here, other=0.0).to(tl.float32)
             tl.store(out + at, value.to(out.dtype.element_ty), mask=here)
-    if SPLIT:
-        if is_last(counters):
-            _finish(x, bias, residual, out, partial, M, N, 16 * TILES, BM, BIAS, RESIDUAL)
 
 
 @triton.jit

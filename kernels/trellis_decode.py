@@ -79,6 +79,52 @@ def state_of(stream, SHIFT: tl.constexpr, WINDOW: tl.constexpr, NATIVE: tl.const
     return top >> (32 - WINDOW)
 
 
+@triton.constexpr_function
+def _partner(row: int, bits: int, window: int) -> int:
+    """How many rows on (or back, below 0) is the row whose state ends the 32 bits that this row's begins (or begins
+    those that it ends); 0 where a unit has none."""
+    apart = (32 - window) // bits if (32 - window) % bits == 0 else 16
+    if row // apart % 2:
+        return -apart
+    return apart if row + apart < 16 else 0
+
+
+@triton.constexpr_function
+def row_at(index: int, code: str, bits: int, window: int) -> int:
+    """In which order rows are decoded: partners one after the other, since they share a register."""
+    if code not in ("mac", "sum"):
+        return index
+    order = list[int]()
+    for row in range(16):
+        apart = (32 - window) // bits if (32 - window) % bits == 0 else 16
+        if row not in order:
+            order += [row, row + apart] if row + apart < 16 else [row]
+    return order[index]
+
+
+@triton.jit
+def _bits(streams, FROM: tl.constexpr, BITS: tl.constexpr):
+    """32 bits of a stream from bit FROM on."""
+    WHOLE: tl.constexpr = FROM // 32 * 2
+    low = streams[WHOLE]
+    if FROM % 32 == 0:
+        return low
+    else:
+        return low >> FROM % 32 | streams[WHOLE + 2] << (32 - FROM % 32)
+
+
+@triton.jit
+def integer_state(streams, J: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.constexpr, NATIVE: tl.constexpr):
+    """Row J's state. Two that are partners take three instructions, and others two each."""
+    PARTNER: tl.constexpr = _partner(J, BITS, WINDOW)
+    if PARTNER > 0:
+        return _bits(streams, J * BITS, BITS) & ((1 << WINDOW) - 1)
+    elif PARTNER < 0:
+        return _bits(streams, (J + PARTNER) * BITS, BITS) >> (32 - WINDOW)
+    else:
+        return state_of(streams[J * BITS // 16], J * BITS % 16, WINDOW, NATIVE)
+
+
 @triton.jit
 def _word(
     stream, mask, flip, pairs,

@@ -36,19 +36,18 @@ import triton.language as tl
 
 from quant.kernels.trellis_decode import (
     FLIP,
+    integer_state,
     neighbours,
     pieces,
+    row_at,
     row_scales,
     row_words,
     scattered,
-    state_of,
     streams_of,
 )
-from quant.kernels.uniform import is_last, power, stored
-from quant.kernels.warp import load_inputs, load_words, numbers, product, shuffled
-
-LEVELS = tl.constexpr(32512.0)
-"""The largest `x` of `mac` and `sum`, so that both of its bytes have a sign: `127 * 256`."""
+from quant.kernels.trellis_inputs import operand_x, tokens_of
+from quant.kernels.uniform import is_last, stored
+from quant.kernels.warp import load_inputs, load_words, product
 
 
 @triton.jit
@@ -65,99 +64,13 @@ def _chunk_words(weight, chunk, size, units, after, lane, BITS: tl.constexpr, NA
 
 
 @triton.jit
-def _doubled(number):
-    """A float32 as float16, in both halves."""
-    half = number.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-    return half | half << 16
-
-
-@triton.jit
-def _joined(low, high):
-    low, high = low.to(tl.float16).to(tl.uint16, bitcast=True), high.to(tl.float16).to(tl.uint16, bitcast=True)
-    return low.to(tl.uint32) | high.to(tl.uint32) << 16
-
-
-@triton.jit
-def _byte(number, times, add, right, NATIVE: tl.constexpr):
-    """One of the two bytes of a float32 as an integer, four times: `number times` to the nearest, plus `add`, shifted
-    `right`."""
-    shifted = tl.math.fma(number, times, 12582912.0).to(tl.uint32, bitcast=True) + add >> right
-    if NATIVE:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $1, 0;", "=r,r", [shifted], dtype=tl.uint32, is_pure=True, pack=1
-        )
-    else:
-        return (shifted & 255) * 0x01010101
-
-
-@triton.jit
-def _operand_x(some, scale, add, right, KIND: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
-    """Four columns of `x` (two words) as the right operands of a side: four words, of `hyb` two."""
-    x0, x1 = numbers(some[0], KIND)
-    x2, x3 = numbers(some[1], KIND)
-    if CODE == "mac" or CODE == "sum":
-        first = _byte(x0, scale, add, right, NATIVE), _byte(x1, scale, add, right, NATIVE)
-        return first + (_byte(x2, scale, add, right, NATIVE), _byte(x3, scale, add, right, NATIVE))
-    elif CODE == "hyb":
-        return _joined(x0 * scale, x1 * scale), _joined(x2 * scale, x3 * scale)
-    else:
-        return _doubled(x0 * scale), _doubled(x1 * scale), _doubled(x2 * scale), _doubled(x3 * scale)
-
-
-@triton.constexpr_function
-def _partner(row: int, bits: int, window: int) -> int:
-    """How many rows on (or back, below 0) is the row whose state ends the 32 bits that this row's begins (or begins
-    those that it ends); 0 where a unit has none."""
-    apart = (32 - window) // bits if (32 - window) % bits == 0 else 16
-    if row // apart % 2:
-        return -apart
-    return apart if row + apart < 16 else 0
-
-
-@triton.constexpr_function
-def _row(index: int, code: str, bits: int, window: int) -> int:
-    """In which order rows are decoded: partners one after the other, since they share a register."""
-    if code not in ("mac", "sum"):
-        return index
-    order = list[int]()
-    for row in range(16):
-        apart = (32 - window) // bits if (32 - window) % bits == 0 else 16
-        if row not in order:
-            order += [row, row + apart] if row + apart < 16 else [row]
-    return order[index]
-
-
-@triton.jit
-def _bits(streams, FROM: tl.constexpr, BITS: tl.constexpr):
-    """32 bits of a stream from bit FROM on."""
-    WHOLE: tl.constexpr = FROM // 32 * 2
-    low = streams[WHOLE]
-    if FROM % 32 == 0:
-        return low
-    else:
-        return low >> FROM % 32 | streams[WHOLE + 2] << (32 - FROM % 32)
-
-
-@triton.jit
-def _integer_state(streams, J: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.constexpr, NATIVE: tl.constexpr):
-    """Row J's state. Two that are partners take three instructions, and others two each."""
-    PARTNER: tl.constexpr = _partner(J, BITS, WINDOW)
-    if PARTNER > 0:
-        return _bits(streams, J * BITS, BITS) & ((1 << WINDOW) - 1)
-    elif PARTNER < 0:
-        return _bits(streams, (J + PARTNER) * BITS, BITS) >> (32 - WINDOW)
-    else:
-        return state_of(streams[J * BITS // 16], J * BITS % 16, WINDOW, NATIVE)
-
-
-@triton.jit
 def _value(
     before, streams, mask, flip, pairs, J: tl.constexpr,
     BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Row J of one column of a unit as the tensor core takes it: `row_words`, or the bytes of an integer code."""
     if CODE == "mac" or CODE == "sum":
-        return scattered(_integer_state(streams, J, BITS, WINDOW, NATIVE), CODE)
+        return scattered(integer_state(streams, J, BITS, WINDOW, NATIVE), CODE)
     else:
         return row_words(before, streams, mask, flip, pairs, J, BITS, WINDOW, CODE, TABLE, NATIVE)
 
@@ -205,7 +118,7 @@ def _side(
         row = ()
         for i in tl.static_range(8):
             value = _value(
-                made[i], streams[i], mask, flip, pairs, _row(j, CODE, BITS, WINDOW), BITS, WINDOW, CODE, TABLE, NATIVE
+                made[i], streams[i], mask, flip, pairs, row_at(j, CODE, BITS, WINDOW), BITS, WINDOW, CODE, TABLE, NATIVE
             )
             row = row + (value,)
         made = row
@@ -228,33 +141,6 @@ def _nothing(COUNT: tl.constexpr, INTEGER: tl.constexpr):
         zero = tl.zeros((32,), tl.int32 if INTEGER else tl.float32)
         made = made + ((zero, zero, zero, zero),)
     return made
-
-
-@triton.jit
-def _largest(place, begin, end, K, lanes, STEP: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr):
-    """The largest `|x|` of each lane's token in these chunks, NaN if there is one. `place`: the lane's first of 8
-    columns of a chunk; STEP lanes, 4, 8 or 32 in a row, share a token and take its chunks in turn."""
-    largest = tl.zeros((32,), tl.float32)
-    turn = lanes % STEP // 4
-    for chunk in range(begin, end, STEP // 4):
-        k = (chunk + turn) * 32
-        words = load_inputs(place + k, (chunk + turn < end) & (k + lanes % 4 * 8 < K), 4, False, NATIVE)
-        for i in tl.static_range(4):
-            low, high = numbers(words[i], KIND)
-            either = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
-            largest = tl.maximum(largest, either, propagate_nan=tl.PropagateNan.ALL)
-    other = 1
-    for _ in tl.static_range(5 if STEP == 32 else 3 if STEP == 8 else 2):
-        partner = shuffled(largest, lanes ^ other, NATIVE)
-        largest = tl.maximum(largest, partner, propagate_nan=tl.PropagateNan.ALL)
-        other *= 2
-    return largest
-
-
-@triton.jit
-def _inverse(up):
-    """Of a power of two."""
-    return ((254 << 23) - up.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -283,70 +169,20 @@ def _finish(
         stored(total * scale[:, None], x, bias, out, out, rows, tokens, inside, live, N, False, BIAS, False)
 
 
-@triton.jit(do_not_specialize=("M", "count", "each", "total", "whole", "mask"))
-def trellis_kernel(
-    x, weight, scales, peaks, pairs, table, bias, out, partial, counters,
-    M, N, K, stride, count, each, total, whole, mask,
-    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, LENGTH: tl.constexpr,
-    BM: tl.constexpr, ONE: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, NATIVE: tl.constexpr,
+@triton.jit
+def _leave(
+    acc, sums, down, held, out, partial, unit, first, t, M, N,
+    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, LENGTH: tl.constexpr, PARTS: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """`x` `[M, K]` with rows `stride` apart, `K` and `stride` multiples of 8; `count` chunks of K, `each` of them per
-    split; `total` units, `whole` of them of whole sequences. BM: 8 or 16 tokens, 4 or 8 of `mac` and `sum`. ONE: M is
-    1. NATIVE: not in the interpreter, which has no assembler."""
+    """Stores what a lane has: as this program's part, or, scaled, as the output."""
     INTEGER: tl.constexpr = CODE == "mac" or CODE == "sum"
-    KIND: tl.constexpr = "bf16" if x.dtype.element_ty == tl.bfloat16 else "fp16"
     EACH: tl.constexpr = 4 if INTEGER else 8
-    PARTS: tl.constexpr = BM // EACH
     BASE: tl.constexpr = (510 if CODE == "mac" else 126) // 2  # of two ones: each is four bytes
-    lanes = tl.arange(0, 32)
-    g, t = lanes // 4, lanes % 4
-    begin = tl.program_id(1) * each
-    end = tl.minimum(begin + each, count)
-    size = total * 16
-    unit = tl.program_id(0) * 16 + g
-    held = tl.minimum(unit, total - 1), tl.minimum(unit + 8, total - 1)  # what is not there is not stored
-    after = neighbours(held[0], whole, LENGTH), neighbours(held[1], whole, LENGTH)
-    after = tl.minimum(after[0], total - 1), tl.minimum(after[1], total - 1)
-    words = _chunk_words(weight, begin, size, held, after, t, BITS, NATIVE)
-    mask = tl.full((32,), 0, tl.uint32) + mask.to(tl.uint32, bitcast=True)
-    flip = mask * FLIP
-    first = tl.program_id(2) * BM
-    places, scale, down = (), (), ()
-    for part in tl.static_range(PARTS):
-        token = first + part * EACH + (g // 2 if INTEGER else g)
-        place = x + tl.minimum(token, M - 1).to(tl.int64) * stride + t * 8
-        places = places + (place,)
-        if INTEGER:
-            largest = _largest(place, begin, end, K, lanes, 32 if ONE else 8, KIND, NATIVE)
-            most = tl.maximum(largest, 2.0**-108)  # or the quotient were infinite
-            scale = scale + (tl.where(largest > 0, LEVELS / most, 0.0),)
-            down = down + (shuffled(largest * (1 / LEVELS), t * 8, NATIVE),)
-        else:
-            up = tl.full((32,), 1.0, tl.float32)
-            if KIND == "bf16":
-                up = power(_largest(place, begin, end, K, lanes, 32 if ONE else 4, KIND, NATIVE))
-            scale = scale + (up,)
-            inverse = _inverse(up)
-            down = down + ((shuffled(inverse, t * 8, NATIVE), shuffled(inverse, t * 8 + 4, NATIVE)),)
-    low = (g % 2).to(tl.uint32)
-    add, right = 128 - 128 * low, 8 - 8 * low
-    acc, sums = _nothing(16 * PARTS, INTEGER), _nothing(PARTS, True)
-    for chunk in range(begin, end):
-        then = _chunk_words(weight, tl.minimum(chunk + 1, count - 1), size, held, after, t, BITS, NATIVE)
-        for side in tl.static_range(2):
-            k = chunk * 32 + side * 4
-            inputs = ()
-            for part in tl.static_range(PARTS):
-                some = load_inputs(places[part] + k, k + t * 8 < K, 2, EVEN, NATIVE)
-                inputs = inputs + (_operand_x(some, scale[part], add, right, KIND, CODE, NATIVE),)
-            acc, sums = _side(
-                acc, sums, words, inputs, mask, flip, pairs, side, BITS, WINDOW, CODE, TABLE, PARTS, NATIVE
-            )
-        words = then
+    scales, peaks, table, bias = held
     for j in tl.static_range(16):
         for half in tl.static_range(2):
-            row = (unit + 8 * half) * 16 + _row(j, CODE, BITS, WINDOW)
+            row = (unit + 8 * half) * 16 + row_at(j, CODE, BITS, WINDOW)
             inside = row < N
             if not SPLIT:
                 row_scale = row_scales(scales, peaks, table, row, inside, LENGTH)
@@ -372,6 +208,54 @@ def trellis_kernel(
                         if BIAS:
                             value += more
                         tl.store(out + at, value.to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=("M", "count", "each", "total", "whole", "mask"))
+def trellis_kernel(
+    x, weight, scales, peaks, pairs, table, bias, out, partial, counters,
+    M, N, K, stride, count, each, total, whole, mask,
+    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, LENGTH: tl.constexpr,
+    BM: tl.constexpr, ONE: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """`x` `[M, K]` with rows `stride` apart, `K` and `stride` multiples of 8; `count` chunks of K, `each` of them per
+    split; `total` units, `whole` of them of whole sequences. BM: 8 or 16 tokens, 4 or 8 of `mac` and `sum`. ONE: M is
+    1. NATIVE: not in the interpreter, which has no assembler."""
+    INTEGER: tl.constexpr = CODE == "mac" or CODE == "sum"
+    KIND: tl.constexpr = "bf16" if x.dtype.element_ty == tl.bfloat16 else "fp16"
+    EACH: tl.constexpr = 4 if INTEGER else 8
+    PARTS: tl.constexpr = BM // EACH
+    lanes = tl.arange(0, 32)
+    g, t = lanes // 4, lanes % 4
+    begin = tl.program_id(1) * each
+    end = tl.minimum(begin + each, count)
+    size = total * 16
+    unit = tl.program_id(0) * 16 + g
+    held = tl.minimum(unit, total - 1), tl.minimum(unit + 8, total - 1)  # what is not there is not stored
+    after = neighbours(held[0], whole, LENGTH), neighbours(held[1], whole, LENGTH)
+    after = tl.minimum(after[0], total - 1), tl.minimum(after[1], total - 1)
+    words = _chunk_words(weight, begin, size, held, after, t, BITS, NATIVE)
+    mask = tl.full((32,), 0, tl.uint32) + mask.to(tl.uint32, bitcast=True)
+    flip = mask * FLIP
+    first = tl.program_id(2) * BM
+    places, scale, down = tokens_of(x, first, M, K, stride, begin, end, lanes, INTEGER, ONE, EACH, PARTS, KIND, NATIVE)
+    low = (g % 2).to(tl.uint32)
+    add, right = 128 - 128 * low, 8 - 8 * low
+    acc, sums = _nothing(16 * PARTS, INTEGER), _nothing(PARTS, True)
+    for chunk in range(begin, end):
+        then = _chunk_words(weight, tl.minimum(chunk + 1, count - 1), size, held, after, t, BITS, NATIVE)
+        for side in tl.static_range(2):
+            k = chunk * 32 + side * 4
+            inputs = ()
+            for part in tl.static_range(PARTS):
+                some = load_inputs(places[part] + k, k + t * 8 < K, 2, EVEN, NATIVE)
+                inputs = inputs + (operand_x(some, scale[part], add, right, KIND, CODE, NATIVE),)
+            acc, sums = _side(
+                acc, sums, words, inputs, mask, flip, pairs, side, BITS, WINDOW, CODE, TABLE, PARTS, NATIVE
+            )
+        words = then
+    held = scales, peaks, table, bias
+    _leave(acc, sums, down, held, out, partial, unit, first, t, M, N, BITS, WINDOW, CODE, LENGTH, PARTS, SPLIT, BIAS)
     if SPLIT:
         if is_last(counters):
             _finish(

@@ -1,10 +1,9 @@
 """The fastest block sizes for this GPU: `python -m quant.kernels.tune [--minutes 20] [--bits 4 2] [--trellis 2]`.
 
-For each shape, number of tokens and bits the candidates that should fit into registers and shared memory are compiled
-(in several processes), checked, and timed as in `measure.py`; then the best blocks once more with K split differently.
-The fastest is written to a JSON file named after GPU, torch and Triton in the user's cache folder, after each shape;
-files of the same form in `kernels/tuned/` ship with the package. Nothing is tuned unless this is run: a product without
-an entry gets `launch.choose`'s configuration at once.
+For each shape, number of tokens and bits some blocks and splits of K are compiled (in several processes), checked, and
+timed as in `measure.py`. The fastest is written to a JSON file named after GPU, kernels, torch and Triton in the user's
+cache folder, after each shape; files of the same form in `kernels/tuned/` ship with the package. Nothing is tuned
+unless this is run: a product without an entry gets the default configuration at once.
 
 Entries are found by nearby sizes: rows and columns by the nearest power of two, tokens by the next of `BUCKETS`.
 """
@@ -29,10 +28,10 @@ import torch
 from quant.kernels.launch import Config, choose_skinny, even_splits
 from quant.kernels.order import TILE
 
-BUCKETS = (1, 8, 16, 32, 64, 128, 256)
+BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256)
 SHIPPED = Path(__file__).parent / "tuned"
-BLOCKS = tuple((bn, warps) for bn in (16, 32, 64, 128) for warps in (1, 2, 4, 8) if 16 <= bn // warps <= 64)
-REGISTERS = 224  # per thread, as `fits` counts them: between what spilled and what did not (sm_90, Triton 3.6 and 3.9)
+REVISION = 2
+"""Of the kernels: entries for others do not fit."""
 
 
 @cache
@@ -76,42 +75,19 @@ def cache_folder() -> Path:
 def file_name(device: str) -> str:
     import triton
 
-    parts = (device, f"torch-{torch.__version__.split('+')[0]}", f"triton-{triton.__version__.split('+')[0]}")
+    parts = (
+        f"{device}-r{REVISION}",
+        f"torch-{torch.__version__.split('+')[0]}",
+        f"triton-{triton.__version__.split('+')[0]}",
+    )
     return "_".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()) for part in parts) + ".json"
 
 
-def fits(config: Config, bits: int, shared: int) -> bool:
-    """Whether it should run without spilling: estimates of registers (a tile's words, three tensors of the output's
-    size, a chunk of operands) and of `shared` bytes (one buffer of a tile's `x` and words per stage beyond the first).
-    """
-    bm, bn, threads = config.bm, config.bn, 32 * config.warps
-    registers = (8 * bits * bn + 3 * bm * bn + 32 * bm + 16 * bn) / threads
-    buffers = (config.stages - 1) * (512 * bm + 32 * bits * bn) + 4 * bm * bn
-    return registers <= REGISTERS and buffers <= shared
-
-
-def candidates(
-    tokens: int, rows: int, columns: int, bits: int, processors: int, shared: int, kind: str = "bf16"
-) -> list[Config]:
-    """Blocks worth compiling. Those of `skinny.py`'s kernel, with several splits each, unless it is int8's."""
-    if kind != "int8":
-        sizes = (tokens, rows, columns, processors, bits)
-        made = [choose_skinny(*sizes, bn, warps) for bn in (32, 64) for warps in (4, 8, 12, 14, 16, 18, 20, 24)]
-        return list(dict.fromkeys(made))
-    bm = next((size for size in (16, 32, 64) if tokens <= size), 128)
-    blocks = (
-        Config(m, bn, warps, stages, 1)
-        for m in ((bm,) if bm <= 16 else (bm // 2, bm))
-        for bn, warps in BLOCKS
-        for stages in (1, 3)
-    )
-    return [spread(config, 8, tokens, rows, columns, processors) for config in blocks if fits(config, bits, shared)]
-
-
-def spread(config: Config, warps: int, tokens: int, rows: int, columns: int, processors: int) -> Config:
-    """With K split so that a multiprocessor has about so many warps."""
-    programs = -(-rows // config.bn) * -(-tokens // config.bm)
-    return replace(config, splits=even_splits(columns, min(32, processors * warps // (programs * config.warps))))
+def candidates(tokens: int, rows: int, columns: int, bits: int, processors: int) -> list[Config]:
+    """Blocks of `skinny.py`'s kernel worth compiling, with several splits each."""
+    sizes = (tokens, rows, columns, processors, bits)
+    made = [choose_skinny(*sizes, bn, warps) for bn in (32, 64) for warps in (4, 8, 12, 14, 16, 18, 20, 24)]
+    return list(dict.fromkeys(made))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--trellis", type=int, nargs="*", default=[2, 3, 4], help="bits of trellises")
     options.add_argument("--codebook", type=float, nargs="*", default=[2, 3], help="bits of codebooks, all included")
     options.add_argument("--code", choices=("inst", "mac", "sum", "hyb"), default="mac", help="of the trellises")
-    options.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 8, 32, 64, 128], help=f"of {BUCKETS}")
+    options.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 4, 8, 32, 64, 128], help=f"of {BUCKETS}")
     options.add_argument("--kind", choices=("bf16", "fp16"), default="bf16")
     options.add_argument("--out", type=Path, default=cache_folder(), help="folder of the JSON file")
     args = options.parse_args(arguments)
@@ -207,8 +183,7 @@ def fastest(
         measured([default, *codebook_launch.candidates(*sizes, length, count)])
     else:
         default = launch.choose(*sizes, count, bits, kind, launch.processor(x.device)[1])
-        measured([default, *candidates(*sizes, bits, count, properties.shared_memory_per_block_optin, kind)])
-
+        measured([default, *candidates(*sizes, bits, count)])
     chosen = min(times, key=times.__getitem__)
     return chosen, times[chosen], times[default]
 

@@ -1,8 +1,9 @@
 """The Triton kernel that multiplies by uniform weights in kernel order (`order.py`).
 
-It computes `out[M, N] = x[M, K] @ W[N, K]^T` for any M; block sizes decide whether it is a skinny product
-that reads every weight byte once (BM 8 to 64, one warp, K split over programs) or a tensor core GEMM (BM from 64, four
-or eight warps). What the codes are multiplied as is told in `codes.py`; what every code carries beyond itself (128 in
+It computes `out[M, N] = x[M, K] @ W[N, K]^T` for any M, wherever `skinny.py`'s kernel does not: for inputs of 8 bits,
+groups of fewer than 32 columns and rows whose number is no multiple of 8. Block sizes decide whether it reads every
+weight byte once (BM 8 to 64, one warp, K split over programs) or is a tensor core GEMM (BM from 64, four or eight
+warps). What the codes are multiplied as is told in `codes.py`; what every code carries beyond itself (128 in
 bfloat16) and the unit of float16's subnormal numbers, `2^-24`, come off in float32 at the end of a group.
 
 Zero points come off once per group: `sum (c - z) x = sum c x - z sum x`, and the tensor core that idles computes

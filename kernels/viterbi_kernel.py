@@ -115,7 +115,7 @@ def small_kernel(
     cost = tl.where((held < 0) | (number >> BITS == held), cost, float("inf"))
     # not argmin of a reshape: Triton 3.6 lets it reorder the costs, but not their numbers
     least = tl.min(tl.min(cost, 0), 0)
-    state = tl.min(tl.min(tl.where(cost == least, number, STATES), 0), 0)
+    state = tl.min(tl.min(tl.where(cost == least, number, STATES - 1), 0), 0)  # of costs that are NaN the last one
     tl.debug_barrier()  # what other threads know of `came`
     _trace(state, came, states + row * length, length, GROUPS, BITS)
 

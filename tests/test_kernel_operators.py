@@ -14,7 +14,7 @@ from torch.library import opcheck
 from torch.nn.functional import linear
 
 import quant
-from quant.kernels import available, dispatch, launch
+from quant.kernels import available, counters, dispatch, launch
 from quant.kernels.dispatch import KernelError, explain, matmul
 from quant.kernels.hadamard import hadamard, random_signs
 from quant.kernels.layouts import PackedUniform
@@ -243,17 +243,17 @@ def interpreted_int8_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_counters_of_graphs_are_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "POOL", 256)
-    monkeypatch.setattr(launch, "_pools", {})
+    monkeypatch.setattr(counters, "POOL", 256)
+    monkeypatch.setattr(counters, "_pools", {})
     device = torch.device("cpu")
-    assert launch.taken(5, device).tolist() == [0] * 5  # none in stock
-    launch.stock(device)
-    parts = [launch.taken(count, device) for count in (5, 33, 64)]
+    assert counters.taken(5, device).tolist() == [0] * 5  # none in stock
+    counters.stock(device)
+    parts = [counters.taken(count, device) for count in (5, 33, 64)]
     assert [part.data_ptr() - parts[0].data_ptr() for part in parts] == [0, 128, 384]
     for part in parts:
         part += 1  # as a launch that is under way
-    launch.stock(device)  # 96 of 256 are left
-    more = [launch.taken(count, device) for count in (200, 100)]
+    counters.stock(device)  # 96 of 256 are left
+    more = [counters.taken(count, device) for count in (200, 100)]
     assert not any(bool(part.any()) for part in more)
     assert more[1].untyped_storage().data_ptr() != more[0].untyped_storage().data_ptr()  # there were but 32 left
     assert len(more[1]) == 100

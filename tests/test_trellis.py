@@ -200,11 +200,17 @@ def test_no_path_with_the_same_seam_is_better() -> None:
     assert bool((loss(better) <= loss(found) + 1e-6).all())
 
 
-@pytest.mark.parametrize(("bits", "window", "limit"), [(2, 12, 0.076), (2, 16, 0.071), (3, 16, 0.020), (4, 16, 0.0052)])
-def test_error_on_gaussian_input(bits: int, window: int, limit: float) -> None:
+@pytest.mark.parametrize(
+    ("code", "bits", "window", "limit"),
+    [
+        ("inst", 2, 12, 0.076), ("mac", 2, 12, 0.0735), ("mac", 2, 16, 0.071), ("mac", 3, 16, 0.020),
+        ("mac", 4, 16, 0.0052),
+    ],
+)  # fmt: skip
+def test_error_on_gaussian_input(code: str, bits: int, window: int, limit: float) -> None:
     """Independent unit Gaussians in sequences of 256. No code gets below `4^-bits`; scalar 2 bits have 0.1175."""
     x = torch.randn((48 if window == 12 else 24, 256), generator=torch.Generator().manual_seed(0))
-    table = values("inst", window)[None]
+    table = values(code, window)[None]
     table = table / deviation(table) * 1.03
     found = read(table, viterbi.search(x, torch.ones_like(x), table, bits))
     assert 4.0**-bits < float((x - found).square().mean()) < limit
