@@ -111,7 +111,7 @@ def test_only_whole_sequences_are_cut_out() -> None:
 def test_configurations() -> None:
     assert trellis_launch.choose(1, 8192, 8192, 132) == Config(4, 256, 1, 1, 32)
     assert trellis_launch.choose(1, 28672, 8192, 132) == Config(4, 256, 1, 1, 14)
-    assert trellis_launch.choose(1, 256, 28672, 1).splits == 2  # integers stay below 2^31
+    assert trellis_launch.choose(1, 256, 28672, 1, warps=1).splits == 2  # integers stay below 2^31
     assert trellis_launch.choose(16, 64, 32, 132).splits == 1  # one chunk cannot be split
     assert trellis_launch.choose(17, 28672, 8192, 132, "inst").bm == 16
     for columns in (100, 256, 1000, 8192, 28672):
