@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant.kernels.uniform import is_last, power, stored
+from quant.kernels.uniform import inverse, is_last, power, stored
 
 PAIRS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
 """How the compiler wants operands: two registers of a lane side by side before Triton 3.8 (`kWidth = 4` where they are
@@ -241,7 +241,7 @@ def codebook_kernel(
             acc, places, columns, after + tile * fine * (64 * SECOND), second + (number << SECOND) * WIDTH, up, start,
             stop, few, live, SECOND, LENGTH, WIDTH, BM, False, FEW, SCALED, NATIVE,
         )  # fmt: skip
-    down = ((254 << 23) - up.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # 1 / up
+    down = inverse(up)
     last = not SPLIT
     if SPLIT:
         at = partial + (tl.program_id(2) * tl.num_programs(0) + tile) * (tl.num_programs(1) * LENGTH * BM * 16)

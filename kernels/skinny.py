@@ -26,7 +26,7 @@ import triton.language as tl
 
 from quant.kernels.skinny_words import codes_of, exponent, high_codes_of, step_words
 from quant.kernels.uniform import collected, is_last, stored
-from quant.kernels.warp import halved, load_inputs, load_words, numbers, product
+from quant.kernels.warp import halved, load_inputs, load_words, nothing, numbers, product
 
 
 @triton.jit
@@ -132,15 +132,6 @@ def _flush(
     return fresh
 
 
-@triton.jit
-def _nothing(COUNT: tl.constexpr):
-    made = ()
-    for _ in tl.static_range(COUNT):
-        zero = tl.zeros((32,), tl.float32)
-        made = made + ((zero, zero, zero, zero),)
-    return made
-
-
 @triton.jit(do_not_specialize=("M", "count", "each", "mask"))  # or 1 and multiples of 16 would be compiled once more
 def skinny_kernel(
     x, weight, scales, zeros, bias, residual, out, partial, counters,
@@ -175,7 +166,7 @@ def skinny_kernel(
     acc = ()
     for _ in tl.static_range(2 * TILES * PARTS * EACH):
         acc = acc + (tl.zeros((32,), tl.float32),)
-    dots, sums = _nothing(TILES * PARTS), _nothing(PARTS)
+    dots, sums = nothing(TILES * PARTS, False), nothing(PARTS, False)
     words = step_words(weight, begin, N, row, t, BITS, 2 * TILES, NATIVE)
     for step in range(begin, end):
         then = step_words(weight, tl.minimum(step + 1, count - 1), N, row, t, BITS, 2 * TILES, NATIVE)
@@ -193,7 +184,7 @@ def skinny_kernel(
                 acc = _flush(
                     acc, dots, sums, (scales, zeros), group, N, row, ZERO, BASE, UNIT, TILES, PARTS, EACH, NATIVE
                 )
-                dots, sums = _nothing(TILES * PARTS), _nothing(PARTS)
+                dots, sums = nothing(TILES * PARTS, False), nothing(PARTS, False)
         words = then
     token = tl.program_id(2) * BM + (t if BM == 4 else t * 2)
     _leave(acc, bias, residual, out, partial, row, inside, token, M, N, TILES, PARTS, EACH, SPLIT, BIAS, RESIDUAL)
@@ -234,5 +225,5 @@ def _finish(
     tokens = tl.program_id(2) * BM + tl.arange(0, BM)
     inside, live = rows < N, tokens < M
     at = tokens[None, :].to(tl.int64) * N + rows[:, None]
-    total = collected(partial, at, inside[:, None] & live[None, :], M, N)
+    total = collected(partial, at, inside[:, None] & live[None, :], M, N, 4)
     stored(total, x, bias, residual, out, rows, tokens, inside, live, N, False, BIAS, RESIDUAL)

@@ -68,9 +68,8 @@ def high_codes_of(words, mask, FIRST: tl.constexpr, CHUNK: tl.constexpr, PLACE: 
 
 
 @triton.jit
-def _row_words(at, half, N, BITS: tl.constexpr, ROW: tl.constexpr, NATIVE: tl.constexpr):
-    """The words of one step for row ROW of a lane; `at`: where the first plane of the lane's first row begins, with
-    pieces of `16 N` words (8 N of one bit); `half`: of a tile, from 4 bits on."""
+def _row_words(at, N, BITS: tl.constexpr, ROW: tl.constexpr, NATIVE: tl.constexpr):
+    """The words of one step for row ROW of a lane; `at`: where of its first row the planes of 4, 2 and 1 bits begin."""
     words = ()
     if BITS >= 4:
         words = words + load_words(at[0] + ROW * 16, 4, False, NATIVE)
@@ -101,5 +100,5 @@ def step_words(weight, step, N, row, lane, BITS: tl.constexpr, ROWS: tl.constexp
     one = weight + start + (TWOS * N + row * 8 + lane * 2 + (half if BITS >= 4 else 0))
     words = ()
     for i in tl.static_range(ROWS):
-        words = words + _row_words((first, two, one), half, N, BITS, i, NATIVE)
+        words = words + _row_words((first, two, one), N, BITS, i, NATIVE)
     return words

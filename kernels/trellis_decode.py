@@ -94,16 +94,15 @@ def row_at(index: int, code: str, bits: int, window: int) -> int:
     """In which order rows are decoded: partners one after the other, since they share a register."""
     if code not in ("mac", "sum"):
         return index
-    order = list[int]()
+    order, apart = list[int](), (32 - window) // bits if (32 - window) % bits == 0 else 16
     for row in range(16):
-        apart = (32 - window) // bits if (32 - window) % bits == 0 else 16
         if row not in order:
             order += [row, row + apart] if row + apart < 16 else [row]
     return order[index]
 
 
 @triton.jit
-def _bits(streams, FROM: tl.constexpr, BITS: tl.constexpr):
+def _bits(streams, FROM: tl.constexpr):
     """32 bits of a stream from bit FROM on."""
     WHOLE: tl.constexpr = FROM // 32 * 2
     low = streams[WHOLE]
@@ -118,9 +117,9 @@ def integer_state(streams, J: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.const
     """Row J's state. Two that are partners take three instructions, and others two each."""
     PARTNER: tl.constexpr = _partner(J, BITS, WINDOW)
     if PARTNER > 0:
-        return _bits(streams, J * BITS, BITS) & ((1 << WINDOW) - 1)
+        return _bits(streams, J * BITS) & ((1 << WINDOW) - 1)
     elif PARTNER < 0:
-        return _bits(streams, (J + PARTNER) * BITS, BITS) >> (32 - WINDOW)
+        return _bits(streams, (J + PARTNER) * BITS) >> (32 - WINDOW)
     else:
         return state_of(streams[J * BITS // 16], J * BITS % 16, WINDOW, NATIVE)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant.kernels.uniform import power
+from quant.kernels.uniform import inverse, power
 from quant.kernels.warp import load_inputs, numbers, shuffled
 
 LEVELS = tl.constexpr(32512.0)
@@ -77,12 +77,6 @@ def _largest(place, begin, end, K, lanes, STEP: tl.constexpr, KIND: tl.constexpr
 
 
 @triton.jit
-def _inverse(up):
-    """Of a power of two."""
-    return ((254 << 23) - up.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def tokens_of(
     x, first, M, K, stride, begin, end, lanes,
     INTEGER: tl.constexpr, ONE: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr,
@@ -106,6 +100,6 @@ def tokens_of(
             if KIND == "bf16":
                 up = power(_largest(place, begin, end, K, lanes, 32 if ONE else 4, KIND, NATIVE))
             scale = scale + (up,)
-            inverse = _inverse(up)
-            down = down + ((shuffled(inverse, t * 8, NATIVE), shuffled(inverse, t * 8 + 4, NATIVE)),)
+            back = inverse(up)
+            down = down + ((shuffled(back, t * 8, NATIVE), shuffled(back, t * 8 + 4, NATIVE)),)
     return places, scale, down

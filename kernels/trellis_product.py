@@ -46,8 +46,8 @@ from quant.kernels.trellis_decode import (
     streams_of,
 )
 from quant.kernels.trellis_inputs import operand_x, tokens_of
-from quant.kernels.uniform import is_last, stored
-from quant.kernels.warp import load_inputs, load_words, product
+from quant.kernels.uniform import collected, is_last, stored
+from quant.kernels.warp import load_inputs, load_words, nothing, product
 
 
 @triton.jit
@@ -135,15 +135,6 @@ def _side(
 
 
 @triton.jit
-def _nothing(COUNT: tl.constexpr, INTEGER: tl.constexpr):
-    made = ()
-    for _ in tl.static_range(COUNT):
-        zero = tl.zeros((32,), tl.int32 if INTEGER else tl.float32)
-        made = made + ((zero, zero, zero, zero),)
-    return made
-
-
-@triton.jit
 def _finish(
     x, scales, peaks, table, bias, out, partial, M, N,
     BM: tl.constexpr, TAKEN: tl.constexpr, AHEAD: tl.constexpr, LENGTH: tl.constexpr, BIAS: tl.constexpr,
@@ -153,19 +144,12 @@ def _finish(
     rows = tl.program_id(0) * 256 + tl.arange(0, 256)
     inside = rows < N
     scale = row_scales(scales, peaks, table, rows, inside, LENGTH)
-    splits = tl.num_programs(1)
     token = tl.program_id(2) * BM
     for start in range(token, tl.minimum(token + BM, M), TAKEN):
         tokens = start + tl.arange(0, TAKEN)
         live = tokens < M
         at = tokens[None, :].to(tl.int64) * N + rows[:, None]
-        here = inside[:, None] & live[None, :]
-        total = tl.zeros((256, TAKEN), tl.float32)
-        for first in range(0, splits, AHEAD):
-            for part in tl.static_range(AHEAD):
-                mine = here & (tl.full((256, TAKEN), first + part, tl.int32) < splits)
-                place = partial + tl.cast(first + part, tl.int64) * M * N + at
-                total += tl.load(place, mask=mine, other=0.0, cache_modifier=".cg")
+        total = collected(partial, at, inside[:, None] & live[None, :], M, N, AHEAD)
         stored(total * scale[:, None], x, bias, out, out, rows, tokens, inside, live, N, False, BIAS, False)
 
 
@@ -241,7 +225,7 @@ def trellis_kernel(
     places, scale, down = tokens_of(x, first, M, K, stride, begin, end, lanes, INTEGER, ONE, EACH, PARTS, KIND, NATIVE)
     low = (g % 2).to(tl.uint32)
     add, right = 128 - 128 * low, 8 - 8 * low
-    acc, sums = _nothing(16 * PARTS, INTEGER), _nothing(PARTS, True)
+    acc, sums = nothing(16 * PARTS, INTEGER), nothing(PARTS, True)
     for chunk in range(begin, end):
         then = _chunk_words(weight, tl.minimum(chunk + 1, count - 1), size, held, after, t, BITS, NATIVE)
         for side in tl.static_range(2):

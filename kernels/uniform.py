@@ -58,6 +58,12 @@ def power(largest):
 
 
 @triton.jit
+def inverse(up):
+    """Of a power of two."""
+    return ((254 << 23) - up.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def leave(acc, partial, at, here, M, N):
     """Puts this program's part where the last one finds it."""
     tl.store(partial + tl.program_id(1).to(tl.int64) * M * N + at, acc, mask=here)
@@ -76,12 +82,12 @@ def is_last(counters):
 
 
 @triton.jit
-def collected(partial, at, here, M, N):
-    """The sum of all parts, in their order. Four are on their way at a time."""
+def collected(partial, at, here, M, N, AHEAD: tl.constexpr):
+    """The sum of all parts, in their order. AHEAD of them are on their way at a time."""
     acc = tl.zeros(at.shape, tl.float32)
     splits = tl.num_programs(1)
-    for first in range(0, splits, 4):
-        for part in tl.static_range(4):
+    for first in range(0, splits, AHEAD):
+        for part in tl.static_range(AHEAD):
             mine = partial + tl.cast(first + part, tl.int64) * M * N + at
             acc += tl.load(
                 mine,
@@ -98,7 +104,7 @@ def gathered(acc, partial, counters, at, here, M, N):
     leave(acc, partial, at, here, M, N)
     last = is_last(counters)
     if last:
-        acc = collected(partial, at, here, M, N)
+        acc = collected(partial, at, here, M, N, 4)
     return acc, last
 
 

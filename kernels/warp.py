@@ -24,32 +24,31 @@ import triton.language as tl
 
 
 @triton.jit
+def _read(at, COUNT: tl.constexpr, HOW: tl.constexpr):
+    """COUNT words uint32 (1, 2 or 4) from each lane's pointer; HOW: qualifiers of the instruction."""
+    if COUNT == 4:
+        return tl.inline_asm_elementwise(
+            "ld.global" + HOW + ".v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at.to(tl.int64)],
+            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
+        )  # fmt: skip
+    elif COUNT == 2:
+        return tl.inline_asm_elementwise(
+            "ld.global" + HOW + ".v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at.to(tl.int64)],
+            dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        word = tl.inline_asm_elementwise(
+            "ld.global" + HOW + ".b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.uint32, is_pure=True, pack=1
+        )
+        return (word,)
+
+
+@triton.jit
 def load_words(at, COUNT: tl.constexpr, TWICE: tl.constexpr, NATIVE: tl.constexpr):
     """COUNT words uint32 (1, 2 or 4) from each lane's pointer `at` to int32, aligned to as many. TWICE: they are read
     once more soon; else they go past the first-level cache."""
     if NATIVE:
-        if COUNT == 4:
-            if TWICE:
-                return tl.inline_asm_elementwise(
-                    "ld.global.nc.L1::evict_first.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at.to(tl.int64)],
-                    dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
-                )  # fmt: skip
-            else:
-                return tl.inline_asm_elementwise(
-                    "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at.to(tl.int64)],
-                    dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
-                )  # fmt: skip
-        elif COUNT == 2:
-            return tl.inline_asm_elementwise(
-                "ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at.to(tl.int64)],
-                dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            word = tl.inline_asm_elementwise(
-                "ld.global.nc.L1::no_allocate.b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.uint32, is_pure=True,
-                pack=1,
-            )  # fmt: skip
-            return (word,)
+        return _read(at, COUNT, ".nc.L1::evict_first" if TWICE else ".nc.L1::no_allocate")
     else:
         words = ()
         for i in tl.static_range(COUNT):
@@ -62,31 +61,21 @@ def load_inputs(at, here, COUNT: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.co
     """COUNT words (2 or 4) of two activations each from pointers `at` to 16-bit numbers, aligned to as many; zero where
     not `here`, which EVEN says is everywhere."""
     if NATIVE:
-        if COUNT == 4:
-            if EVEN:
-                return tl.inline_asm_elementwise(
-                    "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at.to(tl.int64)],
-                    dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
-                )  # fmt: skip
-            else:
-                return tl.inline_asm_elementwise(
-                    "{.reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
-                    "@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];}", "=&r,=&r,=&r,=&r,l,r",
-                    [at.to(tl.int64), here.to(tl.int32)],
-                    dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
-                )  # fmt: skip
+        if EVEN:
+            return _read(at, COUNT, "")
+        elif COUNT == 4:
+            return tl.inline_asm_elementwise(
+                "{.reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+                "@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];}", "=&r,=&r,=&r,=&r,l,r",
+                [at.to(tl.int64), here.to(tl.int32)],
+                dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
+            )  # fmt: skip
         else:
-            if EVEN:
-                return tl.inline_asm_elementwise(
-                    "ld.global.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at.to(tl.int64)],
-                    dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
-                )  # fmt: skip
-            else:
-                return tl.inline_asm_elementwise(
-                    "{.reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
-                    "@p ld.global.v2.b32 {$0, $1}, [$2];}", "=&r,=&r,l,r", [at.to(tl.int64), here.to(tl.int32)],
-                    dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
-                )  # fmt: skip
+            return tl.inline_asm_elementwise(
+                "{.reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
+                "@p ld.global.v2.b32 {$0, $1}, [$2];}", "=&r,=&r,l,r", [at.to(tl.int64), here.to(tl.int32)],
+                dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
+            )  # fmt: skip
     else:
         words = ()
         for i in tl.static_range(COUNT):
@@ -201,16 +190,10 @@ def product(
     """`c` (four accumulators) and a product of `KIND`: "fp16" or "bf16" with float32 accumulators; "int8": bytes
     without a sign times bytes with one, int32."""
     if NATIVE:
-        if KIND == "bf16":
+        if KIND != "int8":
+            TYPE: tl.constexpr = "bf16.bf16" if KIND == "bf16" else "f16.f16"
             return tl.inline_asm_elementwise(
-                "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
-                "{$10, $11, $12, $13};", "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-                [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
-                dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
-            )  # fmt: skip
-        elif KIND == "fp16":
-            return tl.inline_asm_elementwise(
-                "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+                "mma.sync.aligned.m16n8k16.row.col.f32." + TYPE + ".f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
                 "{$10, $11, $12, $13};", "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
                 [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
                 dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
@@ -224,3 +207,13 @@ def product(
             )  # fmt: skip
     else:
         return _multiplied(a0, a1, a2, a3, b0, b1, c, KIND)
+
+
+@triton.jit
+def nothing(COUNT: tl.constexpr, INTEGER: tl.constexpr):
+    """COUNT times four accumulators at zero, int32 or float32."""
+    made = ()
+    for _ in tl.static_range(COUNT):
+        zero = tl.zeros((32,), tl.int32 if INTEGER else tl.float32)
+        made = made + ((zero, zero, zero, zero),)
+    return made
