@@ -1,8 +1,10 @@
 """The Viterbi search of `viterbi.py`, compiled for the CPU by numba.
 
-Two loops per weight over arrays that stay in the first-level cache (20 KB at L = 12): the least of the `2^K` ways into
-each group of states, and the costs from there. The compiler turns both into vector instructions. No fast-math: the sums
-are those of `viterbi.reference`, to the last bit.
+Two loops per step over arrays that stay in the first-level cache (20 KB at L = 12): the least of the `2^K` ways into
+each group of states, and the costs from there. The compiler turns both into vector instructions. From 16 ways on it
+would read costs that lie far apart, so the `2^K` states of a group are kept one row under another, and their values
+too; then only the least costs, a `2^K`-th of all, are turned between the loops. No fast-math: the sums are those of
+`viterbi.reference`, to the last bit.
 """
 
 from __future__ import annotations
@@ -14,18 +16,25 @@ from numba import njit  # pyright: ignore[reportMissingTypeStubs]
 
 SETTINGS: Any = {"nogil": True, "cache": True, "error_model": "numpy"}
 FAR = np.float32(1e30)
+APART = 4  # bits from which the states of a group are rows
 
 
 def searcher(bits: int) -> Any:
     """`run(x [n, T V], weight [n, T V], seam int32 [n], states int32 [n, T], values [V, 2^L])` fills `states`."""
-    arrive = _ARRIVE[bits - 1]
+    arrive, apart = _ARRIVE[bits - 1], bits >= APART
 
     @njit(**SETTINGS)
     def run(x: Any, weight: Any, seam: Any, states: Any, values: Any) -> None:
         vector, count = values.shape
-        groups, length = count >> bits, x.shape[1] // vector
-        cost, least = np.empty(count, np.float32), np.empty(groups, np.float32)
-        came = np.empty((length, groups), np.uint8)
+        groups, ways, length = count >> bits, 1 << bits, x.shape[1] // vector
+        # a state's cost is that of what leads to it, `source[a, c]`, and its own, at `[a, b, c]`
+        shape = (ways, groups // max(1, groups >> bits), max(1, groups >> bits)) if apart else (1, ways, groups)
+        known = np.empty((vector, count), np.float32)
+        for v in range(vector):
+            known[v] = values[v].reshape(groups, ways).T.copy().reshape(count) if apart else values[v]
+        first, second = known[0].reshape(shape), known[vector - 1].reshape(shape)
+        cost, least, came = np.empty(count, np.float32), np.empty(groups, np.float32), np.empty((length, groups), np.uint8)
+        source = np.empty((ways, shape[2]), np.float32) if apart else least.reshape((1, groups))
         for i in range(len(x)):
             least[:] = np.float32(0) if seam[i] < 0 else FAR
             if seam[i] >= 0:
@@ -33,10 +42,15 @@ def searcher(bits: int) -> Any:
             for t in range(length):
                 if t:
                     arrive(cost, least, came[t])
-                _leave(cost, least, values[0], x[i, t * vector], weight[i, t * vector])
-                for v in range(1, vector):
-                    _add(cost, values[v], x[i, t * vector + v], weight[i, t * vector + v])
+                if apart:
+                    for a in range(ways):
+                        for c in range(shape[2]):
+                            source[a, c] = least[(c * ways + a) & (groups - 1)]
+                begin, end = t * vector, (t + 1) * vector
+                _leave(cost.reshape(shape), source, first, second, x[i, begin:end], weight[i, begin:end])
             begin, end = (0, count) if seam[i] < 0 else (seam[i] << bits, (seam[i] + 1) << bits)
+            if apart:
+                cost = cost.reshape(ways, groups).T.copy().reshape(count)
             state = begin + np.argmin(cost[begin:end])
             for t in range(length - 1, 0, -1):
                 states[i, t] = state
@@ -48,23 +62,43 @@ def searcher(bits: int) -> Any:
 
 
 @njit(**SETTINGS)
-def _leave(cost: Any, least: Any, values: Any, x: Any, weight: Any) -> None:
-    groups = len(least)
-    for way in range(len(cost) // groups):  # a range with a step of `groups` would not be turned into vectors
-        first = way * groups
-        for u in range(groups):
-            off = x - values[first + u]
-            cost[first + u] = least[u] + weight * (off * off)
-
-
-@njit(**SETTINGS)
-def _add(cost: Any, values: Any, x: Any, weight: Any) -> None:
-    for state in range(len(cost)):
-        off = x - values[state]
-        cost[state] += weight * (off * off)
+def _leave(cost: Any, source: Any, first: Any, second: Any, x: Any, weight: Any) -> None:
+    parts, times, each = cost.shape
+    x0, x1, w0, w1 = x[0], x[-1], weight[0], weight[-1]
+    for a in range(parts):
+        if each == 1 and len(x) == 2:  # so few states that a row has one source
+            for b in range(times):
+                off, more = x0 - first[a, b, 0], x1 - second[a, b, 0]
+                cost[a, b, 0] = source[a, 0] + w0 * (off * off) + w1 * (more * more)
+        elif len(x) == 1:
+            for b in range(times):  # a range with a step of `each` would not be turned into vectors
+                for c in range(each):
+                    off = x0 - first[a, b, c]
+                    cost[a, b, c] = source[a, c] + w0 * (off * off)
+        else:
+            for b in range(times):
+                for c in range(each):
+                    off, more = x0 - first[a, b, c], x1 - second[a, b, c]
+                    cost[a, b, c] = source[a, c] + w0 * (off * off) + w1 * (more * more)
 
 
 def _arrival(ways: int) -> Any:
+    if ways >= 1 << APART:
+
+        @njit(**SETTINGS)
+        def arrive(cost: Any, least: Any, came: Any) -> None:
+            groups = len(least)
+            rows = cost.reshape(ways, groups)
+            least[:], came[:] = rows[0], np.uint8(0)
+            for k in range(1, ways):
+                for u in range(groups):
+                    best, way, other = least[u], came[u], rows[k, u]
+                    nearer = other < best
+                    least[u] = other if nearer else best
+                    came[u] = np.uint8(k) if nearer else way
+
+        return arrive
+
     @njit(**SETTINGS)
     def arrive(cost: Any, least: Any, came: Any) -> None:
         for u in range(len(least)):
