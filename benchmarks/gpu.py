@@ -126,7 +126,7 @@ def made(rows: int, columns: int, spec: measure.Spec | None) -> Weight:
     found = measure.weights(rows, columns, spec, 1)[0]
     if isinstance(found, ArrangedTrellis):
         found.scales.zero_()
-        found.peaks.fill_(columns**-0.5 / trellis.deviation(trellis.values(found.spec.code, found.spec.window)))
+        found.peaks.fill_(columns**-0.5 / trellis.deviation(trellis.state_values(found.spec, found.table)))
         return found
     assert isinstance(found, Arranged)
     found.scales.mul_(columns**-0.5 / 2**found.spec.bits)

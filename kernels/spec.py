@@ -83,16 +83,16 @@ class Trellis(Spec):
 
     Sequences run along the outputs, `length` rows each, and end where they began (tail-biting), so a column of
     `length` weights takes `length * bits` bits and every weight can be decoded alone. `bits`: 1-4. `window`: 8-16 bits,
-    more is better and slower to find: the Viterbi search visits `2^window` states per weight. `code`: how a window
-    becomes a value, see `kernels/trellis.py`; of `hyb` it becomes two, and the stream advances by twice as many bits.
-    `length`: a multiple of 32. `table_bits`: of `hyb`, whose table has `2^table_bits` pairs. Each row has a scale of 8
-    bits.
+    more is better and slower to find: the Viterbi search visits `2^window` states per value. `code`: how a window
+    becomes a value, see `kernels/trellis.py`; of `hyb`, and of `mac` at 1 and 2 bits, it becomes two, and the stream
+    advances by twice as many bits. `length`: a multiple of 32. `table_bits`: of `hyb`, whose table has `2^table_bits`
+    pairs. Each row has a scale of 8 bits.
     """
 
     layout: ClassVar[str] = "trellis"
 
     bits: int = 2
-    window: int = 12
+    window: int = 13
     code: Literal["inst", "mac", "sum", "hyb"] = "mac"
     length: int = 256
     table_bits: int = 9
@@ -114,7 +114,7 @@ class Trellis(Spec):
     @property
     def vector(self) -> int:
         """Values of a state."""
-        return 2 if self.code == "hyb" else 1
+        return 2 if self.code == "hyb" or (self.code == "mac" and self.bits <= 2) else 1
 
     @property
     def step(self) -> int:

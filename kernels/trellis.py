@@ -14,21 +14,25 @@ shorter; it is padded to whole bytes and at least one window):
                    beginning
     weight[o, i] = scale[o] * value(state[t, i]),  t = o's place in its sequence
 
-A state of `hyb` has V = 2 values, for two rows, and the stream advances by 2K bits from state to state.
+A state of `hyb`, and one of `mac` where K is 1 or 2, has V = 2 values, for two rows, and the stream advances by 2K bits
+from state to state.
 
 Values of a state, all in 32-bit integer arithmetic, so that a kernel needs no table (QTIP, arXiv 2406.11235, section 3;
 `sum` is the variant of ik_llama.cpp and EXL3 that fits int8 products):
 
     inst   y = 89226354 state + 64248484, y = (y & 0x8fff8fff) ^ 0x3b603b60, value = its two float16 halves added
-    mac    y = 2687280969 state + 1714943582, value = sum of its bytes - 510
+    mac    y = 437406744 state + 2580090504, value = sum of its bytes - 510; of two, the second is the sum of bytes 0
+           and 2 less that of bytes 1 and 3 (the lowest is 0)
     sum    y = 89226354 state + 64248484, value = sum of the low 6 bits of its bytes - 126
     hyb    y = state^2 + state, values = row (y >> (15 - table_bits)) mod 2^table_bits of the table; bit 15 of y flips
            the sign of the first. The table begins as k-means of Gaussian pairs and can be trained.
 
 The values look like independent Gaussian draws; their deviation goes into the scales. At 2 bits and L = 12 their mean
-squared error on Gaussian input is 0.0732, 0.0720, 0.078, 0.077; a scalar grid cannot get below 0.1175, and no code
-below 0.0625. The numbers of `mac` are the best that `benchmarks/codes.py` found among some thousand random ones; QTIP's
-have 0.0744. It is the default: the least error at 2, 3 and 4 bits, and the fewest instructions (`trellis_product.py`).
+squared error on Gaussian input is 0.0732 (`inst`), 0.0745, 0.078, 0.077, and that of `mac` 0.0735 at L = 13, 0.0724 at
+L = 14; a scalar grid cannot get below 0.1175, and no code below 0.0625. `mac` is the default: it takes the fewest
+instructions by far (`trellis_product.py`). Two values of a state are four bytes in two ways whose signs make them
+uncorrelated, and cost 2 to 3 % in error against a state each. The numbers of `mac` are the best that
+`benchmarks/codes.py` found; the first is a multiple of 8, which saves a kernel shifts.
 """
 
 from __future__ import annotations
@@ -50,25 +54,30 @@ from quant.kernels.scales import scale_values
 from quant.kernels.spec import Spec, Trellis
 
 
+MAC = (437406744, 2580090504)
+
+
 @cache
-def values(code: str, window: int) -> Tensor:
-    """The value of every state, float32 `[2^window]`; each is exact in float16."""
+def values(code: str, window: int, vector: int = 1) -> Tensor:
+    """The values of every state of a code without a table, float32 `[vector, 2^window]`; each is exact in float16."""
     state = torch.arange(1 << window, dtype=torch.int64)
     if code == "mac":
-        return _byte_sum((2687280969 * state + 1714943582) & 0xFFFFFFFF, 0xFF) - 510
+        word = (MAC[0] * state + MAC[1]) & 0xFFFFFFFF
+        even, odd = _bytes(word, (0, 16), 0xFF), _bytes(word, (8, 24), 0xFF)
+        return torch.stack((even + odd - 510, even - odd)[:vector])
     word = (89226354 * state + 64248484) & 0xFFFFFFFF
     if code == "sum":
-        return _byte_sum(word, 0x3F) - 126
+        return _bytes(word, (0, 8, 16, 24), 0x3F)[None] - 126
     word = (word & 0x8FFF8FFF) ^ 0x3B603B60
     halves = torch.stack((word >> 16, word & 0xFFFF))
     signed = torch.where(halves >= 1 << 15, halves - (1 << 16), halves).to(torch.int16)
-    return signed.view(torch.float16).float().sum(0).half().float()
+    return signed.view(torch.float16).float().sum(0, keepdim=True).half().float()
 
 
 def state_values(spec: Trellis, table: Tensor | None) -> Tensor:
     """The values of every state, float32 `[vector, 2^window]`; `table`: of `hyb`, else None. Differentiable in it."""
     if table is None:
-        return values(spec.code, spec.window)[None]
+        return values(spec.code, spec.window, spec.vector)
     state = torch.arange(1 << spec.window, dtype=torch.int64, device=table.device)
     word = state * state + state
     first, second = table.float()[word >> 15 - spec.table_bits & (1 << spec.table_bits) - 1].T
@@ -172,6 +181,6 @@ class PackedTrellis(Packed):
             raise LayoutError("table: every value must be finite")
 
 
-def _byte_sum(word: Tensor, mask: int) -> Tensor:
-    parts = ((word >> shift) & mask for shift in (0, 8, 16, 24))
+def _bytes(word: Tensor, places: tuple[int, ...], mask: int) -> Tensor:
+    parts = ((word >> place) & mask for place in places)
     return sum(parts, start=torch.zeros_like(word)).float()

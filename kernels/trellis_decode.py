@@ -10,7 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant.kernels.warp import load_words
+from quant.kernels import trellis
+from quant.kernels.warp import byte_sum, load_words
+
+MAC = tl.constexpr(trellis.MAC)
 
 FLIP = tl.constexpr(0x7E99C4A0)  # times `inst`'s first mask is its second, 0x3b603b60, modulo 2^32
 
@@ -58,12 +61,14 @@ def streams_of(words, FIRST: tl.constexpr, COLUMN: tl.constexpr, SIDE: tl.conste
 
 
 @triton.jit
-def scattered(state, CODE: tl.constexpr):
-    """The four bytes whose sum is the integer of `mac` and `sum`."""
-    if CODE == "mac":
-        return state * 2687280969 + 1714943582
-    else:
+def _scattered(state, SHIFT: tl.constexpr, CODE: tl.constexpr):
+    """The integer whose bytes make the values of `mac` (`twin`, where it has two) and `sum`; `state` is shifted left by
+    SHIFT, which the multiplier of `mac`, a multiple of 8, leaves room for."""
+    if CODE == "sum":
         return (state * 89226354 + 64248484) & 0x3F3F3F3F
+    else:
+        TIMES: tl.constexpr = MAC[0] >> SHIFT
+        return state * TIMES + MAC[1]
 
 
 @triton.jit
@@ -80,24 +85,41 @@ def state_of(stream, SHIFT: tl.constexpr, WINDOW: tl.constexpr, NATIVE: tl.const
 
 
 @triton.constexpr_function
-def _partner(row: int, bits: int, window: int) -> int:
-    """How many rows on (or back, below 0) is the row whose state ends the 32 bits that this row's begins (or begins
-    those that it ends); 0 where a unit has none."""
-    apart = (32 - window) // bits if (32 - window) % bits == 0 else 16
-    if row // apart % 2:
-        return -apart
-    return apart if row + apart < 16 else 0
+def room_of(code: str) -> int:
+    """By how many bits a state may be shifted left before it is multiplied."""
+    return 3 if code in ("mac", "twin") else 0
 
 
 @triton.constexpr_function
-def row_at(index: int, code: str, bits: int, window: int) -> int:
-    """In which order rows are decoded: partners one after the other, since they share a register."""
-    if code not in ("mac", "sum"):
+def vector_of(code: str) -> int:
+    """Values of a state."""
+    return 2 if code in ("twin", "hyb") else 1
+
+
+@triton.constexpr_function
+def _partner(number: int, code: str, bits: int, window: int) -> int:
+    """How many states on (or back, below 0) is the one that ends the 32 bits that this one begins (or begins those that
+    it ends); 0 where a unit has none. A state may be `room_of` bits from where they begin."""
+    step = bits * vector_of(code)
+    rest = (32 - window) % step
+    apart, first = (32 - window - rest) // step, -(-rest // step)
+    if rest > room_of(code) or number < first:
+        return 0
+    if (number - first) // apart % 2:
+        return -apart
+    return apart if number + apart < 16 // vector_of(code) else 0
+
+
+@triton.constexpr_function
+def state_at(index: int, code: str, bits: int, window: int) -> int:
+    """In which order the states of a unit are decoded: partners one after the other, since they share a register."""
+    if code not in ("mac", "sum", "twin"):
         return index
-    order, apart = list[int](), (32 - window) // bits if (32 - window) % bits == 0 else 16
-    for row in range(16):
-        if row not in order:
-            order += [row, row + apart] if row + apart < 16 else [row]
+    order = list[int]()
+    for number in range(16 // vector_of(code)):
+        if number not in order:
+            apart = _partner(number, code, bits, window)
+            order += [number, number + apart] if apart > 0 else [number]
     return order[index]
 
 
@@ -113,47 +135,52 @@ def _bits(streams, FROM: tl.constexpr):
 
 
 @triton.jit
-def integer_state(streams, J: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.constexpr, NATIVE: tl.constexpr):
-    """Row J's state. Two that are partners take three instructions, and others two each."""
-    PARTNER: tl.constexpr = _partner(J, BITS, WINDOW)
+def integer_word(
+    streams, J: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr
+):
+    """State J of a unit as the integer whose bytes are multiplied. Two states that are partners take three shifts and
+    masks, one that begins up to `room_of` bits after a whole byte one or two, and any other two."""
+    STEP: tl.constexpr = BITS * vector_of(CODE)
+    MASK: tl.constexpr = (1 << WINDOW) - 1
+    REST: tl.constexpr = (32 - WINDOW) % STEP
+    PARTNER: tl.constexpr = _partner(J, CODE, BITS, WINDOW)
+    SHIFT: tl.constexpr = J * STEP % 16
     if PARTNER > 0:
-        return _bits(streams, J * BITS) & ((1 << WINDOW) - 1)
+        return _scattered(_bits(streams, J * STEP - REST) & (MASK << REST), REST, CODE)
     elif PARTNER < 0:
-        return _bits(streams, (J + PARTNER) * BITS) >> (32 - WINDOW)
+        return _scattered(_bits(streams, (J + PARTNER) * STEP - REST) >> (32 - WINDOW), 0, CODE)
+    elif SHIFT % 8 <= room_of(CODE):
+        word = streams[J * STEP // 16] >> (SHIFT // 8 * 8)
+        return _scattered(word & (MASK << SHIFT % 8), SHIFT % 8, CODE)
     else:
-        return state_of(streams[J * BITS // 16], J * BITS % 16, WINDOW, NATIVE)
+        return _scattered(state_of(streams[J * STEP // 16], SHIFT, WINDOW, NATIVE), 0, CODE)
 
 
 @triton.jit
 def _word(
-    stream, mask, flip, pairs,
-    SHIFT: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, NATIVE: tl.constexpr,
+    streams, mask, flip, pairs, J: tl.constexpr,
+    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """What a code makes of the state at bit SHIFT of its register: the two halves of `inst`, the two values of `hyb`
-    (`pairs`: its table, 2^TABLE words), else the integer."""
-    state = state_of(stream, SHIFT, WINDOW, NATIVE)
-    if CODE == "inst":
-        return ((state * 89226354 + 64248484) & mask) ^ flip
-    elif CODE == "hyb":
-        word = state * state + state
-        place = (word >> (15 - TABLE)) & ((1 << TABLE) - 1)
-        if NATIVE:  # a plain load would be given a buffer in shared memory ahead of time, as if it came from far
-            pair = tl.inline_asm_elementwise(
-                "{.reg .u64 at; mad.wide.u32 at, $1, 4, $2; ld.global.nc.b32 $0, [at];}", "=r,r,l",
-                [place, pairs.to(tl.int64)], dtype=tl.uint32, is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            pair = tl.load(pairs + place.to(tl.int32)).to(tl.uint32, bitcast=True)
-        return pair ^ (word & 0x8000)
+    """What a code makes of state J of a unit: the two halves of `inst`, the two values of `hyb` (`pairs`: its table,
+    2^TABLE words), else the integer."""
+    if CODE == "mac" or CODE == "twin" or CODE == "sum":
+        return integer_word(streams, J, BITS, WINDOW, CODE, NATIVE)
     else:
-        word = scattered(state, CODE)
-        if NATIVE:
-            return tl.inline_asm_elementwise(
-                "dp4a.u32.u32 $0, $1, $2, $3;", "=r,r,r,r", [word, 0x01010101, 0], dtype=tl.uint32, is_pure=True, pack=1
-            )
+        BIT: tl.constexpr = J * BITS * vector_of(CODE)
+        state = state_of(streams[BIT // 16], BIT % 16, WINDOW, NATIVE)
+        if CODE == "inst":
+            return ((state * 89226354 + 64248484) & mask) ^ flip
         else:
-            pairs = (word & 0x00FF00FF) + (word >> 8 & 0x00FF00FF)
-            return (pairs & 0xFFFF) + (pairs >> 16)
+            word = state * state + state
+            place = (word >> (15 - TABLE)) & ((1 << TABLE) - 1)
+            if NATIVE:  # a plain load would be given a buffer in shared memory ahead of time, as if it came from far
+                pair = tl.inline_asm_elementwise(
+                    "{.reg .u64 at; mad.wide.u32 at, $1, 4, $2; ld.global.nc.b32 $0, [at];}", "=r,r,l",
+                    [place, pairs.to(tl.int64)], dtype=tl.uint32, is_pure=True, pack=1,
+                )  # fmt: skip
+            else:
+                pair = tl.load(pairs + place.to(tl.int32)).to(tl.uint32, bitcast=True)
+            return pair ^ (word & 0x8000)
 
 
 @triton.jit
@@ -161,12 +188,12 @@ def row_words(
     before, streams, mask, flip, pairs, J: tl.constexpr,
     BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Row J's words; `before`: those of the row before it, which hold this one's in their other half if two share a
-    state."""
-    if CODE == "hyb" and J % 2 == 1:
-        return before >> 16
+    """Row J's words; `before`: those of the row before it, which are this one's too if two share a state, those of
+    `hyb` in their other half."""
+    if J % vector_of(CODE) == 1:
+        return before >> 16 if CODE == "hyb" else before
     else:
-        return _word(streams[J * BITS // 16], mask, flip, pairs, J * BITS % 16, WINDOW, CODE, TABLE, NATIVE)
+        return _word(streams, mask, flip, pairs, J // vector_of(CODE), BITS, WINDOW, CODE, TABLE, NATIVE)
 
 
 @triton.jit
@@ -184,16 +211,18 @@ def neighbours(units, whole, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def _number(word, CODE: tl.constexpr):
-    """The value of one of `row_words`, float32."""
+def _number(word, ODD: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
+    """The value of one of `row_words`, float32; ODD: of a row with an odd number."""
     if CODE == "hyb":
         return word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     elif CODE == "inst":
         low = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         high = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         return (low + high).to(tl.float16).to(tl.float32)
+    elif CODE == "twin" and ODD:
+        return byte_sum(word, 0xFF01FF01, 0, False, NATIVE).to(tl.float32)
     else:
-        return word.to(tl.float32) - (510.0 if CODE == "mac" else 126.0)
+        return byte_sum(word, 0x01010101, 0, False, NATIVE).to(tl.float32) - (126.0 if CODE == "sum" else 510.0)
 
 
 @triton.jit(do_not_specialize=("first", "stop", "total", "whole", "mask", "count"))
@@ -237,7 +266,7 @@ def decode_kernel(
             words = fresh
             low = tl.join(tl.join(words[0], words[4]), tl.join(words[2], words[6]))
             high = tl.join(tl.join(words[1], words[5]), tl.join(words[3], words[7]))
-            value = _number(tl.reshape(tl.join(low, high), (32, 8)), CODE) * known[j][:, None]
+            value = _number(tl.reshape(tl.join(low, high), (32, 8)), j % 2 == 1, CODE, NATIVE) * known[j][:, None]
             row = unit * 16 + j
             places = out + (row - first).to(tl.int64)[:, None] * K + column
             here = ((row >= first) & (row < stop))[:, None] & (column < K)

@@ -12,7 +12,13 @@ from quant.kernels.uniform import inverse, power
 from quant.kernels.warp import load_inputs, numbers, shuffled
 
 LEVELS = tl.constexpr(32512.0)
-"""The largest `x` of `mac` and `sum`, so that both of its bytes have a sign: `127 * 256`."""
+"""The largest `x` of an integer code, so that both of its bytes have a sign: `127 * 256`."""
+
+
+@triton.constexpr_function
+def is_integer(code: str) -> bool:
+    """Whether the tensor core multiplies bytes."""
+    return code in ("mac", "twin", "sum")
 
 
 @triton.jit
@@ -29,26 +35,27 @@ def _joined(low, high):
 
 
 @triton.jit
-def _byte(number, times, add, right, NATIVE: tl.constexpr):
-    """One of the two bytes of a float32 as an integer, four times: `number times` to the nearest, plus `add`, shifted
-    `right`."""
+def _byte(number, times, add, right, where, NATIVE: tl.constexpr):
+    """One of the two bytes of a float32 as an integer, `number times` to the nearest, plus `add`, shifted `right`: four
+    times, or of `twin` in two of four places. `where`: an operand of `prmt`, which says in which."""
     shifted = tl.math.fma(number, times, 12582912.0).to(tl.uint32, bitcast=True) + add >> right
     if NATIVE:
         return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $1, 0;", "=r,r", [shifted], dtype=tl.uint32, is_pure=True, pack=1
+            "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [shifted, where], dtype=tl.uint32, is_pure=True, pack=1
         )
     else:
-        return (shifted & 255) * 0x01010101
+        everywhere = (shifted & 255) * 0x01010101
+        return tl.where(where == 0, everywhere, everywhere & tl.where(where == 0x4040, 0x00FF00FF, 0xFF00FF00))
 
 
 @triton.jit
-def operand_x(some, scale, add, right, KIND: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
+def operand_x(some, scale, add, right, where, KIND: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
     """Four columns of `x` (two words) as the right operands of a side: four words, of `hyb` two."""
     x0, x1 = numbers(some[0], KIND)
     x2, x3 = numbers(some[1], KIND)
-    if CODE == "mac" or CODE == "sum":
-        first = _byte(x0, scale, add, right, NATIVE), _byte(x1, scale, add, right, NATIVE)
-        return first + (_byte(x2, scale, add, right, NATIVE), _byte(x3, scale, add, right, NATIVE))
+    if is_integer(CODE):
+        first = _byte(x0, scale, add, right, where, NATIVE), _byte(x1, scale, add, right, where, NATIVE)
+        return first + (_byte(x2, scale, add, right, where, NATIVE), _byte(x3, scale, add, right, where, NATIVE))
     elif CODE == "hyb":
         return _joined(x0 * scale, x1 * scale), _joined(x2 * scale, x3 * scale)
     else:
@@ -69,7 +76,7 @@ def _largest(place, begin, end, K, lanes, STEP: tl.constexpr, KIND: tl.constexpr
             either = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
             largest = tl.maximum(largest, either, propagate_nan=tl.PropagateNan.ALL)
     other = 1
-    for _ in tl.static_range(5 if STEP == 32 else 3 if STEP == 8 else 2):
+    for _ in tl.static_range(5 if STEP == 32 else 4 if STEP == 16 else 3 if STEP == 8 else 2):
         partner = shuffled(largest, lanes ^ other, NATIVE)
         largest = tl.maximum(largest, partner, propagate_nan=tl.PropagateNan.ALL)
         other *= 2
@@ -82,16 +89,16 @@ def tokens_of(
     INTEGER: tl.constexpr, ONE: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Of each part, EACH tokens from `first` on: where a lane's token has its first eight columns, by what `x` is
-    multiplied, and what undoes it for the tokens of a lane's results."""
+    """Of each part, EACH (2, 4 or 8) tokens from `first` on: where a lane's token has its first eight columns, by what
+    `x` is multiplied, and what undoes it for the tokens of a lane's results."""
     g, t = lanes // 4, lanes % 4
     places, scale, down = (), (), ()
     for part in tl.static_range(PARTS):
-        token = first + part * EACH + (g // 2 if INTEGER else g)
+        token = first + part * EACH + g // (8 // EACH)
         place = x + tl.minimum(token, M - 1).to(tl.int64) * stride + t * 8
         places = places + (place,)
         if INTEGER:
-            largest = _largest(place, begin, end, K, lanes, 32 if ONE else 8, KIND, NATIVE)
+            largest = _largest(place, begin, end, K, lanes, 32 if ONE else 32 // EACH, KIND, NATIVE)
             most = tl.maximum(largest, 2.0**-108)  # or the quotient were infinite
             scale = scale + (tl.where(largest > 0, LEVELS / most, 0.0),)
             down = down + (shuffled(largest * (1 / LEVELS), t * 8, NATIVE),)

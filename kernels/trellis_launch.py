@@ -40,19 +40,22 @@ MASK = 0x8FFF8FFF - (1 << 32)
 
 
 INTEGER = ("mac", "sum")
-"""Codes that are multiplied as integers, with two columns of a product to a token."""
+"""Codes that are multiplied as integers, with two or four columns of a product to a token."""
 
 MOST = 16384
 """Columns of which a program of such a code may sum 32 bits: `1020 * 127 * MOST < 2^31`."""
 
 
 def choose(
-    tokens: int, rows: int, columns: int, processors: int, code: str = "mac", warps: int = 0, most: int = 0
+    tokens: int, rows: int, columns: int, processors: int, code: str = "twin", warps: int = 0, most: int = 0
 ) -> Config:
     """The configuration without a tuned one: a warp and 256 rows per program, K split until every multiprocessor has
     about so many `warps`, into `most` parts; 0: what was fastest on an H200 (`README.md`). Multiples of four go best: a
-    multiprocessor has four schedulers."""
-    bm = (4 if tokens <= 4 else 8) if code in INTEGER else 8 if tokens <= 8 or code == "hyb" else 16
+    multiprocessor has four schedulers. `code`: as `compiled_code` names it."""
+    if code == "twin":
+        bm = next(size for size in (2, 4, 8) if tokens <= size or size == 8)
+    else:
+        bm = (4 if tokens <= 4 else 8) if code in INTEGER else 8 if tokens <= 8 or code == "hyb" else 16
     passes = -(-tokens // bm)
     programs = -(-rows // (16 * UNIT)) * passes
     most = most or ((64 if programs < 8 else 32) if tokens == 1 else max(1, 16 // passes))
@@ -60,7 +63,12 @@ def choose(
     return Config(bm, 16 * UNIT, 1, 1, even_splits(columns, max(wanted, -(-columns // MOST)), CHUNK))
 
 
-def candidates(tokens: int, rows: int, columns: int, processors: int, code: str = "mac") -> list[Config]:
+def compiled_code(code: str, bits: int) -> str:
+    """What the kernels call a code: `mac` is `twin` where a state has two values."""
+    return "twin" if code == "mac" and bits <= 2 else code
+
+
+def candidates(tokens: int, rows: int, columns: int, processors: int, code: str = "twin") -> list[Config]:
     """Configurations worth timing: how K is split."""
     made = [choose(tokens, rows, columns, processors, code, warps, 64) for warps in (4, 6, 8, 10, 12, 16, 20, 24)]
     return list(dict.fromkeys(made))
@@ -154,7 +162,7 @@ def launch(
         return
     x = aligned(x)
     config = config or tuned(x.device, tokens, rows, columns, bits, f"{code}-{KINDS[x.dtype]}", CHUNK)
-    config = config or choose(tokens, rows, columns, processor(x.device)[0], code)
+    config = config or choose(tokens, rows, columns, processor(x.device)[0], compiled_code(code, bits))
     grid = (-(-rows // (16 * UNIT)), config.splits, -(-tokens // config.bm))
     partial, counters = out, out
     if config.splits > 1:
@@ -179,7 +187,7 @@ def run(x: Tensor, arranged: ArrangedTrellis, config: Config, out: Tensor) -> No
 
 def constants(bits: int, window: int, code: str, table_bits: int, length: int, device: torch.device) -> dict[str, Any]:
     """What the kernels are compiled for beside their blocks."""
-    known = {"BITS": bits, "WINDOW": window, "CODE": code, "TABLE": table_bits, "LENGTH": length}
+    known = {"BITS": bits, "WINDOW": window, "CODE": compiled_code(code, bits), "TABLE": table_bits, "LENGTH": length}
     return {**known, "NATIVE": device.type == "cuda"}
 
 

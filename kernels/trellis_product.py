@@ -5,19 +5,26 @@ weights once per BM tokens. What a thread holds is written down (`warp.py`): lan
 and of a side of a chunk the four columns `8 t + 4 side + i`. So one row of every unit is an operand of a tensor core as
 it is: 16 products, one per row of a unit, and no value ever changes its thread.
 
-A state is two shifts away from its register, and a value one or two instructions from its state (SASS, sm_90):
+A value is one or two instructions from its state (SASS, sm_90):
 
     inst   one multiply-add, one mask, and there lie two float16: the halves of one weight, side by side like two
            columns. They stay apart, each is multiplied by the same `x`, and the tensor core adds them, in float32. So
            the sum is not rounded to float16 as the table's is: up to `2^-11 |value|` apart, which tolerances include.
     mac    one multiply-add: a weight is the sum of the four bytes of a word, so each is multiplied by the same `x`, as
            an integer. `x` is rounded to 16 bits, a token at a time, to a scale of each part of K (an error of 2^-16 of
-           the largest; a bfloat16 number's own is 2^-9 of itself), and its two bytes go to two columns of the product
+           the largest; a bfloat16 number's own is 2^-9 of itself), and its two bytes go to two columns of the product.
+           Where a state has two values (`twin`, the kernels' name for it), the sum of its bytes 0 and 2 and that of its
+           bytes 1 and 3 are columns of their own: `x` stands in two places of four. Their sum and their difference are
+           the rows' values, so one multiply-add and half of a tensor core's instruction make two weights
     sum    the same with a mask first
     hyb    one multiply-add, two for the place in the table, one lookup of 4 bytes, in a table of 2 KB that stays in the
            first-level cache, and one for the sign, for two weights: two rows' values lie side by side
 
-What integers carry beside the value, 510 or 126, comes off as an integer, with a product with ones; the scale of a row
+Between a register and a state stand a shift and a mask, but states share their registers, and the multiplier of `mac` is
+a multiple of 8, so that a state may lie up to 3 bits from where its register begins (`integer_word`): of 2 bits and two
+values, 12 of them for 16 weights.
+
+What integers carry beside the value, 510 or 126, comes off as an integer, with the sum of all `x`; the scale of a row
 comes on at the end. A left shift may be written as a multiplication: shifts and masks share one half of a
 multiprocessor's units, and integer products go to the other. The first mask of `inst` is an argument and the second a
 product with it; an instruction holds one constant, and the assembler would load the other again and again.
@@ -36,18 +43,18 @@ import triton.language as tl
 
 from quant.kernels.trellis_decode import (
     FLIP,
-    integer_state,
+    integer_word,
     neighbours,
     pieces,
-    row_at,
     row_scales,
     row_words,
-    scattered,
+    state_at,
     streams_of,
+    vector_of,
 )
-from quant.kernels.trellis_inputs import operand_x, tokens_of
+from quant.kernels.trellis_inputs import is_integer, operand_x, tokens_of
 from quant.kernels.uniform import collected, is_last, stored
-from quant.kernels.warp import load_inputs, load_words, nothing, product
+from quant.kernels.warp import byte_sum, load_inputs, load_words, nothing, product, shuffled
 
 
 @triton.jit
@@ -61,18 +68,6 @@ def _chunk_words(weight, chunk, size, units, after, lane, BITS: tl.constexpr, NA
             first = start + after[half] * 16 + lane * 4
             words = words + load_words(first + (side * size if BITS > 1 else 0), 4, True, NATIVE)
     return words
-
-
-@triton.jit
-def _value(
-    before, streams, mask, flip, pairs, J: tl.constexpr,
-    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """Row J of one column of a unit as the tensor core takes it: `row_words`, or the bytes of an integer code."""
-    if CODE == "mac" or CODE == "sum":
-        return scattered(integer_state(streams, J, BITS, WINDOW, NATIVE), CODE)
-    else:
-        return row_words(before, streams, mask, flip, pairs, J, BITS, WINDOW, CODE, TABLE, NATIVE)
 
 
 @triton.jit
@@ -94,9 +89,21 @@ def _multiplied(made, inputs, acc, CODE: tl.constexpr, NATIVE: tl.constexpr):
         a2, a3 = _paired(made[2], made[3], NATIVE), _paired(made[6], made[7], NATIVE)
         return product(a0, a1, a2, a3, inputs[0], inputs[1], acc, "fp16", NATIVE)
     else:
-        KIND: tl.constexpr = "fp16" if CODE == "inst" else "int8"
+        KIND: tl.constexpr = "int8" if is_integer(CODE) else "fp16"
         acc = product(made[0], made[4], made[1], made[5], inputs[0], inputs[1], acc, KIND, NATIVE)
         return product(made[2], made[6], made[3], made[7], inputs[2], inputs[3], acc, KIND, NATIVE)
+
+
+@triton.constexpr_function
+def tokens_at_once(code: str) -> int:
+    """Tokens that share a product, whose eight columns are the two bytes of `x`, and of `twin` two sums."""
+    return 2 if code == "twin" else 4 if is_integer(code) else 8
+
+
+@triton.constexpr_function
+def products_of(code: str) -> int:
+    """Products of a unit with four columns: one for each state, of `hyb` for each row."""
+    return 8 if code == "twin" else 16
 
 
 @triton.jit
@@ -105,7 +112,7 @@ def _side(
     BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, PARTS: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """The products of all 16 rows of the units with one side of a chunk."""
+    """The products of all rows of the units with one side of a chunk."""
     WORDS: tl.constexpr = 8 if BITS <= 2 else 12
     made = ()
     streams = ()
@@ -114,22 +121,23 @@ def _side(
             streams = streams + (streams_of(words, (2 * SIDE + half) * WORDS, i, SIDE, BITS),)
             made = made + (mask,)
     fresh = ()
-    for j in tl.static_range(16):
+    for j in tl.static_range(products_of(CODE)):
         row = ()
         for i in tl.static_range(8):
-            value = _value(
-                made[i], streams[i], mask, flip, pairs, row_at(j, CODE, BITS, WINDOW), BITS, WINDOW, CODE, TABLE, NATIVE
-            )
-            row = row + (value,)
+            if is_integer(CODE):
+                row = row + (integer_word(streams[i], state_at(j, CODE, BITS, WINDOW), BITS, WINDOW, CODE, NATIVE),)
+            else:
+                row = row + (row_words(made[i], streams[i], mask, flip, pairs, j, BITS, WINDOW, CODE, TABLE, NATIVE),)
         made = row
         for part in tl.static_range(PARTS):
             fresh = fresh + (_multiplied(made, inputs[part], acc[j * PARTS + part], CODE, NATIVE),)
-    if CODE == "mac" or CODE == "sum":
-        one = (mask & 0) | 0x01010101
-        ones = (one, one, one, one, one, one, one, one)
+    if is_integer(CODE):
         added = ()
         for part in tl.static_range(PARTS):
-            added = added + (_multiplied(ones, inputs[part], sums[part], CODE, NATIVE),)
+            total = sums[part]
+            for i in tl.static_range(4):
+                total = byte_sum(inputs[part][i], 0x01010101, total, True, NATIVE)
+            added = added + (total,)
         sums = added
     return fresh, sums
 
@@ -154,19 +162,35 @@ def _finish(
 
 
 @triton.jit
+def _carried(sums, t, CODE: tl.constexpr, PARTS: tl.constexpr, NATIVE: tl.constexpr):
+    """What the two columns of a lane's results carry beside the values: `sums`, each lane's own of the bytes of `x` in
+    its column, are of one column where lanes have the same `g`."""
+    BASE: tl.constexpr = (126 if CODE == "sum" else 510) // 2  # of two bytes: `x` stands in four, of `twin` in two
+    made = ()
+    for part in tl.static_range(PARTS):
+        total = sums[part]
+        for step in tl.static_range(2):
+            total += shuffled(total, tl.arange(0, 32) ^ (step + 1), NATIVE)
+        total = total // 2 * BASE
+        made = made + ((shuffled(total, t * 8, NATIVE), shuffled(total, t * 8 + 4, NATIVE)),)
+    return made
+
+
+@triton.jit
 def _leave(
     acc, sums, down, held, out, partial, unit, first, t, M, N,
     BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, LENGTH: tl.constexpr, PARTS: tl.constexpr,
-    SPLIT: tl.constexpr, BIAS: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Stores what a lane has: as this program's part, or, scaled, as the output."""
-    INTEGER: tl.constexpr = CODE == "mac" or CODE == "sum"
-    EACH: tl.constexpr = 4 if INTEGER else 8
-    BASE: tl.constexpr = (510 if CODE == "mac" else 126) // 2  # of two ones: each is four bytes
+    INTEGER: tl.constexpr = is_integer(CODE)
+    EACH: tl.constexpr = tokens_at_once(CODE)
     scales, peaks, table, bias = held
-    for j in tl.static_range(16):
+    for j in tl.static_range(products_of(CODE)):
         for half in tl.static_range(2):
-            row = (unit + 8 * half) * 16 + row_at(j, CODE, BITS, WINDOW)
+            row = (unit + 8 * half) * 16 + state_at(j, CODE, BITS, WINDOW) * (16 // products_of(CODE))
+            if CODE == "twin":
+                row = row + t % 2
             inside = row < N
             if not SPLIT:
                 row_scale = row_scales(scales, peaks, table, row, inside, LENGTH)
@@ -175,13 +199,16 @@ def _leave(
             for part in tl.static_range(PARTS):
                 for i in tl.static_range(1 if INTEGER else 2):
                     mine = acc[j * PARTS + part]
+                    token = first + part * EACH + (t // 2 if CODE == "twin" else t if INTEGER else t * 2 + i)
                     if INTEGER:
-                        token = first + part * EACH + t
-                        upper = (mine[2 * half] - sums[part][2 * half] // 2 * BASE).to(tl.float32) * 256.0
-                        lower = (mine[2 * half + 1] - sums[part][2 * half + 1] // 2 * BASE).to(tl.float32)
-                        value = (upper + lower) * down[part]
+                        upper = (mine[2 * half] - sums[part][0]).to(tl.float32) * 256.0
+                        lower = (mine[2 * half + 1] - sums[part][1]).to(tl.float32)
+                        value = upper + lower
+                        if CODE == "twin":  # a lane has one sum and its neighbour the other
+                            other = shuffled(value, tl.arange(0, 32) ^ 1, NATIVE)
+                            value = other + tl.where(t % 2 == 0, value, -value)
+                        value *= down[part]
                     else:
-                        token = first + part * EACH + t * 2 + i
                         value = mine[2 * half + i] * down[part][i]
                     at = token.to(tl.int64) * N + row
                     here = inside & (token < M)
@@ -203,11 +230,11 @@ def trellis_kernel(
     BIAS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """`x` `[M, K]` with rows `stride` apart, `K` and `stride` multiples of 8; `count` chunks of K, `each` of them per
-    split; `total` units, `whole` of them of whole sequences. BM: 8 or 16 tokens, 4 or 8 of `mac` and `sum`. ONE: M is
-    1. NATIVE: not in the interpreter, which has no assembler."""
-    INTEGER: tl.constexpr = CODE == "mac" or CODE == "sum"
+    split; `total` units, `whole` of them of whole sequences. BM: 8 or 16 tokens, 4 or 8 of integer codes, 2 to 8 of
+    `twin`. ONE: M is 1. NATIVE: not in the interpreter, which has no assembler."""
+    INTEGER: tl.constexpr = is_integer(CODE)
     KIND: tl.constexpr = "bf16" if x.dtype.element_ty == tl.bfloat16 else "fp16"
-    EACH: tl.constexpr = 4 if INTEGER else 8
+    EACH: tl.constexpr = tokens_at_once(CODE)
     PARTS: tl.constexpr = BM // EACH
     lanes = tl.arange(0, 32)
     g, t = lanes // 4, lanes % 4
@@ -224,8 +251,12 @@ def trellis_kernel(
     first = tl.program_id(2) * BM
     places, scale, down = tokens_of(x, first, M, K, stride, begin, end, lanes, INTEGER, ONE, EACH, PARTS, KIND, NATIVE)
     low = (g % 2).to(tl.uint32)
-    add, right = 128 - 128 * low, 8 - 8 * low
-    acc, sums = nothing(16 * PARTS, INTEGER), nothing(PARTS, True)
+    add, right, where = 128 - 128 * low, 8 - 8 * low, 0 * low
+    if CODE == "twin":
+        where = tl.where(g // 2 % 2 == 0, 0x4040, 0x0404).to(tl.uint32)
+    acc, sums = nothing(products_of(CODE) * PARTS, INTEGER), ()
+    for _ in tl.static_range(PARTS):
+        sums = sums + (tl.zeros((32,), tl.int32),)
     for chunk in range(begin, end):
         then = _chunk_words(weight, tl.minimum(chunk + 1, count - 1), size, held, after, t, BITS, NATIVE)
         for side in tl.static_range(2):
@@ -233,13 +264,35 @@ def trellis_kernel(
             inputs = ()
             for part in tl.static_range(PARTS):
                 some = load_inputs(places[part] + k, k + t * 8 < K, 2, EVEN, NATIVE)
-                inputs = inputs + (operand_x(some, scale[part], add, right, KIND, CODE, NATIVE),)
+                inputs = inputs + (operand_x(some, scale[part], add, right, where, KIND, CODE, NATIVE),)
             acc, sums = _side(
                 acc, sums, words, inputs, mask, flip, pairs, side, BITS, WINDOW, CODE, TABLE, PARTS, NATIVE
             )
         words = then
     held = scales, peaks, table, bias
-    _leave(acc, sums, down, held, out, partial, unit, first, t, M, N, BITS, WINDOW, CODE, LENGTH, PARTS, SPLIT, BIAS)
+    if INTEGER:
+        sums = _carried(sums, t, CODE, PARTS, NATIVE)
+    _leave(
+        acc,
+        sums,
+        down,
+        held,
+        out,
+        partial,
+        unit,
+        first,
+        t,
+        M,
+        N,
+        BITS,
+        WINDOW,
+        CODE,
+        LENGTH,
+        PARTS,
+        SPLIT,
+        BIAS,
+        NATIVE,
+    )
     if SPLIT:
         if is_last(counters):
             _finish(

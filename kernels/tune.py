@@ -175,8 +175,9 @@ def fastest(
                 times[config] = measure.clock(call, len(packed), nbytes / 4e12)  # how many calls, no more
 
     if isinstance(spec, Trellis):
-        default = trellis_launch.choose(*sizes, count, spec.code)
-        measured([default, *trellis_launch.candidates(*sizes, count, spec.code)])
+        code = trellis_launch.compiled_code(spec.code, bits)
+        default = trellis_launch.choose(*sizes, count, code)
+        measured([default, *trellis_launch.candidates(*sizes, count, code)])
     elif isinstance(spec, Codebook):
         length = spec.chosen((rows, columns)).length
         default = codebook_launch.choose(*sizes, length, count)

@@ -87,14 +87,37 @@ def load_inputs(at, here, COUNT: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.co
 
 @triton.jit
 def shuffled(number, lane, NATIVE: tl.constexpr):
-    """The float32 of another lane."""
-    if NATIVE:
+    """The float32 or int32 of another lane."""
+    if not NATIVE:
+        return tl.gather(number, lane, 0)
+    elif number.dtype == tl.float32:
         return tl.inline_asm_elementwise(
             "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [number, lane], dtype=tl.float32, is_pure=True,
             pack=1,
         )  # fmt: skip
     else:
-        return tl.gather(number, lane, 0)
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [number, lane], dtype=tl.int32, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def byte_sum(word, TIMES: tl.constexpr, more, SIGNED: tl.constexpr, NATIVE: tl.constexpr):
+    """`more` and the sum of the bytes of a word, each times one of TIMES, which have signs; SIGNED: the word's have
+    one. int32."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "dp4a." + ("s32" if SIGNED else "u32") + ".s32 $0, $1, $2, $3;", "=r,r,r,r", [word, TIMES, more],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        total = tl.zeros_like(word).to(tl.int32) + more
+        for i in tl.static_range(4):
+            TIME: tl.constexpr = ((TIMES >> 8 * i & 255) ^ 128) - 128
+            byte = (word >> 8 * i & 255).to(tl.int32)
+            total += ((byte ^ 128) - 128 if SIGNED else byte) * TIME
+        return total
 
 
 @triton.jit

@@ -169,7 +169,7 @@ def test_specs_in_words() -> None:
     words = spec_words(Uniform(8, -1, symmetric=True, scale_dtype="bfloat16").to_dict())
     assert words == "8-bit, whole rows, symmetric, bfloat16 scales"
     assert spec_words({"layout": "cubic", "bits": 2}) == "cubic (bits 2)"
-    assert spec_words(Rotated().to_dict()) == "2-bit trellis, window 12, code mac, 256 rows, rotated"
+    assert spec_words(Rotated().to_dict()) == "2-bit trellis, window 13, code mac, 256 rows, rotated"
 
 
 # --- the command

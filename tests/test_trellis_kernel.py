@@ -80,7 +80,7 @@ def test_kernel_order_and_back(rows: int, columns: int, bits: int, window: int, 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_kernel_order_is_what_its_description_says(bits: int) -> None:
     """Every state of every row, from the words, for whole sequences and a ragged one."""
-    packed = weight(64 + 21, 35, Trellis(bits=bits, window=13, length=32))
+    packed = weight(64 + 21, 35, Trellis(bits=bits, window=13, length=32, code="inst"))
     held = arrange(packed)
     whole, total = units(85, 32)
     words = held.weight.view(chunks(35), bits, total, 4, 4).long() & 0xFFFFFFFF
@@ -109,8 +109,8 @@ def test_only_whole_sequences_are_cut_out() -> None:
 
 
 def test_configurations() -> None:
-    assert trellis_launch.choose(1, 8192, 8192, 132) == Config(4, 256, 1, 1, 32)
-    assert trellis_launch.choose(1, 28672, 8192, 132) == Config(4, 256, 1, 1, 14)
+    assert trellis_launch.choose(1, 8192, 8192, 132) == Config(2, 256, 1, 1, 32)
+    assert trellis_launch.choose(1, 28672, 8192, 132) == Config(2, 256, 1, 1, 14)
     assert trellis_launch.choose(1, 256, 28672, 1, warps=1).splits == 2  # integers stay below 2^31
     assert trellis_launch.choose(16, 64, 32, 132).splits == 1  # one chunk cannot be split
     assert trellis_launch.choose(17, 28672, 8192, 132, "inst").bm == 16
@@ -162,6 +162,9 @@ CASES = [
     (2, 45, 70, 32, 13, "hyb", torch.bfloat16, Config(8, 256, 1, 1, 3)),
     (5, 80, 33, 64, 8, "hyb", torch.float16, Config(8, 256, 1, 1, 1)),
     (1, 290, 70, 256, 12, "mac", torch.bfloat16, Config(4, 256, 1, 1, 2)),
+    (1, 45, 70, 32, 16, "mac", torch.float16, Config(2, 256, 1, 1, 3)),
+    (1, 290, 70, 256, 13, "mac", torch.bfloat16, Config(2, 256, 1, 1, 2)),
+    (5, 33, 70, 64, 14, "mac", torch.float16, Config(8, 256, 1, 1, 1)),
 ]
 
 
@@ -190,7 +193,7 @@ def interpreted_matmul(bits: int, case: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "code"),
-    [(1, "inst"), (2, "mac"), (3, "sum"), (4, "inst"), (3, "inst"), (1, "hyb"), (2, "hyb"), (3, "hyb"), (4, "hyb")],
+    [(1, "inst"), (3, "sum"), (4, "inst"), (3, "inst"), *((b, code) for b in (1, 2, 3, 4) for code in ("mac", "hyb"))],
 )
 def interpreted_dequantize(bits: int, code: Any) -> None:
     packed = weight(85, 33, Trellis(bits=bits, window=8 + 2 * bits, code=code, length=32))
@@ -305,7 +308,7 @@ def interpreted_a_product_is_one_graph() -> None:
 
 
 SHAPES = [
-    (2, "mac", 12, "bf16", 1), (3, "inst", 16, "bf16", 16), (4, "mac", 16, "fp16", 16), (1, "sum", 8, "fp16", 8),
+    (2, "mac", 13, "bf16", 1), (3, "inst", 16, "bf16", 16), (4, "mac", 16, "fp16", 16), (1, "sum", 8, "fp16", 8),
     (2, "hyb", 12, "fp16", 1), (3, "hyb", 16, "bf16", 16),
 ]  # fmt: skip
 # every GPU and every shape, not every pair: all 24 were compiled once, and a compilation takes three seconds
@@ -317,11 +320,13 @@ def compiled_for(capability: int, case: tuple[Any, ...]) -> None:
     made = compiled(capability, *case)
     assert made.fits(), (made.registers, made.spilled, made.shared)
     assert any(op.startswith("LDG") and "128" in op and "STRONG" not in op for op in made.ops), made.ops
-    # 16 rows and two sides, each with two products of four columns (of `hyb` one) a part, and one with ones for each
-    # side of integers: every product once, so no thread computes another's
-    _, code, _, _, tokens = case
-    parts = trellis_launch.choose(tokens, 8192, 8192, 132, code).bm // (4 if code in trellis_launch.INTEGER else 8)
-    each = 16 if code == "hyb" else 34 if code in trellis_launch.INTEGER else 32
+    # 16 rows and two sides, each with two products of four columns (of pairs of values one) a part: every product once,
+    # so no thread computes another's
+    bits, code, _, _, tokens = case
+    twin = trellis_launch.compiled_code(code, bits) == "twin"
+    parts = trellis_launch.choose(tokens, 8192, 8192, 132, "twin" if twin else code).bm
+    parts //= 2 if twin else 4 if code in trellis_launch.INTEGER else 8
+    each = 16 if twin or code == "hyb" else 32
     products = sum(count for op, count in made.ops.items() if op.startswith(("HMMA", "IMMA")))
     assert products in (2 * each * parts, 4 * each * parts)  # the latter where one takes half as many columns
     assert made.shared <= 4096  # scales of rows at the end, no operand
@@ -331,7 +336,7 @@ def compiled(capability: int, bits: int, code: str, window: int, kind: str, toke
     """The default configuration for a matrix of 8192 x 8192."""
     from quant.kernels.trellis_product import trellis_kernel
 
-    config = trellis_launch.choose(tokens, 8192, 8192, 132, code)
+    config = trellis_launch.choose(tokens, 8192, 8192, 132, trellis_launch.compiled_code(code, bits))
     types = dict.fromkeys(("x", "bias", "out"), f"*{kind}")
     types |= {"weight": "*i32", "scales": "*u8", "peaks": "*fp16", "table": "*fp32", "partial": "*fp32"}
     types |= {"counters": "*i32", "pairs": "*i32"}
