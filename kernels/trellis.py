@@ -27,12 +27,12 @@ Values of a state, all in 32-bit integer arithmetic, so that a kernel needs no t
     hyb    y = state^2 + state, values = row (y >> (15 - table_bits)) mod 2^table_bits of the table; bit 15 of y flips
            the sign of the first. The table begins as k-means of Gaussian pairs and can be trained.
 
-The values look like independent Gaussian draws; their deviation goes into the scales. At 2 bits and L = 12 their mean
-squared error on Gaussian input is 0.0732 (`inst`), 0.0745, 0.078, 0.077, and that of `mac` 0.0735 at L = 13, 0.0724 at
-L = 14; a scalar grid cannot get below 0.1175, and no code below 0.0625. `mac` is the default: it takes the fewest
-instructions by far (`trellis_product.py`). Two values of a state are four bytes in two ways whose signs make them
-uncorrelated, and cost 2 to 3 % in error against a state each. The numbers of `mac` are the best that
-`benchmarks/codes.py` found; the first is a multiple of 8, which saves a kernel shifts.
+The values look like independent Gaussian draws; their deviation goes into the scales. Mean squared error on Gaussian
+input at 2 bits and L = 12: 0.0732 (`inst`), 0.0745 (`mac`), 0.078 (`sum`), 0.077 (`hyb`); `mac` has 0.0735 at L = 13. A
+scalar grid cannot get below 0.1175, and no code below 0.0625. `mac` is the default: it takes the fewest instructions by
+far (`trellis_product.py`). Two values of a state are the same four bytes with signs that make them uncorrelated, and
+cost 3 % in error against a state for each. Its numbers are the best that `benchmarks/codes.py` found; the first is a
+multiple of 8, which saves a kernel shifts.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ from quant.kernels.scales import NO_SCALE as NO_SCALE
 from quant.kernels.scales import scale_codes as scale_codes
 from quant.kernels.scales import scale_values
 from quant.kernels.spec import Spec, Trellis
-
 
 MAC = (437406744, 2580090504)
 

@@ -145,11 +145,12 @@ def integer_word(
     REST: tl.constexpr = (32 - WINDOW) % STEP
     PARTNER: tl.constexpr = _partner(J, CODE, BITS, WINDOW)
     SHIFT: tl.constexpr = J * STEP % 16
+    ROOM: tl.constexpr = room_of(CODE)
     if PARTNER > 0:
         return _scattered(_bits(streams, J * STEP - REST) & (MASK << REST), REST, CODE)
     elif PARTNER < 0:
         return _scattered(_bits(streams, (J + PARTNER) * STEP - REST) >> (32 - WINDOW), 0, CODE)
-    elif SHIFT % 8 <= room_of(CODE):
+    elif SHIFT % 8 <= ROOM:
         word = streams[J * STEP // 16] >> (SHIFT // 8 * 8)
         return _scattered(word & (MASK << SHIFT % 8), SHIFT % 8, CODE)
     else:

@@ -20,9 +20,9 @@ A value is one or two instructions from its state (SASS, sm_90):
     hyb    one multiply-add, two for the place in the table, one lookup of 4 bytes, in a table of 2 KB that stays in the
            first-level cache, and one for the sign, for two weights: two rows' values lie side by side
 
-Between a register and a state stand a shift and a mask, but states share their registers, and the multiplier of `mac` is
-a multiple of 8, so that a state may lie up to 3 bits from where its register begins (`integer_word`): of 2 bits and two
-values, 12 of them for 16 weights.
+Between a register and a state stand a shift and a mask, but states share their registers, and the multiplier of `mac`
+is a multiple of 8, so that a state may lie up to 3 bits from where its register begins (`integer_word`): of 2 bits and
+two values, 12 of them for 16 weights.
 
 What integers carry beside the value, 510 or 126, comes off as an integer, with the sum of all `x`; the scale of a row
 comes on at the end. A left shift may be written as a multiplication: shifts and masks share one half of a
@@ -50,7 +50,6 @@ from quant.kernels.trellis_decode import (
     row_words,
     state_at,
     streams_of,
-    vector_of,
 )
 from quant.kernels.trellis_inputs import is_integer, operand_x, tokens_of
 from quant.kernels.uniform import collected, is_last, stored
