@@ -17,10 +17,9 @@ from torch import nn
 
 from quant.calibration import painting, trajectory
 from quant.calibration.samples import Batch, Samples, draw, moved, noise
-from quant.calibration.trajectory import cast
 from quant.errors import SettingsError
 from quant.machine import versions
-from quant.models.arguments import build
+from quant.models.arguments import build, cast
 from quant.models.diffusion import DiffusionSkeleton
 from quant.models.foldable import find as find_folds
 from quant.models.folding import Folded

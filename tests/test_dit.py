@@ -55,6 +55,18 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(one_step(plain, form), got, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel"])
+def test_narrow_dtypes(name: str, dtype: str, tmp_path: Path) -> None:
+    source = tiny_dit.folder(name, tmp_path / "float", "FlowMatchEulerDiscreteScheduler")
+    recipe = Recipe(spec=quant.Uniform(bits=8, group_size=16), calibration=SMALL, trajectory=WAY)
+    quant.quantize(str(source), tmp_path / "packed", recipe, settings=quant.Settings(dtype=dtype))
+    model = getattr(tiny_dit.library(), name).from_pretrained(source)
+    form = find_form(model)
+    expected, got = one_step(model, form), one_step(quant.load(tmp_path / "packed"), form)
+    assert float((got - expected).norm() / expected.norm()) < 0.05
+
+
 MODULATIONS = {
     "DiTTransformer2DModel": {"norm1.linear"},
     "SD3Transformer2DModel": {"norm1.linear", "norm1_context.linear"},

@@ -27,13 +27,11 @@ from quant.calibration.samples import Samples
 from quant.calibration.texts import resolve
 from quant.checkpoint.shards import sha256
 from quant.errors import CalibrationError, SettingsError
-from quant.models.arguments import build, own_size, packed_time
+from quant.models.arguments import build, cast, own_size, packed_time
 from quant.models.diffusion import DiffusionSkeleton, scheduler
 from quant.models.source import first_line
 from quant.models.stream import Forward
 from quant.recipe import Calibration, Recipe, Trajectory
-
-CAST = ("hidden_states", "encoder_hidden_states", "pooled_projections", "encoder_hidden_states_image")
 
 
 @dataclass
@@ -281,8 +279,3 @@ def _set(schedule: Any, steps: int) -> None:
 
 def _time(time: Tensor, given: Mapping[str, Any]) -> Tensor:
     return time.float() / 1000 if packed_time(given) else time
-
-
-def cast(given: Mapping[str, Any], dtype: torch.dtype) -> Batch:
-    """The arguments that have the model's dtype in it."""
-    return {key: value.to(dtype) if key in CAST else value for key, value in given.items()}
