@@ -26,6 +26,7 @@ from quant.checkpoint.shards import sizes
 from quant.checkpoint.writer import arrangement, promised_pieces, quantized_sites
 from quant.memory import peak_bytes
 from quant.models.stream import Forward, outside_blocks
+from quant.planning import weighed
 from quant.prepare import Prepared, skeleton_of
 from quant.recovery.block import task
 from quant.recovery.tuning import REHEARSED, BlockTuning
@@ -92,7 +93,9 @@ def estimate(prepared: Prepared) -> Estimate:
     verification = opening + (seen.load + seen.advance) * share
     if (calibration := prepared.recipe.calibration) is not None and prepared.source.is_diffusion:
         whole = follow if follow is not None else seen.advance * share
-        verification += passes(calibration, prepared.recipe.trajectory) * whole
+        verification += (
+            passes(calibration, prepared.recipe.trajectory, weighed(prepared.recipe, prepared.source)) * whole
+        )
     distillation, more = _distillation(prepared, seen, weights, batches)
     return Estimate(
         sites=len(sites),

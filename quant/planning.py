@@ -37,6 +37,11 @@ def measured(recipe: Recipe, source: Source) -> bool:
     return recipe.average is not None and recipe.calibration is not None and chosen
 
 
+def weighed(recipe: Recipe, source: Source) -> bool:
+    """Whether it is measured what an error at each timestep does to the image (`calibration/effects.py`)."""
+    return recipe.trajectory.weighting == "image" or (measured(recipe, source) and recipe.sensitivity != "image")
+
+
 def planned(
     skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, samples: Samples | None, progress: Progress
 ) -> Plan:

@@ -17,10 +17,8 @@ from torch import nn
 
 from quant.calibration import painting, trajectory
 from quant.calibration.samples import Batch, Samples, draw, moved, noise
-from quant.calibration.trajectory import cast
-from quant.errors import SettingsError
 from quant.machine import versions
-from quant.models.arguments import build
+from quant.models.arguments import build, cast
 from quant.models.diffusion import DiffusionSkeleton
 from quant.models.foldable import find as find_folds
 from quant.models.folding import Folded
@@ -30,7 +28,7 @@ from quant.models.stream import Forward
 from quant.models.walk import Walk, turned, walk
 from quant.place import Settings as Settings
 from quant.plan import Plan
-from quant.planning import measured, planned
+from quant.planning import measured, planned, weighed
 from quant.progress import Progress
 from quant.recipe import Calibration, Recipe
 from quant.recovery.tunable import check_tunable
@@ -106,6 +104,7 @@ class Prepared:
         """What two runs must share to give the same bytes."""
         part = self.source.inside
         named = {"component": part} if part not in ("", COMPONENT) else {}
+        times = self.samples.by_timestep()
         folding = {"folding": {"folded": self.folded.said}} if self.recipe.folding is not None else {}
         return {
             "model": {"name": self.source.name, "sha256": self.source.fingerprint(), **named},
@@ -116,6 +115,7 @@ class Prepared:
                 "text": self.samples.text,
                 "sha256": self.samples.sha256,
                 "tokens_sha256": self.samples.tokens_sha256(),
+                **({"timesteps": times} if times else {}),
             },
             "compute": {
                 "device": self.settings.device,
@@ -222,20 +222,14 @@ def _follow(
         return trajectory.noise(skeleton)
     missing = painting.complete(source) if (source := skeleton.source).inside else "it stands alone"
     if missing is None:
-        if recipe.trajectory.weighting == "image":
-            raise SettingsError(
-                "trajectory.weighting=image is measured for a transformer that is calibrated alone, not in a pipeline; "
-                f"give {source.folder} as the model, or leave it uniform"
-            )
         progress.step("running the pipeline from noise to image")
         with threads(settings.threads or torch.get_num_threads()):
-            return painting.follow(skeleton, found.chain, recipe, settings.spill_bytes)
+            return painting.follow(skeleton, found.chain, recipe, settings.spill_bytes, weighed(recipe, source))
     progress.step("following the model from noise to image")
     with (
         threads(settings.threads or torch.get_num_threads()),
         Forward(skeleton, found.chain, settings.spill_bytes) as forward,
     ):
-        weighed = recipe.trajectory.weighting == "image" or measured(recipe, source)
-        samples = trajectory.follow(skeleton, forward, recipe, weighed)
+        samples = trajectory.follow(skeleton, forward, recipe, weighed(recipe, source))
     said = f"; the pipeline was not run: {missing}" if source.inside else ""
     return replace(samples, text=samples.text + said)

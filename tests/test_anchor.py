@@ -20,6 +20,7 @@ from quant.calibration.statistics import HessianCollector, Statistics
 from quant.errors import SolverError
 from quant.kernels.spec import LowRank, Rotated, Smoothed, Spec, Trellis, Uniform, spec_from_dict
 from quant.models.arguments import build
+from quant.models.folding import Folding
 from quant.plan import with_anchor
 from quant.prepare import settled
 from quant.progress import Progress
@@ -174,3 +175,37 @@ def test_an_average_counts_it(source: Path, tmp_path: Path) -> None:
     result = quant.quantize(str(source), tmp_path / "out", recipe(tmp_path / "text.safetensors", average=4.5))
     assert sum(bool(site["spec"].get("anchor")) for site in result.report["sites"]) == len(KEYS)
     assert result.report["bits"]["measured"] <= 4.5
+
+
+def test_folded_weights_keep_it_too(source: Path, tmp_path: Path) -> None:
+    """Values are turned on the side that they write, so their token stays exact for what the turned weight gives."""
+    text = texts(tmp_path / "text.safetensors")["encoder_hidden_states"]
+    own = recipe(tmp_path / "text.safetensors", folding=Folding())
+    result = quant.quantize(str(source), tmp_path / "out", own)
+    assert sorted(site["site"] for site in result.report["sites"] if site["spec"].get("anchor")) == sorted(KEYS)
+    prepared = prepare.prepare(str(source), own)
+    assert {f"{name}.weight" for name in KEYS if name.endswith("v")} < prepared.folded.changes.keys()
+    original = tiny_dit.library().PixArtTransformer2DModel.from_pretrained(source)
+    loaded, lost = quant.load(tmp_path / "out"), dict[str, tuple[float, float]]()
+
+    def listen(name: str) -> Any:
+        known = original.get_submodule(name)
+        weight, bias = (prepared.folded(f"{name}.{part}", getattr(known, part).detach()) for part in ("weight", "bias"))
+
+        def hook(_: Any, args: tuple[Tensor, ...], made: Tensor) -> None:
+            wanted = torch.nn.functional.linear(args[0], weight, bias)
+            share = (made - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+            lost[name] = (float(share[:, 0].max()), float(share[:, 1:].mean()))
+
+        return hook
+
+    for name in KEYS:
+        loaded.get_submodule(name).register_forward_hook(listen(name))
+    form: Any = prepared.skeleton.form  # pyright: ignore[reportAttributeAccessIssue]
+    batch = build(original, form.layout, form.traced, len(text)) | {"encoder_hidden_states": text}
+    batch.pop("encoder_attention_mask", None)
+    with torch.no_grad():
+        loaded(**batch)
+    assert sorted(lost) == sorted(KEYS)
+    assert all(first < 2e-3 and others > 0.05 for first, others in lost.values()), lost
+    assert error(tmp_path / "out", source, text) < 0.05

@@ -14,6 +14,8 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 import quant
 from quant.decoupled import ssim
 from quant.errors import SettingsError
+from quant.models.arguments import build, find_form
+from quant.models.folding import Folding
 from quant.prepare import prepare
 from quant.recipe import Calibration, Recipe, Trajectory
 from tests import tiny, tiny_dit
@@ -63,6 +65,33 @@ def test_bits_by_the_image_keep_to_the_average_and_come_again(tmp_path: Path) ->
     assert prepare(str(source), recipe).plan == plan
     with pytest.raises(SettingsError, match="narrowest widths take"):
         _ = prepare(str(source), replace(recipe, average=2.1)).plan
+
+
+def test_folded_weights_are_judged_by_the_image_too(tmp_path: Path) -> None:
+    source = tiny_dit.folder("PixArtTransformer2DModel", tmp_path / "float", "DDIMScheduler")
+    recipe = Recipe(
+        spec=quant.Uniform(bits=4, group_size=16),
+        calibration=Calibration(samples=2, batch_size=2),
+        trajectory=Trajectory(steps=2, keep=1),
+        only=("*0.attn?.*",),
+        average=7.0,
+        widths=(4, 8),
+        sensitivity="image",
+        folding=Folding(),
+    )
+    report = quant.quantize(str(source), tmp_path / "packed", recipe).report
+    assert len(report["folding"]["folded"]) == 4
+    assert {site["spec"]["bits"] for site in report["sites"]} == {4, 8}
+    assert report["bits"]["measured"] <= 7.0
+    original, packed = (
+        tiny_dit.library().PixArtTransformer2DModel.from_pretrained(source),
+        quant.load(tmp_path / "packed"),
+    )
+    form = find_form(original)
+    batch = build(original, form.layout, form.traced, 2)
+    with torch.no_grad():
+        made, wanted = (model(**batch).sample for model in (packed, original))
+    assert float((made - wanted).norm() / wanted.norm()) < 0.05
 
 
 def test_what_draws_no_image_is_refused(tmp_path: Path, llama: Path, words: Path) -> None:

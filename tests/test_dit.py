@@ -15,7 +15,7 @@ import torch
 import quant
 from quant.calibration.samples import moved
 from quant.checkpoint.manifest import verify
-from quant.errors import CalibrationError, ModelError, SettingsError
+from quant.errors import CalibrationError, ModelError
 from quant.estimate import estimate
 from quant.linear import PackedLinear
 from quant.models.arguments import Form, build, find_form
@@ -53,6 +53,18 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(one_step(again, form), got, rtol=0, atol=0)
     plain = quant.load(tmp_path / "packed", dequantize=True)
     torch.testing.assert_close(one_step(plain, form), got, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel"])
+def test_narrow_dtypes(name: str, dtype: str, tmp_path: Path) -> None:
+    source = tiny_dit.folder(name, tmp_path / "float", "FlowMatchEulerDiscreteScheduler")
+    recipe = Recipe(spec=quant.Uniform(bits=8, group_size=16), calibration=SMALL, trajectory=WAY)
+    quant.quantize(str(source), tmp_path / "packed", recipe, settings=quant.Settings(dtype=dtype))
+    model = getattr(tiny_dit.library(), name).from_pretrained(source)
+    form = find_form(model)
+    expected, got = one_step(model, form), one_step(quant.load(tmp_path / "packed"), form)
+    assert float((got - expected).norm() / expected.norm()) < 0.05
 
 
 MODULATIONS = {
@@ -172,16 +184,23 @@ def test_code_and_models_that_are_not_diffusers_are_refused(tmp_path: Path) -> N
             prepare(str(source), Recipe(calibration=None))
 
 
+def autoencoder(levels: int) -> Any:
+    """One that halves the sides of an image `levels - 1` times."""
+    torch.manual_seed(0)
+    return tiny_dit.library().AutoencoderKL(
+        in_channels=3, out_channels=3, block_out_channels=(8,) * levels, latent_channels=4, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+    ).eval()  # fmt: skip
+
+
 def pipeline(path: Path) -> Any:
     """A whole class-conditional pipeline: transformer, scheduler and an autoencoder."""
     diffusers = tiny_dit.library()
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        in_channels=3, out_channels=3, block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",), latent_channels=4, norm_num_groups=4, layers_per_block=1,
-    ).eval()  # fmt: skip
     made = diffusers.DiTPipeline(
-        tiny_dit.transformer("DiTTransformer2DModel", num_embeds_ada_norm=1000), vae, diffusers.DDIMScheduler()
+        tiny_dit.transformer("DiTTransformer2DModel", num_embeds_ada_norm=1000),
+        autoencoder(1),
+        diffusers.DDIMScheduler(),
     )
     made.save_pretrained(path)
     return made
@@ -227,10 +246,10 @@ def test_a_pipeline_is_calibrated_as_it_paints(tmp_path: Path) -> None:
     assert [len(batch["hidden_states"]) for batch in samples.batches] == [4, 4, 4, 4]  # half of them without a label
     assert all(1000 in batch["class_labels"].tolist() for batch in samples.batches)
     weighed = replace(recipe, trajectory=replace(recipe.trajectory, weighting="image"))
-    with pytest.raises(SettingsError, match="float/transformer as the model, or leave it uniform"):
-        _ = prepare(str(tmp_path / "float"), weighed).samples
-    streamed = prepare(str(tmp_path / "float"), recipe, quant.Settings(spill_bytes=0)).samples
-    assert streamed.tokens_sha256() == samples.tokens_sha256()
+    whole = prepare(str(tmp_path / "float"), weighed).samples
+    streamed = prepare(str(tmp_path / "float"), weighed, quant.Settings(spill_bytes=0)).samples
+    assert whole.tokens_sha256() == streamed.tokens_sha256() == samples.tokens_sha256()
+    assert whole.weights == streamed.weights
     (tmp_path / "float" / "vae").rename(tmp_path / "elsewhere")
     alone = prepare(str(tmp_path / "float"), recipe).samples
     assert "the pipeline was not run: its vae is missing" in alone.text
@@ -243,12 +262,11 @@ def text_pipeline(path: Path) -> None:
 
     diffusers = tiny_dit.library()
     torch.manual_seed(0)
-    vae = pipeline(path.with_name("labels")).vae
     config = T5Config(vocab_size=128, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny.add_tokenizer(path.with_name("tokenizer")))
     transformer = tiny_dit.transformer("PixArtTransformer2DModel", sample_size=32)
     made = diffusers.PixArtAlphaPipeline(
-        tokenizer, T5EncoderModel(config).eval(), vae, transformer, diffusers.DPMSolverMultistepScheduler()
+        tokenizer, T5EncoderModel(config).eval(), autoencoder(4), transformer, diffusers.DPMSolverMultistepScheduler()
     )
     made.save_pretrained(path)
 
@@ -257,9 +275,10 @@ def test_prompts_go_through_the_pipeline_s_text_encoder(tmp_path: Path) -> None:
     text_pipeline(tmp_path / "float")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red car\na blue bird on a branch\n")
-    way = Trajectory(steps=2, keep=1, guidance=2.0)
+    way = Trajectory(steps=2, keep=1, guidance=2.0, weighting="image")
     samples = prepare(str(tmp_path / "float"), Recipe(calibration=SMALL, trajectory=way)).samples
     assert "built-in prompts; 2 steps of PixArtAlphaPipeline" in samples.text
+    assert len(set(samples.weights or ())) == 2
     own = Recipe(calibration=Calibration(str(prompts), samples=2, batch_size=2), trajectory=way)
     out = quant.quantize(str(tmp_path / "float"), tmp_path / "packed", own).out
     assert (
@@ -285,7 +304,12 @@ class Stop(Progress):
             raise KeyboardInterrupt
 
 
-SOLVED = Recipe(spec=quant.Uniform(bits=3, group_size=16), calibration=SMALL, trajectory=WAY, match="float")
+SOLVED = Recipe(
+    spec=quant.Uniform(bits=3, group_size=16),
+    calibration=SMALL,
+    trajectory=replace(WAY, weighting="image"),
+    match="float",
+)
 MIXED = replace(SOLVED, spec=quant.Uniform(bits=2, group_size=16), average=4.3)
 TUNED = replace(MIXED, distillation=Distillation(steps=6))
 

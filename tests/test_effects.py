@@ -7,33 +7,57 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_dit
+import tiny
+import tiny_dit
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import quant
+from quant.calibration import effects as measure
+from quant.calibration import painting
 from quant.calibration.capture import Stage
-from quant.calibration.effects import effects, relative
+from quant.calibration.effects import Answer, effects, relative
 from quant.calibration.mixing import Mixed
+from quant.calibration.trajectory import passes
+from quant.errors import CalibrationError
 from quant.models.walk import Site
 from quant.prepare import prepare
 from quant.recipe import Calibration, Recipe, Trajectory, recipe_from_dict
-from tests import tiny_dit
 
 
-def test_an_effect_is_what_schedule_and_later_steps_make_of_an_error() -> None:
+@pytest.mark.parametrize("copies", [1, 2])  # rows of a pass for each sample, as guidance doubles them
+@pytest.mark.parametrize("calls", [1, 2])  # passes of a step
+def test_an_effect_is_what_schedule_and_later_steps_make_of_an_error(copies: int, calls: int) -> None:
     """Linear steps, `x - c said` with `said = a x`: an error at step n is multiplied by c_n, then by each (1 - a c)."""
     c, a = [0.5, 0.3, 0.1], 0.7
+    start = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    asked: list[int] = []
 
-    def say(schedule: Any, number: int, x: Tensor) -> Tensor:
-        assert schedule["at"] == number  # every way again starts from the schedule as it was there
-        return a * x
+    def draw(answer: Answer) -> Tensor:
+        x = start
+        for number, factor in enumerate(c):
 
-    def step(schedule: Any, number: int, said: Tensor, x: Tensor) -> Tensor:
-        schedule["at"] = number + 1
-        return x - c[number] * said
+            def ask(number: int = number, x: Tensor = x) -> dict[str, Tensor]:
+                asked.append(number)
+                return {"sample": a * torch.cat([x] * copies)}
 
-    found = effects(say, step, {"at": 0}, torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), 3, 0)
+            said = [answer(number, ask)["sample"] for _ in range(calls)]
+            x = x - factor * torch.stack(said).view(-1, 4, 5).mean(0)
+        return x
+
     expected = [(0.5 * (1 - a * 0.3) * (1 - a * 0.1)) ** 2, (0.3 * (1 - a * 0.1)) ** 2, 0.1**2]
-    assert found == pytest.approx(expected, rel=1e-3)
+    assert effects([draw, draw], 0) == pytest.approx(expected, rel=1e-3)
+    if calls == 1:
+        assert asked == 2 * [0, 1, 2, 1, 2, 2]  # what was said before the error is not asked again
+
+
+def test_effects_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="not finite"):
+        effects([lambda answer: answer(0, lambda: torch.ones(2, 3)) * torch.inf], 0)
+    with pytest.raises(CalibrationError, match="2 samples with 3 rows"):
+        effects([lambda answer: answer(0, lambda: torch.ones(3, 3))[:2]], 0)
 
 
 def test_weights_have_mean_one_over_rows() -> None:
@@ -83,3 +107,110 @@ def test_mixed_batches_hold_every_row_once_and_all_parts_of_the_way(tmp_path: Pa
     other = {**batches[0], "hidden_states": torch.zeros(4, 4, 16, 16)}
     apart = Mixed([*batches, other], 6)
     assert len(apart) == len(batches) + 1
+
+
+PAINTED = Recipe(
+    spec=quant.Uniform(bits=2, group_size=16),
+    calibration=Calibration(samples=8, batch_size=8),
+    trajectory=Trajectory(steps=5, keep=2, weighting="image"),
+)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "image"])
+def test_a_dry_run_counts_the_passes(weighting: Any, tmp_path: Path) -> None:
+    source = tiny_dit.folder("DiTTransformer2DModel", tmp_path / "float", "DDIMScheduler")
+    way = Trajectory(steps=4, keep=2, weighting=weighting)
+    prepared, rows = prepare(str(source), replace(PAINTED, trajectory=way)), list[int]()
+    count = lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"]))  # noqa: E731
+    prepared.skeleton.model.register_forward_pre_hook(count, with_kwargs=True)
+    _ = prepared.samples
+    assert sum(rows) == 8 * passes(PAINTED.calibration or Calibration(), way, weighting == "image")
+
+
+def guided(recipe: Recipe, guidance: float) -> Recipe:
+    return replace(recipe, trajectory=replace(recipe.trajectory, guidance=guidance))
+
+
+def weights(folder: Path, recipe: Recipe) -> dict[str, float]:
+    found = prepare(str(folder), recipe).samples.by_timestep()
+    assert found
+    return found
+
+
+@pytest.mark.parametrize(("guidance", "tolerance"), [(1.0, 1e-4), (4.0, 0.03)])
+def test_a_pipeline_weighs_as_its_transformer_alone(
+    guidance: float, tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the same noise, by the same sampler. Under guidance the errors are of another size, since a transformer
+    alone has it relative to the guided prediction: they agree where errors are small."""
+    monkeypatch.setattr(measure, "SIZE", 0.02 if guidance == 1 else 1e-3)
+    test_dit.pipeline(tmp_path / "float")
+    seeds = [torch.Generator().manual_seed(n) for n in range(8)]
+    start = torch.cat([torch.randn((1, 4, 8, 8), generator=seed) for seed in seeds])
+    labels = torch.randint(0, 1000, (8,), generator=torch.Generator().manual_seed(0))
+    save_file({"hidden_states": start, "class_labels": labels}, tmp_path / "start.safetensors")
+    alone = replace(PAINTED, calibration=Calibration(str(tmp_path / "start.safetensors"), samples=8, batch_size=8))
+    found = weights(tmp_path / "float", guided(PAINTED, guidance))
+    assert found == pytest.approx(weights(tmp_path / "float" / "transformer", guided(alone, guidance)), rel=tolerance)
+    assert max(found.values()) > 100 * min(found.values())
+
+
+def test_a_doubled_batch_weighs_as_two_calls_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "SIZE", 1e-3)  # relative to the first call of a step, which has half of the rows here
+    test_dit.pipeline(tmp_path / "float")
+    doubled = weights(tmp_path / "float", guided(PAINTED, 4.0))
+    load = painting._load  # pyright: ignore[reportPrivateUsage]
+
+    class Twice(tiny_dit.library().DiTPipeline):
+        def __call__(self, class_labels: Any, generator: Any, num_inference_steps: int, **_: Any) -> None:
+            x = torch.cat([torch.randn((1, 4, 8, 8), generator=one) for one in generator])
+            labels = torch.tensor(class_labels)
+            self.scheduler.set_timesteps(num_inference_steps)
+            for time in self.scheduler.timesteps:
+                given = {"timestep": time.expand(len(x)), "return_dict": False}
+                told = self.transformer(x, class_labels=labels, **given)[0][:, :4]
+                free = self.transformer(x, class_labels=torch.full_like(labels, 1000), **given)[0][:, :4]
+                x = self.scheduler.step(free + 4.0 * (told - free), time, x).prev_sample
+
+    def twice(skeleton: Any) -> Any:
+        pipe = load(skeleton)
+        pipe.__class__ = Twice
+        return pipe
+
+    monkeypatch.setattr(painting, "_load", twice)
+    assert weights(tmp_path / "float", guided(PAINTED, 4.0)) == pytest.approx(doubled, rel=0.03)
+
+
+def test_a_pipeline_is_quantized_by_its_weights_and_says_them(tmp_path: Path) -> None:
+    test_dit.pipeline(tmp_path / "float")
+    small = replace(PAINTED, calibration=Calibration(samples=3, batch_size=2), only=("*ff*",))
+    runs = {
+        name: quant.quantize(str(tmp_path / "float"), tmp_path / name, recipe)
+        for name, recipe in {
+            "first": small,
+            "second": small,
+            "alike": replace(small, trajectory=Trajectory(5, 2)),
+        }.items()
+    }
+    assert tiny.contents(tmp_path / "first", people=False) == tiny.contents(tmp_path / "second", people=False)
+    said = runs["first"].report["calibration"]["timesteps"]
+    assert len(said) == 5
+    assert said == weights(tmp_path / "float", small)
+    assert max(said.values()) > 2 * min(said.values())
+    assert "timesteps" not in runs["alike"].report["calibration"]
+    models = [quant.load(tmp_path / name, dequantize=True).state_dict() for name in ("first", "alike")]
+    assert any(not torch.equal(models[0][key], models[1][key]) for key in models[0] if "ff" in key)
+
+
+def test_a_scheduler_with_noise_of_its_own_draws_the_same_each_time(tmp_path: Path) -> None:
+    """DiTPipeline gives its scheduler no generator."""
+    pipe = test_dit.pipeline(tmp_path / "float")
+    pipe.register_modules(scheduler=tiny_dit.library().DDPMScheduler())
+    pipe.save_pretrained(tmp_path / "float")
+    first = prepare(str(tmp_path / "float"), guided(PAINTED, 1.0)).samples
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    again = prepare(str(tmp_path / "float"), guided(PAINTED, 1.0)).samples
+    assert (first.tokens_sha256(), first.weights) == (again.tokens_sha256(), again.weights)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.by_timestep() != dict.fromkeys(first.by_timestep() or (), 1.0)

@@ -8,9 +8,10 @@ sample (see `trajectory`). So nothing is known here of any pipeline but two name
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from quant.calibration.batch import joined, rows, shapes
+from quant.calibration.effects import SAMPLES, Answer, effects, relative
 from quant.calibration.pictures import Pictures, fresh, pictures
 from quant.calibration.samples import Batch, Samples, moved
 from quant.calibration.texts import resolve
 from quant.errors import CalibrationError, ModelError
 from quant.models.diffusion import DiffusionSkeleton, components, named, quiet
 from quant.models.source import PIPELINE, Source, first_line, read_json
-from quant.models.stream import outside_blocks
-from quant.recipe import Calibration, Recipe
+from quant.models.stream import first_tensor, outside_blocks
+from quant.recipe import Calibration, Recipe, Trajectory
 
+Hear = Callable[[int, Batch, Callable[[], Any]], Any]
 LIBRARIES = ("diffusers", "transformers")
 SUBJECTS = (
     "an old fisherman mending a net", "a red bicycle against a brick wall", "two cats asleep on a piano",
@@ -53,9 +56,10 @@ def complete(source: Source) -> str | None:
     return None
 
 
-def follow(skeleton: DiffusionSkeleton, chain: Sequence[str], recipe: Recipe, limit: int) -> Samples:
+def follow(skeleton: DiffusionSkeleton, chain: Sequence[str], recipe: Recipe, limit: int, weighed: bool) -> Samples:
     """Runs the pipeline for `recipe.calibration.samples` samples. `limit`: bytes of weights up to which the transformer
-    stays in memory; a larger one loads each block for its turn.
+    stays in memory; a larger one loads each block for its turn. `weighed`: with each batch's effect on the final
+    image, measured on the first samples.
 
     Raises:
         ModelError: diffusers cannot load the pipeline.
@@ -63,44 +67,107 @@ def follow(skeleton: DiffusionSkeleton, chain: Sequence[str], recipe: Recipe, li
     """
     calibration, trajectory = recipe.calibration, recipe.trajectory
     assert calibration is not None
-    pipe = _load(skeleton)
-    takes = inspect.signature(type(pipe).__call__).parameters
-    by_label = "class_labels" in takes
-    seen = pictures(skeleton, calibration, pipe.scheduler)
-    prompts, name, digest = _prompts(calibration, skeleton.config if by_label else None, seen)
+    paint = _painter(skeleton, calibration, trajectory)
     kept: dict[int, list[Batch]] = {}
+    with torch.no_grad(), _present(skeleton, chain, limit), quiet():
+        for samples in paint.parts(calibration.samples):
+            for step, given in paint.calls(samples):
+                which = [n for n in samples if step in trajectory.kept(n, trajectory.steps)]
+                again = len(given["hidden_states"]) // len(samples)
+                places = [half * len(samples) + n - samples[0] for half in range(again) for n in which]
+                if places:
+                    part = moved(rows(given, torch.tensor(places)), "cpu")
+                    if paint.seen is not None:
+                        part["hidden_states"] = _noisy(paint.seen, paint.pipe.scheduler, step, part, which)
+                    kept.setdefault(step, []).append(part)
+        first = paint.parts(min(SAMPLES, calibration.samples)) if weighed else []
+        found = effects([partial(paint, part) for part in first], calibration.seed)
+    steps = [(step, batch) for step in sorted(kept) for batch in _packed(kept[step], calibration.batch_size)]
+    batches, counts = tuple(batch for _, batch in steps), [len(batch["hidden_states"]) for _, batch in steps]
+    guidance = "its own guidance" if trajectory.guidance is None else f"guidance {trajectory.guidance:g}"
+    text = (
+        f"{paint.name}; {trajectory.steps} steps of {type(paint.pipe).__name__} with "
+        f"{type(paint.pipe.scheduler).__name__}, {min(trajectory.keep, trajectory.steps)} kept of each sample, "
+        f"{guidance}, seed {calibration.seed}"
+    )
+    weights = relative(found, [step for step, _ in steps], counts) if weighed else None
+    probe = rows(batches[len(batches) // 2], torch.tensor([0]))
+    return Samples(batches, text, paint.sha256, sum(counts), probe, weights)
+
+
+@dataclass(frozen=True)
+class _Painter:
+    """A pipeline and what it is to show: `prompts`, given as its argument `asked`; their `name` and `sha256`. `seen`:
+    real images."""
+
+    pipe: Any
+    skeleton: DiffusionSkeleton
+    calibration: Calibration
+    asked: str
+    prompts: list[Any]
+    name: str
+    sha256: str
+    seen: Pictures | None
+    options: dict[str, Any]
+
+    def parts(self, count: int) -> list[range]:
+        """The first samples in batches."""
+        size = self.calibration.batch_size
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def calls(self, samples: range) -> list[tuple[int, Batch]]:
+        """What the transformer is called with, and at which step."""
+        found: list[tuple[int, Batch]] = []
+
+        def hear(step: int, given: Batch, ask: Callable[[], Any]) -> Any:
+            found.append((step, _own(given)))
+            return ask()
+
+        self._run(samples, hear)
+        return found
+
+    def __call__(self, samples: range, answer: Answer) -> Tensor:
+        """Draws: see `effects.Draw`."""
+        device = self.skeleton.device
+        end = self._run(samples, lambda step, _, ask: moved(answer(step, lambda: moved(ask(), "cpu")), device))
+        if not end:
+            raise CalibrationError(
+                f"{self.skeleton.source.name}: its pipeline takes no step of its scheduler, which would tell what an "
+                "error does to the image; give the folder of its transformer as the model"
+            )
+        return end[0][: len(samples)].float().cpu()
+
+    def _run(self, samples: range, hear: Hear) -> list[Tensor]:
+        """Runs the pipeline with `hear` in its transformer's place; the latents of its scheduler's last step, if it
+        took one."""
+        some, seed, ends = [self.prompts[n] for n in samples], self.calibration.seed, list[Tensor]()
+        seeds = [torch.Generator().manual_seed(seed + n) for n in samples]
+        model, scheduler = self.skeleton.model, self.pipe.scheduler
+        heard, stepped = _hearing(model, hear), _stepping(scheduler, ends)
+        mine = torch.random.fork_rng([self.skeleton.device] if self.skeleton.device.startswith("cuda") else [])
+        with _instead(model, "forward", heard), _instead(type(scheduler), "step", stepped), mine:
+            torch.manual_seed(seed + samples[0])  # for schedulers that their pipeline gives no generator
+            try:
+                self.pipe(**{self.asked: some}, generator=seeds, **self.options)
+            except CalibrationError:
+                raise
+            except Exception as error:  # a pipeline may raise anything
+                raise CalibrationError(
+                    f"{self.skeleton.source.name}: its pipeline failed on {some[:1]} ({first_line(error)}); see that "
+                    "it runs in diffusers by itself"
+                ) from error
+        return ends
+
+
+def _painter(skeleton: DiffusionSkeleton, calibration: Calibration, trajectory: Trajectory) -> _Painter:
+    pipe = _load(skeleton)
+    by_label = "class_labels" in inspect.signature(type(pipe).__call__).parameters
+    seen = pictures(skeleton, calibration, pipe.scheduler)
+    shown = _prompts(calibration, skeleton.config if by_label else None, seen)
     options: dict[str, Any] = {"num_inference_steps": trajectory.steps, "output_type": "latent"}
     if trajectory.guidance is not None:
         options["guidance_scale"] = trajectory.guidance
-    with torch.no_grad(), _present(skeleton, chain, limit), quiet():
-        for start in range(0, len(prompts), calibration.batch_size):
-            some = prompts[start : start + calibration.batch_size]
-            seeds = [torch.Generator().manual_seed(calibration.seed + start + n) for n in range(len(some))]
-            with _Listener(skeleton.model) as listener:
-                try:
-                    pipe(**{"class_labels" if by_label else "prompt": some}, generator=seeds, **options)
-                except Exception as error:  # a pipeline may raise anything
-                    raise CalibrationError(
-                        f"{skeleton.source.name}: its pipeline failed on {some[:1]} ({first_line(error)}); see that it "
-                        "runs in diffusers by itself"
-                    ) from error
-            for step, given in listener.calls:
-                which = [n for n in range(len(some)) if step in trajectory.kept(start + n, trajectory.steps)]
-                again = len(given["hidden_states"]) // len(some)
-                index = torch.tensor([half * len(some) + n for half in range(again) for n in which], dtype=torch.int64)
-                if len(index):
-                    part = moved(rows(given, index), "cpu")
-                    if seen is not None:
-                        part["hidden_states"] = _noisy(seen, pipe.scheduler, step, part, [start + n for n in which])
-                    kept.setdefault(step, []).append(part)
-    batches = [batch for step in sorted(kept) for batch in _packed(kept[step], calibration.batch_size)]
-    guidance = "its own guidance" if trajectory.guidance is None else f"guidance {trajectory.guidance:g}"
-    text = (
-        f"{name}; {trajectory.steps} steps of {type(pipe).__name__} with {type(pipe.scheduler).__name__}, "
-        f"{min(trajectory.keep, trajectory.steps)} kept of each sample, {guidance}, seed {calibration.seed}"
-    )
-    count = sum(len(batch["hidden_states"]) for batch in batches)
-    return Samples(tuple(batches), text, digest, count, rows(batches[len(batches) // 2], torch.tensor([0])))
+    return _Painter(pipe, skeleton, calibration, "class_labels" if by_label else "prompt", *shown, seen, options)
 
 
 def _load(skeleton: DiffusionSkeleton) -> Any:
@@ -154,28 +221,47 @@ def _prompts(calibration: Calibration, labels: Any, seen: Pictures | None) -> tu
     return [f"{MANNERS[manner]} of {SUBJECTS[subject]}" for subject, manner in pairs], "built-in prompts", ""
 
 
-class _Listener:
-    """A context that notes what a model is called with, and at which step: the n-th timestep that is new to it."""
+def _hearing(model: nn.Module, hear: Hear) -> Callable[..., Any]:
+    """A forward in place of the model's: `hear(step, given, ask)` is told what it is called with, and answers with
+    `ask()`, what the model says, or something else. A step is the n-th timestep that is new."""
+    forward, times = model.forward, dict[float, int]()
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.names = list(inspect.signature(type(model).forward).parameters)[1:]
-        self.times: dict[float, int] = {}
-        self.calls: list[tuple[int, Batch]] = []
-
-    def __enter__(self) -> _Listener:
-        self.hook = self.model.register_forward_pre_hook(self._hear, with_kwargs=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.hook.remove()
-
-    def _hear(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        given = dict(zip(self.names, args, strict=False)) | dict(kwargs)
+    @wraps(forward)
+    def heard(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
         given = {key: value for key, value in given.items() if value is not None and key != "return_dict"}
         time = torch.as_tensor(given["timestep"]).flatten()[0].item()
-        step = self.times.setdefault(time, len(self.times))
-        self.calls.append((step, _own(given)))
+        return hear(times.setdefault(time, len(times)), given, lambda: forward(*args, **kwargs))
+
+    return heard
+
+
+def _stepping(scheduler: Any, ends: list[Tensor]) -> Callable[..., Any]:
+    """A step in place of the scheduler's class's, with `ends` for the latents that it made last. Pipelines may copy a
+    scheduler, so that one of the instance's own would step the wrong one."""
+    step = type(scheduler).step
+
+    @wraps(step)
+    def stepped(one: Any, *args: Any, **kwargs: Any) -> Any:
+        made = step(one, *args, **kwargs)
+        if one is scheduler:
+            ends[:] = [first_tensor(made)]
+        return made
+
+    return stepped
+
+
+@contextmanager
+def _instead(owner: Any, name: str, value: Any) -> Generator[None]:
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+        if own is not None:
+            setattr(owner, name, own)
 
 
 def _own(given: dict[str, Any]) -> Batch:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from quant.calibration.batch import Batch as Batch
 from quant.calibration.batch import moved as moved
+from quant.calibration.ranges import timestep
 from quant.calibration.texts import encode, resolve
 from quant.errors import CalibrationError, ModelError
 from quant.models.source import Source
@@ -34,6 +35,12 @@ class Samples:
     tokens: int
     probe: Batch | None = None
     weights: Sequence[float] | None = None
+
+    def by_timestep(self) -> dict[str, float] | None:
+        """The weights of the timesteps, by their value."""
+        if self.weights is None:
+            return None
+        return {f"{timestep(batch):g}": weight for batch, weight in zip(self.batches, self.weights, strict=True)}
 
     def tokens_sha256(self) -> str:
         """What the model will be given: it tells two tokenizers apart where the text does not."""

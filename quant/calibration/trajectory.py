@@ -21,19 +21,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quant.calibration.batch import UNBATCHED, Batch, joined, rows
-from quant.calibration.effects import SAMPLES, effects, relative
+from quant.calibration.effects import SAMPLES, Answer, Draw, effects, honest, relative
 from quant.calibration.pictures import Pictures, fresh, pictures
 from quant.calibration.samples import Samples
 from quant.calibration.texts import resolve
 from quant.checkpoint.shards import sha256
 from quant.errors import CalibrationError, SettingsError
-from quant.models.arguments import build, own_size, packed_time
+from quant.models.arguments import build, cast, own_size, packed_time
 from quant.models.diffusion import DiffusionSkeleton, scheduler
 from quant.models.source import first_line
 from quant.models.stream import Forward
 from quant.recipe import Calibration, Recipe, Trajectory
-
-CAST = ("hidden_states", "encoder_hidden_states", "pooled_projections", "encoder_hidden_states_image")
 
 
 @dataclass
@@ -62,7 +60,10 @@ def follow(skeleton: DiffusionSkeleton, forward: Forward, recipe: Recipe, weighe
     schedule = scheduler(skeleton.source)
     way, name, digest = _start(skeleton, calibration, trajectory, schedule)
     where = (calibration, trajectory, getattr(torch, str(skeleton.dtype).partition(".")[2]))
-    found = _effects(forward, way, *where) if weighed else None
+    found = None
+    if weighed:  # all alike where there is no schedule
+        alike = [1.0] * len(_times(way, trajectory))
+        found = alike if schedule is None else effects([_few(forward, way, *where)], calibration.seed)
     batches, numbers = _walk(forward, way, *where)
     steps = f"{trajectory.steps} steps of {type(schedule).__name__}" if schedule else "noise at all timesteps"
     kept = f"{min(trajectory.keep, trajectory.steps)} kept of each sample"
@@ -83,9 +84,11 @@ def outline(skeleton: DiffusionSkeleton, calibration: Calibration, trajectory: T
     return cast(given, skeleton.dtype), sum(-(-number // calibration.batch_size) for number in kept)
 
 
-def passes(calibration: Calibration, trajectory: Trajectory) -> float:
+def passes(calibration: Calibration, trajectory: Trajectory, weighed: bool) -> float:
     """How many batches' worth of passes through the whole model `follow` takes."""
     rows = 0 if Path(calibration.text).is_dir() else calibration.samples * (trajectory.steps - 1)
+    if weighed:
+        rows += min(SAMPLES, calibration.samples) * trajectory.steps * (trajectory.steps + 1) // 2
     return rows / min(calibration.batch_size, calibration.samples)
 
 
@@ -181,37 +184,29 @@ def _walk(
     return batches, steps
 
 
-def _effects(
-    forward: Forward, way: Way, calibration: Calibration, trajectory: Trajectory, dtype: torch.dtype
-) -> list[float]:
-    """Of each step, measured on the first samples; all alike where there is no schedule."""
-    if way.schedule is None:
-        return [1.0] * len(_times(way, trajectory))
-    some, say, step = _few(forward, way, calibration, trajectory, dtype)
-    return effects(say, step, deepcopy(way.schedule), some.x, len(_times(way, trajectory)), calibration.seed)
-
-
 def _few(
     forward: Callable[[Sequence[Batch]], list[Tensor]],
     way: Way,
     calibration: Calibration,
     trajectory: Trajectory,
     dtype: torch.dtype,
-) -> tuple[Way, Callable[[Any, int, Tensor], Tensor], Callable[[Any, int, Tensor, Tensor], Tensor]]:
-    """The first samples, what the model says of them at a step, and what the schedule makes of that."""
+) -> Draw:
+    """Takes the first samples from noise to image."""
     times, size = _times(way, trajectory), calibration.batch_size
     few = torch.arange(min(SAMPLES, len(way.x)))
     null = None if way.null is None else rows({"hidden_states": way.x, **way.null}, few)
     some = Way(rows({"hidden_states": way.x, **way.given}, few), way.x[few], way.schedule, null)
     some.given.pop("hidden_states")
 
-    def say(schedule: Any, number: int, x: Tensor) -> Tensor:
-        return _said(forward, *_given(some, schedule, times[number], x, dtype), size, trajectory.guidance or 1)
+    def draw(answer: Answer) -> Tensor:
+        schedule, x = deepcopy(way.schedule), some.x
+        for number, time in enumerate(times):
+            given, free = _given(some, schedule, time, x, dtype)
+            ask = lambda given=given, free=free: _said(forward, given, free, size, trajectory.guidance or 1)  # noqa: E731
+            x = _step(schedule, answer(number, ask), time, x, calibration.seed)
+        return x
 
-    def step(schedule: Any, number: int, said: Tensor, x: Tensor) -> Tensor:
-        return _step(schedule, said, times[number], x, calibration.seed)
-
-    return some, say, step
+    return draw
 
 
 def drawer(
@@ -225,15 +220,8 @@ def drawer(
             "latents that are no packed tokens; leave it at output"
         )
     way, _, _ = _start(skeleton, calibration, trajectory, schedule)
-    some, say, step = _few(forward, way, calibration, trajectory, skeleton.dtype)
-
-    def draw() -> Tensor:
-        own, x = deepcopy(way.schedule), some.x
-        for number in range(len(_times(way, trajectory))):
-            x = step(own, number, say(own, number, x), x)
-        return x
-
-    return draw
+    draw = _few(forward, way, calibration, trajectory, skeleton.dtype)
+    return lambda: draw(honest)
 
 
 def _times(way: Way, trajectory: Trajectory) -> Tensor:
@@ -281,8 +269,3 @@ def _set(schedule: Any, steps: int) -> None:
 
 def _time(time: Tensor, given: Mapping[str, Any]) -> Tensor:
     return time.float() / 1000 if packed_time(given) else time
-
-
-def cast(given: Mapping[str, Any], dtype: torch.dtype) -> Batch:
-    """The arguments that have the model's dtype in it."""
-    return {key: value.to(dtype) if key in CAST else value for key, value in given.items()}

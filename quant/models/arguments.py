@@ -26,6 +26,7 @@ from quant.models.weightless import weightless
 TEXT_WIDTH = ("caption_channels", "joint_attention_dim", "text_embed_dim", "text_dim", "cross_attention_dim")
 TEXT_TOKENS = 5  # in the tracing pass: unlike any other size there
 GUIDANCE = 3.5  # what distilled models are told when nobody says otherwise
+CAST = ("hidden_states", "encoder_hidden_states", "pooled_projections", "encoder_hidden_states_image")
 
 # name -> shape of one sample of C channels, F frames, H x W places
 LAYOUTS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
@@ -54,8 +55,8 @@ class Form:
     traced: Size
 
 
-def find_form(model: Any) -> Form:
-    """Tries the layouts, small first, then at the config's own size.
+def find_form(model: Any, dtype: torch.dtype = torch.float32) -> Form:
+    """Tries the layouts, small first, then at the config's own size. `dtype`: the model's.
 
     Raises:
         ModelError: the model takes none of them.
@@ -68,7 +69,7 @@ def find_form(model: Any) -> Form:
     said = ""
     for size in (small, own_size(config)):
         for layout in LAYOUTS:
-            said = _refusal(model, build(model, layout, size, 2)) or ""
+            said = _refusal(model, cast(build(model, layout, size, 2), dtype)) or ""
             if not said:
                 return Form(layout, size)
     raise ModelError(
@@ -112,6 +113,11 @@ def build(model: Any, layout: str, size: Size, rows: int, generator: torch.Gener
     if "encoder_hidden_states_image" in names and config.get("image_dim"):
         given["encoder_hidden_states_image"] = torch.randn((rows, size.text, config["image_dim"]), generator=generator)
     return given | _places(names, config, frames, size, rows)
+
+
+def cast(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments, those in it that have the model's dtype."""
+    return {key: value.to(dtype) if key in CAST else value for key, value in given.items()}
 
 
 def packed_time(given: Container[str]) -> bool:

@@ -89,7 +89,7 @@ class DiffusionSkeleton(Skeleton):
             torch.set_default_dtype(before)
         self.config = model.config
         if not packed:
-            self.form = find_form(model)
+            self.form = find_form(model, self.dtype)
         return model
 
     def remap(self) -> None:
