@@ -3,11 +3,11 @@
     python benchmarks/codes.py [--seconds 1200] [--seed 3]
 
 A state is worth the four bytes of `a s + b` mod 2^32, and which `a` and `b` are good only trying tells; `a` is a
-multiple of 8, for the kernel's sake. Of two values to a state, the signs of the second are those of one of three rows of a
-Hadamard matrix. Random ones are judged by the mean squared error of the best path at 2 bits for 60 sequences of 256
-Gaussians, the mean over windows of 13 and 14; each that is the best so far, within 0.2 %, is printed, with the errors
-of two values to a state (2 and 1 bits) and of one (3 and 4 bits) on 200 other sequences. The numbers in use were taken
-from about eight minutes of that: of those printed, they have the least error at 3 and 4 bits.
+multiple of 8, for the kernel's sake. Of two values to a state, the signs of the second are those of one of three rows
+of a Hadamard matrix. Random ones are judged by the mean squared error of the best path at 2 bits for 60 sequences of
+256 Gaussians, the mean over windows of 13 and 14; each that is the best so far, within 0.2 %, is printed, with the
+errors of two values to a state (2 and 1 bits) and of one (3 and 4 bits) on 200 other sequences. The numbers in use were
+taken from about eight minutes of that: of those printed, they have the least error at 3 and 4 bits.
 """
 
 from __future__ import annotations
