@@ -53,7 +53,7 @@ from quant.kernels.trellis_decode import (
 )
 from quant.kernels.trellis_inputs import is_integer, operand_x, tokens_of
 from quant.kernels.uniform import collected, is_last, stored
-from quant.kernels.warp import byte_sum, load_inputs, load_words, nothing, product, shuffled
+from quant.kernels.warp import byte_sum, issued, load_inputs, load_words, nothing, product, shuffled
 
 
 @triton.jit
@@ -78,6 +78,17 @@ def _paired(low, high, NATIVE: tl.constexpr):
         )
     else:
         return low & 0xFFFF | high << 16
+
+
+@triton.jit
+def _inputs(places, chunk, t, K, PARTS: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr):
+    """A lane's four columns of each side of a chunk, of each part."""
+    words = ()
+    for side in tl.static_range(2):
+        for part in tl.static_range(PARTS):
+            k = chunk * 32 + side * 4
+            words = words + (load_inputs(places[part] + k, k + t * 8 < K, 2, EVEN, NATIVE),)
+    return words
 
 
 @triton.jit
@@ -257,13 +268,17 @@ def trellis_kernel(
     for _ in tl.static_range(PARTS):
         sums = sums + (tl.zeros((32,), tl.int32),)
     for chunk in range(begin, end):
-        then = _chunk_words(weight, tl.minimum(chunk + 1, count - 1), size, held, after, t, BITS, NATIVE)
+        later = tl.minimum(chunk + 1, count - 1)
+        then = _chunk_words(weight, later, size, held, after, t, BITS, NATIVE)
+        if PARTS * products_of(CODE) <= 16:
+            issued(NATIVE)
+        some = _inputs(places, chunk, t, K, PARTS, EVEN, NATIVE)
         for side in tl.static_range(2):
-            k = chunk * 32 + side * 4
             inputs = ()
             for part in tl.static_range(PARTS):
-                some = load_inputs(places[part] + k, k + t * 8 < K, 2, EVEN, NATIVE)
-                inputs = inputs + (operand_x(some, scale[part], add, right, where, KIND, CODE, NATIVE),)
+                inputs = inputs + (
+                    operand_x(some[side * PARTS + part], scale[part], add, right, where, KIND, CODE, NATIVE),
+                )
             acc, sums = _side(
                 acc, sums, words, inputs, mask, flip, pairs, side, BITS, WINDOW, CODE, TABLE, PARTS, NATIVE
             )
