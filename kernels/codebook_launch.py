@@ -17,6 +17,7 @@ from quant.kernels.codebook_order import ROWS, TILE, ArrangedCodebook, column_ti
 from quant.kernels.launch import (
     KINDS,
     Config,
+    aligned,
     even_splits,
     fresh_counters,
     input_gradient,
@@ -29,6 +30,24 @@ from quant.kernels.trellis_launch import scale_table
 
 UNPACK_FROM = 64
 """Tokens from which decoding once pays. A guess from the arithmetic (`README.md`) until a GPU has measured it."""
+
+
+def is_shared(length: int, bits: int, second_bits: int) -> bool:
+    """Whether shared memory holds the table often enough: `codebook_shared.py` multiplies."""
+    return (length, bits, second_bits) == (4, 8, 0)
+
+
+def choose_shared(tokens: int, rows: int, columns: int, processors: int, bn: int = 0, warps: int = 4) -> Config:
+    """Of `codebook_shared.py`'s kernel. K is split so that a multiprocessor gets at least 12 warps and the last one to
+    end has little more to do than the mean: a warp takes units of 64 columns, and a program's beginning and end take
+    about as long as 1.5 of them."""
+    bm = next((size for size in (4, 8) if tokens <= size), 16)
+    bn = bn or (128 if bm < 16 else 64)
+    programs, count = -(-rows // bn) * -(-tokens // bm), -(-columns // (64 * warps))
+    least = min(count, 32, -(-processors * 12 // (programs * warps)))
+    each = lambda splits: -(-programs * splits // processors) * (1.5 + -(-count // splits))  # noqa: E731
+    splits = min(range(least, min(count, max(32, least)) + 1), key=each)
+    return Config(bm, bn, warps, 1, even_splits(columns, splits, 64 * warps))
 
 
 def choose(tokens: int, rows: int, columns: int, length: int, processors: int) -> Config:
@@ -125,6 +144,9 @@ def launch(
     tokens = len(out)
     if not out.numel():
         return
+    if is_shared(length, bits, second_bits):
+        launch_shared(x, weight, codebook, scales, peaks, bias, out, rows, inputs, group, config)
+        return
     x = x if x.stride(1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
     config = config or tuned(x.device, tokens, rows, inputs, bits, kind(length, second_bits, KINDS[x.dtype]), TILE)
     config = config or choose(tokens, rows, inputs, length, processor(x.device)[0])
@@ -143,6 +165,37 @@ def launch(
             **constants(bits, second_bits, length, group, columns is not None, x.device),
             BM=config.bm, SPLIT=config.splits > 1, EVEN=inputs % TILE == 0, BIAS=bias is not None,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def launch_shared(
+    x: Tensor, weight: Tensor, codebook: Tensor, scales: Tensor, peaks: Tensor, bias: Tensor | None, out: Tensor,
+    rows: int, inputs: int, group: int, config: Config | None,
+) -> None:  # fmt: skip
+    """As `launch`, of `codebook_shared.py`'s kernel."""
+    from quant.kernels.codebook_shared import codebook_shared_kernel
+    from quant.kernels.tune import tuned
+
+    tokens, x = len(out), aligned(x)
+    config = config or tuned(x.device, tokens, rows, inputs, 8, kind(4, 0, KINDS[x.dtype]), 64 * 4)
+    config = config or choose_shared(tokens, rows, inputs, processor(x.device)[0])
+    made, units = row_tiles(Codebook(length=4, index_bits=8, rows=group), rows), 2 * column_tiles(inputs)
+    blocks = sum(-(-tiles * 64 // config.bn) for tiles in made)
+    grid = (blocks, config.splits, -(-tokens // config.bm))
+    partial, counters = out, out
+    if config.splits > 1:
+        size = grid[0] * grid[1] * grid[2] * config.bn * config.bm
+        partial = torch.empty(size, dtype=torch.float32, device=x.device)
+        counters = fresh_counters(grid[0] * grid[2], x.device)
+    each = -(-units // (config.splits * config.warps))
+    with torch.cuda.device_of(x):
+        codebook_shared_kernel[grid](
+            x, weight, codebook, scales, peaks, scale_table(x.device), out if bias is None else bias, out, partial,
+            counters, tokens, rows, x.shape[1], x.stride(0), units, each, sum(made), made[0],
+            GROUP=group, BM=config.bm, TILES=config.bn // 32, WARPS=config.warps, ONE=tokens == 1,
+            SPLIT=config.splits > 1, EVEN=inputs % TILE == 0 and units == each * config.splits * config.warps,
+            BIAS=bias is not None, NATIVE=x.device.type == "cuda", num_warps=config.warps, num_stages=1,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 
