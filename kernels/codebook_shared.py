@@ -1,15 +1,16 @@
 """The Triton kernel that multiplies few tokens by codebooks of 256 vectors of 4 (`codebook_order.py`): 2 bits a weight.
 
-`out[M, N] = x[M, K] @ W[N, K]^T`. Such a table takes 2 KB, so shared memory holds 16 copies side by side, `[entry, copy,
-8 bytes]`: entries are 128 bytes apart, lane `l` reads copy `l % 16`, and 32 random lookups never want a bank twice. What
-bounds the kernel then is the width of shared memory, 128 bytes per clock: two clocks of a multiprocessor for 128 weights.
+`out[M, N] = x[M, K] @ W[N, K]^T`. Such a table takes 2 KB, so shared memory holds 16 copies side by side, `[entry,
+copy, 8 bytes]`: entries are 128 bytes apart, lane `l` reads copy `l % 16`, and 32 random lookups never want a bank
+twice. What bounds the kernel then is the width of shared memory, 128 bytes per clock: two clocks of a multiprocessor
+for 128 weights.
 
-A program has 32 TILES rows, and its warps take the units of 64 columns of its part of K in turn. Which thread holds what
-is written down (`warp.py`): lane `(g, t)` has of each tile of 8 vector rows the row `g`, and of a unit 16 columns, 16
-bytes of indices. An entry is two words, rows 0, 1 and rows 2, 3 of one column, and each goes into the tensor core as it
-is: a pair of the product's index stands for two rows of *one* column, and `x` for `(x, 0)` in an even column of the
-right operand and `(0, x)` in the odd one. So nothing is packed anew, and the 8 columns of a product are 4 tokens. Half
-of the tensor core multiplies by zero; it has time.
+A program has 32 TILES rows, and its warps take the units of 64 columns of its part of K in turn. Which thread holds
+what is written down (`warp.py`): lane `(g, t)` has of each tile of 8 vector rows the row `g`, and of a unit 16 columns,
+16 bytes of indices. An entry is two words, rows 0, 1 and rows 2, 3 of one column, and each goes into the tensor core as
+it is: a pair along the product's contracted index stands for two rows of *one* column, and `x` of that column is
+`(x, 0)` in an even column of the right operand and `(0, x)` in the odd one after it. So nothing is packed anew, and the
+8 columns of a product are 4 tokens. Half of the tensor core multiplies by zero; it has time.
 
 At the end the warps' parts are added through the memory that held the table, in the warps' order, and those of programs
 that share K as in `uniform.py`, in theirs. Scales of rows come on last. A bfloat16 `x` is scaled as in
@@ -17,7 +18,7 @@ that share K as in `uniform.py`, in theirs. Scales of rows come on last. A bfloa
 """
 
 # pyright: basic, reportGeneralTypeIssues=false, reportCallIssue=false
-# ruff: noqa: RET505, RUF005, SIM108
+# ruff: noqa: RET505, RUF005, SIM102
 # Triton's language has no types that pyright could follow, and its branches on constants are chosen when it compiles
 from __future__ import annotations
 
@@ -25,28 +26,9 @@ import triton
 import triton.language as tl
 
 from quant.kernels.codebook_product import scale_of, vectors
-from quant.kernels.shared import get, look_up, put, reserved
+from quant.kernels.shared import added, entries, filled, look_up
 from quant.kernels.uniform import inverse, is_last, power
 from quant.kernels.warp import joined, load_inputs, load_words, nothing, numbers, product, shuffled
-
-
-@triton.jit
-def _entries(codebook, lanes, LANES: tl.constexpr):
-    """Of a table of 256 entries of two words, which are to lie in 16 copies: what each lane is to put there."""
-    held = ()
-    for i in tl.static_range(2048 // LANES):
-        held = held + (load_inputs(codebook + (i * LANES + lanes) // 8 * 4, lanes, 2, True, True),)
-    return held
-
-
-@triton.jit
-def _filled(held, lanes, LANES: tl.constexpr):
-    """The address of the copies, once they lie there."""
-    start = reserved(lanes)
-    for i in tl.static_range(2048 // LANES):
-        put(start + ((i * LANES + lanes) * 16).to(tl.uint32), held[i] + held[i])
-    tl.debug_barrier()
-    return start
 
 
 @triton.jit
@@ -76,6 +58,15 @@ def _unit_inputs(place, unit, end, K, t, EVEN: tl.constexpr, NATIVE: tl.constexp
 
 
 @triton.jit
+def _all_inputs(places, unit, end, K, t, PARTS: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr):
+    """Those of each part."""
+    made = ()
+    for part in tl.static_range(PARTS):
+        made = made + (_unit_inputs(places[part], unit, end, K, t, EVEN, NATIVE),)
+    return made
+
+
+@triton.jit
 def _selected(word, select, NATIVE: tl.constexpr):
     """The bytes of a word that the nibbles of `select` number; 4 is zero."""
     if NATIVE:
@@ -100,69 +91,41 @@ def _operand(word, up, low, high, KIND: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _largest(place, begin, end, count, K, lanes, warp, WARPS: tl.constexpr, ONE: tl.constexpr, NATIVE: tl.constexpr):
-    """The largest `|x|` of each lane's token in a warp's units, NaN if there is one. All eight `g` have the one token,
-    or two a token, and take the units in turn."""
-    largest = tl.zeros(lanes.shape, tl.float32)
+def _largest(
+    places, begin, end, each, K, lanes,
+    WARPS: tl.constexpr, PARTS: tl.constexpr, ONE: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The largest `|x|` of each part's token of a lane in its warp's units, NaN if there is one. All `g` have the one
+    token, or two of them the same, and take the units in turn."""
     TURNS: tl.constexpr = 8 if ONE else 2
-    for i in range(0, count, TURNS):
-        unit = begin + (i + lanes // 4 % TURNS) * WARPS + warp
-        words = _unit_inputs(place, unit, end, K, lanes % 4, False, NATIVE)
-        for w in tl.static_range(8):
-            low, high = numbers(words[w], "bf16")
-            either = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
-            largest = tl.maximum(largest, either, propagate_nan=tl.PropagateNan.ALL)
-    other = 1
-    for _ in tl.static_range(5 if ONE else 3):
-        partner = shuffled(largest, lanes ^ other, NATIVE)
-        largest = tl.maximum(largest, partner, propagate_nan=tl.PropagateNan.ALL)
-        other *= 2
+    found = ()
+    for _ in tl.static_range(PARTS):
+        found = found + (tl.zeros(lanes.shape, tl.float32),)
+    for i in range(0, each, TURNS):
+        unit = begin + (i + lanes // 4 % TURNS) * WARPS + lanes // 32
+        fresh = ()
+        for part in tl.static_range(PARTS):
+            words, most = _unit_inputs(places[part], unit, end, K, lanes % 4, False, NATIVE), found[part]
+            for w in tl.static_range(8):
+                low, high = numbers(words[w], "bf16")
+                either = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
+                most = tl.maximum(most, either, propagate_nan=tl.PropagateNan.ALL)
+            fresh = fresh + (most,)
+        found = fresh
+    largest = ()
+    for part in tl.static_range(PARTS):
+        most = found[part]
+        for step in tl.static_range(5 if ONE else 3):
+            most = tl.maximum(most, shuffled(most, lanes ^ (1 << step), NATIVE), propagate_nan=tl.PropagateNan.ALL)
+        largest = largest + (most,)
     return largest
 
 
 @triton.jit
-def _beside(acc, back, AT: tl.constexpr, WARPS: tl.constexpr):
-    """A tile's accumulators, the warps' added, as `[4 tokens, 32 rows]`; for the interpreter."""
-    four = tl.join(tl.join(acc[AT][0], acc[AT][2]), tl.join(acc[AT][1], acc[AT][3]))
-    four *= back[:, None, None]
-    four = tl.sum(tl.reshape(four, (WARPS, 8, 4, 4)), 0)
-    return tl.reshape(tl.permute(four, (1, 0, 2)), (4, 32))
-
-
-@triton.jit
-def _added(
-    acc, back, start, lanes, PART: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
-    COUNT: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """The sums over all warps of a part's products, times `back`: COUNT tensors, number `i` of which has of `[4 tokens, 32 TILES
-    rows]` the places from `32 WARPS i` on."""
-    ROWS: tl.constexpr = 32 * TILES
-    sums = ()
-    if NATIVE:
-        PITCH: tl.constexpr = ROWS + 8  # else the four tokens of a lane would want the same banks
-        g, t, warp = lanes // 4 % 8, lanes % 4, lanes // 32
-        tl.debug_barrier()
-        for tile in tl.static_range(TILES):
-            mine = ((warp * 4 + t) * PITCH + 32 * tile + 4 * g) * 4
-            four = acc[tile * PARTS + PART]
-            put(start + mine.to(tl.uint32), (four[0] * back, four[1] * back, four[2] * back, four[3] * back))
-        tl.debug_barrier()
-        for i in tl.static_range(COUNT):
-            place = i * 32 * WARPS + lanes
-            at = start + ((place // ROWS * PITCH + place % ROWS) * 4).to(tl.uint32)
-            total = get(at)
-            for w in tl.static_range(1, WARPS):
-                total += get(at + w * (16 * PITCH))
-            sums = sums + (total,)
-    else:
-        whole = tl.join(_beside(acc, back, PART, WARPS), _beside(acc, back, PARTS + PART, WARPS))
-        if TILES == 4:
-            rest = tl.join(_beside(acc, back, 2 * PARTS + PART, WARPS), _beside(acc, back, 3 * PARTS + PART, WARPS))
-            whole = tl.permute(tl.join(whole, rest), (0, 1, 3, 2))
-        whole = tl.reshape(tl.permute(tl.reshape(whole, (4, 32, TILES)), (0, 2, 1)), (4 * ROWS,))
-        for i in tl.static_range(COUNT):
-            sums = sums + (tl.gather(whole, i * 32 * WARPS + lanes, 0),)
-    return sums
+def _left(sums, at, token, lanes, M, LANES: tl.constexpr, ROWS: tl.constexpr):
+    """Stores a program's sums of a part where the last one finds them."""
+    for i in tl.static_range(len(sums)):
+        tl.store(at + i * LANES, sums[i], mask=token + (i * LANES + lanes) // ROWS < M)
 
 
 @triton.jit
@@ -191,7 +154,7 @@ def _stored(
     sums, scales, table, peak, bias, out, begin, inside, token, lanes, M, N,
     LANES: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Scales and stores the sums of a part, as `_added` gives them. `inside`: how many rows from `begin` on there are."""
+    """Scales and stores a part's sums, as `shared.added` gives them. `inside`: how many rows there are from `begin`."""
     for i in tl.static_range(len(sums)):
         row, mine = (i * LANES + lanes) % ROWS, token + (i * LANES + lanes) // ROWS
         here = (row < inside) & (mine < M)
@@ -250,50 +213,55 @@ def codebook_shared_kernel(
         at = at + (weight + tl.cast(tile, tl.int64) * units * 256 + (g * 4 + t) * 4,)
     words = _unit_words(at, begin + warp, units - 1, TILES, NATIVE)
     if NATIVE:
-        held = _entries(codebook, lanes, LANES)
+        held = entries(codebook, lanes, LANES)
     first = tl.program_id(2) * BM
-    places, up, down = (), (), ()
+    places = ()
     for part in tl.static_range(PARTS):
-        place = x + tl.minimum(first + part * 4 + g // 2, M - 1).to(tl.int64) * stride + t * 32
-        times = tl.full((LANES,), 1.0, tl.float32)
-        if KIND == "bf16":
-            times = power(_largest(place, begin, end, each, K, lanes, warp, WARPS, ONE, NATIVE))
-        places, up = places + (place,), up + (times,)
-        down = down + (shuffled(inverse(times), warp * 32 + t * 8, NATIVE),)
+        token = tl.minimum(first + part * 4 + g // 2, M - 1)
+        places = places + (x + token.to(tl.int64) * stride + t * 32,)
+    up = ()
+    if KIND == "bf16":
+        largest = _largest(places, begin, end, each, K, lanes, WARPS, PARTS, ONE, NATIVE)
+    for part in tl.static_range(PARTS):
+        times = power(largest[part]) if KIND == "bf16" else tl.full((LANES,), 1.0, tl.float32)
+        up = up + (times,)
     start = lanes.to(tl.uint32)
     if NATIVE:
-        start = _filled(held, lanes, LANES)
+        start = filled(held, lanes, LANES)
     copy = start + (lanes % 16 * 8).to(tl.uint32)
     low = tl.where(g % 2 == 0, 0x4410, 0x1044).to(tl.uint32)
     high = tl.where(g % 2 == 0, 0x4432, 0x3244).to(tl.uint32)
     acc = nothing(TILES * PARTS, False, LANES)
-    for i in range(each):
-        unit = begin + i * WARPS + warp
-        inputs = ()
-        for part in tl.static_range(PARTS):
-            inputs = inputs + (_unit_inputs(places[part], unit, end, K, t, EVEN, NATIVE),)
-        then = _unit_words(at, unit + WARPS, units - 1, TILES, NATIVE)
+    unit = begin + warp
+    if PARTS == 1:  # more have no registers for the next inputs
+        inputs = _all_inputs(places, unit, end, K, t, PARTS, EVEN, NATIVE)
+    for _ in range(each):
+        if PARTS > 1:
+            inputs = _all_inputs(places, unit, end, K, t, PARTS, EVEN, NATIVE)
+        unit += WARPS
+        then = _unit_words(at, unit, units - 1, TILES, NATIVE)
+        if PARTS == 1:
+            later = _all_inputs(places, unit, end, K, t, PARTS, False, NATIVE)
         acc = _products(acc, words, inputs, codebook, copy, up, low, high, KIND, TILES, PARTS, NATIVE)
         words = then
+        if PARTS == 1:
+            inputs = later
     COUNT: tl.constexpr = (ROWS // LANES if ROWS > LANES else 1) if ONE else 4 * ROWS // LANES
-    SIZE: tl.constexpr = BM * ROWS
     mine = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-    mine = partial + mine.to(tl.int64) * tl.num_programs(1) * SIZE + lanes
+    mine = partial + mine.to(tl.int64) * tl.num_programs(1) * (BM * ROWS) + lanes
+    begin_row = group * GROUP + block * ROWS
+    inside = tl.minimum(GROUP - block * ROWS, N - begin_row)
     peak = tl.load(peaks + group).to(tl.float32)
-    start_row = group * GROUP + block * ROWS
-    inside = tl.minimum(GROUP - block * ROWS, N - start_row)
     for part in tl.static_range(PARTS):
-        sums = _added(acc, down[part], start, lanes, part, PARTS, TILES, WARPS, COUNT, NATIVE)
+        down = shuffled(inverse(up[part]), warp * 32 + t * 8, NATIVE)
+        sums = added(acc, down, start, lanes, part, PARTS, TILES, WARPS, COUNT, NATIVE)
+        token = first + part * 4
         if SPLIT:
-            for i in tl.static_range(COUNT):
-                live = first + part * 4 + (i * LANES + lanes) // ROWS < M
-                tl.store(mine + tl.program_id(1) * SIZE + (part * 4 * ROWS + i * LANES), sums[i], mask=live)
+            _left(sums, mine + tl.program_id(1) * (BM * ROWS) + part * 4 * ROWS, token, lanes, M, LANES, ROWS)
         else:
-            token = first + part * 4
-            _stored(sums, scales, table, peak, bias, out, start_row, inside, token, lanes, M, N, LANES, ROWS, BIAS)
+            _stored(sums, scales, table, peak, bias, out, begin_row, inside, token, lanes, M, N, LANES, ROWS, BIAS)
     if SPLIT:
         if is_last(counters):
-            for token in range(first, tl.minimum(first + BM, M), 4):
-                live = token + lanes // ROWS < M  # of a lane's first place, and what else is read is left
-                sums = _collected(mine + (token - first) * ROWS, live, LANES, SIZE, COUNT)
-                _stored(sums, scales, table, peak, bias, out, start_row, inside, token, lanes, M, N, LANES, ROWS, BIAS)
+            for some in range(first, tl.minimum(first + BM, M), 4):
+                sums = _collected(mine + (some - first) * ROWS, some + lanes // ROWS < M, LANES, BM * ROWS, COUNT)
+                _stored(sums, scales, table, peak, bias, out, begin_row, inside, some, lanes, M, N, LANES, ROWS, BIAS)
