@@ -1,18 +1,19 @@
 """Running the codebook kernels: which blocks, and the operators that torch.compile sees.
 
 As `launch.py` for uniform weights, whose scratch memory and counters it shares: up to `UNPACK_FROM` tokens one kernel
-looks every vector up once per 8 or 16 tokens; from there on the weight is decoded once, in slices of bounded size, and
-multiplied by torch (cuBLAS).
+looks every vector up once per 4, 8 or 16 tokens; from there on the weight is decoded once, in slices of bounded size,
+and multiplied by torch (cuBLAS).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant.kernels.codebook import Codebook
+from quant.kernels.codebook import FAST, Codebook
 from quant.kernels.codebook_order import ROWS, TILE, ArrangedCodebook, column_tiles, row_tiles, width
 from quant.kernels.launch import (
     KINDS,
@@ -33,34 +34,46 @@ UNPACK_FROM = 64
 
 
 def is_shared(length: int, bits: int, second_bits: int) -> bool:
-    """Whether shared memory holds the table often enough: `codebook_shared.py` multiplies."""
-    return (length, bits, second_bits) == (4, 8, 0)
+    """Whether the table is looked up in shared memory, by `codebook_shared.py`'s kernel."""
+    return (length, bits) == FAST and not second_bits
 
 
-def choose_shared(tokens: int, rows: int, columns: int, processors: int, bn: int = 0, warps: int = 4) -> Config:
-    """Of `codebook_shared.py`'s kernel. K is split so that a multiprocessor gets at least 12 warps and the last one to
-    end has little more to do than the mean: a warp takes units of 64 columns, and a program's beginning and end take
-    about as long as 1.5 of them."""
-    bm = next((size for size in (4, 8) if tokens <= size), 16)
-    bn = bn or (128 if bm < 16 else 64)
-    programs, count = -(-rows // bn) * -(-tokens // bm), -(-columns // (64 * warps))
-    least = min(count, 32, -(-processors * 12 // (programs * warps)))
-    each = lambda splits: -(-programs * splits // processors) * (1.5 + -(-count // splits))  # noqa: E731
-    splits = min(range(least, min(count, max(32, least)) + 1), key=each)
-    return Config(bm, bn, warps, 1, even_splits(columns, splits, 64 * warps))
-
-
-def choose(tokens: int, rows: int, columns: int, length: int, processors: int) -> Config:
+def choose(tokens: int, rows: int, columns: int, length: int, processors: int, shared: bool = False) -> Config:
     """The configuration without a tuned one: K split until every multiprocessor has about 16 warps, as many as their
     registers let run. They hide each other's latency, so no copies are kept on the way: shared memory would take room
-    from the first-level cache. Vectors of more than 8 leave registers for 8 tokens only."""
+    from the first-level cache. Vectors of more than 8 leave registers for 8 tokens only. `shared`: see `is_shared`."""
+    if shared:
+        return choose_shared(tokens, rows, columns, processors)
     bm = 8 if tokens <= 8 or length > 8 else 16
     programs = -(-rows // (ROWS * length)) * -(-tokens // bm)
     return Config(bm, ROWS * length, 1, 1, even_splits(columns, min(32, processors * 16 // programs), TILE))
 
 
-def candidates(tokens: int, rows: int, columns: int, length: int, processors: int) -> list[Config]:
-    """Configurations worth timing: the rows of a program are fixed, how K is split is not."""
+def choose_shared(tokens: int, rows: int, columns: int, processors: int, bn: int = 0, warps: int = 4) -> Config:
+    """Of `codebook_shared.py`'s kernel. Warps take units of 64 columns in turn, and a program's beginning and end are
+    worth about 1.5 of them. K is split so that a multiprocessor has 12 warps at least and the one with most programs is
+    done soonest: shared memory bounds them all together."""
+    bm = next((size for size in (4, 8) if tokens <= size), 16)
+    bn = bn or (128 if bm < 16 else 64)
+    programs, count = -(-rows // bn) * -(-tokens // bm), -(-columns // (64 * warps))
+    least = min(count, 32, -(-processors * 12 // (programs * warps)))
+    takes = lambda splits: -(-programs * splits // processors) * (1.5 + -(-count // splits))  # noqa: E731
+    best = min(range(least, min(count, 32) + 1), key=takes)
+    return Config(bm, bn, warps, 1, even_splits(columns, best, 64 * warps))
+
+
+def candidates(
+    tokens: int, rows: int, columns: int, length: int, processors: int, shared: bool = False
+) -> list[Config]:
+    """Configurations worth timing: how K is split, and, where tables are `shared`, rows and warps of a program."""
+    if shared:
+        sizes = [choose_shared(tokens, rows, columns, processors, bn, warps) for bn in (64, 128) for warps in (4, 8)]
+        made = [
+            replace(size, splits=even_splits(columns, count, 64 * size.warps))
+            for size in sizes
+            for count in (size.splits, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+        ]
+        return list(dict.fromkeys(made))
     default = choose(tokens, rows, columns, length, processors)
     programs = -(-rows // default.bn) * -(-tokens // default.bm)
     wanted = {even_splits(columns, min(64, processors * warps // programs), TILE) for warps in (4, 8, 12, 16, 24, 32)}
@@ -177,9 +190,9 @@ def launch_shared(
     from quant.kernels.tune import tuned
 
     tokens, x = len(out), aligned(x)
-    config = config or tuned(x.device, tokens, rows, inputs, 8, kind(4, 0, KINDS[x.dtype]), 64 * 4)
+    config = config or tuned(x.device, tokens, rows, inputs, FAST[1], kind(FAST[0], 0, KINDS[x.dtype]), TILE)
     config = config or choose_shared(tokens, rows, inputs, processor(x.device)[0])
-    made, units = row_tiles(Codebook(length=4, index_bits=8, rows=group), rows), 2 * column_tiles(inputs)
+    made, units = row_tiles(Codebook(length=FAST[0], index_bits=FAST[1], rows=group), rows), 2 * column_tiles(inputs)
     blocks = sum(-(-tiles * 64 // config.bn) for tiles in made)
     grid = (blocks, config.splits, -(-tokens // config.bm))
     partial, counters = out, out

@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant.kernels.codebook_product import scale_of, vectors
+from quant.kernels.codebook_product import scale_of
 from quant.kernels.shared import added, entries, filled, look_up
 from quant.kernels.uniform import inverse, is_last, power
 from quant.kernels.warp import joined, load_inputs, load_words, nothing, numbers, product, shuffled
@@ -37,7 +37,8 @@ def _vector(codebook, copy, word, BYTE: tl.constexpr, NATIVE: tl.constexpr):
     if NATIVE:
         return look_up(copy, word, BYTE)
     else:
-        return vectors(codebook, word >> (8 * BYTE) & 255, 4, False)
+        both = tl.load(codebook.to(tl.pointer_type(tl.uint64)) + (word >> (8 * BYTE) & 255))
+        return both.to(tl.uint32), (both >> 32).to(tl.uint32)
 
 
 @triton.jit
@@ -67,27 +68,25 @@ def _all_inputs(places, unit, end, K, t, PARTS: tl.constexpr, EVEN: tl.constexpr
 
 
 @triton.jit
-def _selected(word, select, NATIVE: tl.constexpr):
-    """The bytes of a word that the nibbles of `select` number; 4 is zero."""
+def _sided(word, left, HIGH: tl.constexpr, NATIVE: tl.constexpr):
+    """The high or the low half of a word, in the low half or, where `left`, the high one, beside zero."""
     if NATIVE:
+        select = tl.where(left, 0x3244 if HIGH else 0x1044, 0x4432 if HIGH else 0x4410)  # 4: a byte of zero
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [word, select], dtype=tl.uint32, is_pure=True, pack=1
         )
     else:
-        made = word & 0
-        for i in tl.static_range(4):
-            byte = select >> (4 * i) & 7
-            made |= tl.where(byte < 4, word >> (byte % 4 * 8) & 255, 0) << (8 * i)
-        return made
+        half = word >> 16 if HIGH else word & 0xFFFF
+        return tl.where(left, half << 16, half)
 
 
 @triton.jit
-def _operand(word, up, low, high, KIND: tl.constexpr, NATIVE: tl.constexpr):
+def _operand(word, up, left, KIND: tl.constexpr, NATIVE: tl.constexpr):
     """Two columns of `x` as the right operand of a product."""
     if KIND == "bf16":
         x0, x1 = numbers(word, KIND)
         word = joined(x0 * up, x1 * up, NATIVE)
-    return _selected(word, low, NATIVE), _selected(word, high, NATIVE)
+    return _sided(word, left, False, NATIVE), _sided(word, left, True, NATIVE)
 
 
 @triton.jit
@@ -166,14 +165,14 @@ def _stored(
 
 @triton.jit
 def _products(
-    acc, words, inputs, codebook, copy, up, low, high,
+    acc, words, inputs, codebook, copy, up, left,
     KIND: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """`acc` and the products of a unit: two columns of a lane at a time."""
     for pair in tl.static_range(8):
         operands = ()
         for part in tl.static_range(PARTS):
-            operands = operands + (_operand(inputs[part][pair], up[part], low, high, KIND, NATIVE),)
+            operands = operands + (_operand(inputs[part][pair], up[part], left, KIND, NATIVE),)
         fresh = ()
         for tile in tl.static_range(TILES):
             word = words[tile * 4 + pair // 2]
@@ -229,8 +228,6 @@ def codebook_shared_kernel(
     if NATIVE:
         start = filled(held, lanes, LANES)
     copy = start + (lanes % 16 * 8).to(tl.uint32)
-    low = tl.where(g % 2 == 0, 0x4410, 0x1044).to(tl.uint32)
-    high = tl.where(g % 2 == 0, 0x4432, 0x3244).to(tl.uint32)
     acc = nothing(TILES * PARTS, False, LANES)
     unit = begin + warp
     if PARTS == 1:  # more have no registers for the next inputs
@@ -242,7 +239,7 @@ def codebook_shared_kernel(
         then = _unit_words(at, unit, units - 1, TILES, NATIVE)
         if PARTS == 1:
             later = _all_inputs(places, unit, end, K, t, PARTS, False, NATIVE)
-        acc = _products(acc, words, inputs, codebook, copy, up, low, high, KIND, TILES, PARTS, NATIVE)
+        acc = _products(acc, words, inputs, codebook, copy, up, g % 2 == 1, KIND, TILES, PARTS, NATIVE)
         words = then
         if PARTS == 1:
             inputs = later
