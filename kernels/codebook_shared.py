@@ -128,8 +128,9 @@ def _left(sums, at, token, lanes, M, LANES: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _collected(at, live, LANES: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
-    """The sums of all programs' parts of COUNT places of a lane, in their order; several on their way at a time."""
+def _collected(at, left, lanes, LANES: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
+    """The sums of all programs' parts of COUNT places of each lane, in their order; several on their way at a time.
+    `left`: tokens from here on."""
     AHEAD: tl.constexpr = 8 if COUNT == 1 else 4
     splits = tl.num_programs(1)
     sums = ()
@@ -141,7 +142,7 @@ def _collected(at, live, LANES: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.cons
             total = sums[i]
             for part in tl.static_range(AHEAD):
                 mine = at + (begin + part) * SIZE + i * LANES
-                here = live & (tl.full((LANES,), begin + part, tl.int32) < splits)
+                here = ((i * LANES + lanes) // ROWS < left) & (tl.full((LANES,), begin + part, tl.int32) < splits)
                 total += tl.load(mine, mask=here, other=0.0, cache_modifier=".cg")
             fresh = fresh + (total,)
         sums = fresh
@@ -260,5 +261,5 @@ def codebook_shared_kernel(
     if SPLIT:
         if is_last(counters):
             for some in range(first, tl.minimum(first + BM, M), 4):
-                sums = _collected(mine + (some - first) * ROWS, some + lanes // ROWS < M, LANES, BM * ROWS, COUNT)
+                sums = _collected(mine + (some - first) * ROWS, M - some, lanes, LANES, ROWS, BM * ROWS, COUNT)
                 _stored(sums, scales, table, peak, bias, out, begin_row, inside, some, lanes, M, N, LANES, ROWS, BIAS)
