@@ -30,7 +30,7 @@ TOKENS, BITS, GROUP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096), (4, 2, 3, 
 TRELLISES = (2, 3, 4)
 """Bits of the trellises that are timed, of the default code and window."""
 CODEBOOKS = (2.0, 3.0)
-"""Bits, all included, of the codebooks that are timed."""
+"""Bits of the codebooks that are timed."""
 PEERS = ("bf16", "int4pack", "gemlite")
 SHOWN = (
     "model",
@@ -91,6 +91,7 @@ def gate(apply: Callable[..., Iterator[Any]]) -> int:
         Case(tokens, *size, Codebook(length=length, index_bits=bits, second_bits=second, share=share, rows=rows), kind)
         for tokens, length, bits, second, share, rows, kind in (
             (1, 6, 11, 4, 0.24, 4096, "bf16"), (17, 8, 12, 0, 1.0, 40, "fp16"), (3, 5, 9, 7, 1.0, 4096, "bf16"),
+            (1, 4, 8, 0, 1.0, 4096, "bf16"), (4, 4, 8, 0, 1.0, 300, "fp16"), (16, 4, 8, 0, 1.0, 4096, "bf16"),
         )
     ]  # fmt: skip
     whole = (Uniform(bits=4), Trellis(), Codebook(length=6, index_bits=11, second_bits=4, share=0.24))

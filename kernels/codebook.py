@@ -18,8 +18,8 @@ last ones may be fewer; a vector that the end of its rows cuts short is stored w
     g = o // rows,  n the vector row and t the place in it of o, counted in its group
 
 The second codebook is a residual stage if it serves all columns, and a finer codebook for outlier columns if it serves
-a few. No index depends on another. The GPU kernels have the codebooks in the first-level cache (about 64 KiB at most
-where `codebook_for` chose them) and the indices in an order of their own (`codebook_order.py`).
+a few. No index depends on another. The GPU kernels have the codebooks in shared memory or the first-level cache (about
+64 KiB at most where `codebook_for` chose them) and the indices in an order of their own (`codebook_order.py`).
 """
 
 from __future__ import annotations
@@ -39,13 +39,19 @@ from quant.kernels.packing import pack, pack_planes, padding_is_zero, plane_byte
 from quant.kernels.promise import Spec, SpecError, TensorSpec
 from quant.kernels.scales import scale_values
 
+FAST = 4, 8
+"""Length and bits of an index that the fastest kernel takes, without second ones."""
+
+MORE, WORSE = 1.005, 1.05
+"""See `codebook_for`."""
+
 
 @dataclass(frozen=True)
 class Codebook(Spec):
     """Vectors of `length` outputs (1-16), an index of `index_bits` bits (1-16) each, a codebook for each `rows` rows.
 
     `second_bits`: of a second index, whose vector is added (0: none), in the `share` of the columns with the largest
-    inputs. `length` 0: `codebook_for` chooses length and index for `bits` bits per weight, all included, and the shape.
+    inputs. `length` 0: `codebook_for` chooses length and index for `bits` bits per weight and the shape.
     """
 
     layout: ClassVar[str] = "codebook"
@@ -115,6 +121,10 @@ def codebook_for(spec: Codebook, shape: tuple[int, int]) -> Codebook:
 
     What they leave goes into finer columns.
 
+    Vectors of 4 with indices of a byte, which a kernel of their own multiplies several times as fast as the others
+    (`codebook_shared.py`), are preferred where they expect no more than `WORSE` of the least error; codebook and scales
+    may then come on top, up to `MORE` of the bits. So 2 bits are 2.0015 of a matrix of 8192 x 8192.
+
     Raises `SpecError` if nothing fits.
     """
     if spec.length:
@@ -128,7 +138,11 @@ def codebook_for(spec: Codebook, shape: tuple[int, int]) -> Codebook:
     ]
     if not found:
         raise SpecError(f"no codebook for a weight of {list(shape)} fits in {spec.bits:g} bits per weight")
-    return min(found, key=lambda choice: _expected(choice, shape[1]))
+    best = min(found, key=lambda choice: _expected(choice, shape[1]))
+    fast = replace(spec, length=FAST[0], index_bits=FAST[1], second_bits=0, share=1.0)
+    if fast.bits_per_weight(shape) > MORE * spec.bits:
+        return best
+    return fast if _expected(fast, shape[1]) <= WORSE * _expected(best, shape[1]) else best
 
 
 def _filled(spec: Codebook, shape: tuple[int, int]) -> Codebook | None:

@@ -1,22 +1,24 @@
 """Running the codebook kernels: which blocks, and the operators that torch.compile sees.
 
 As `launch.py` for uniform weights, whose scratch memory and counters it shares: up to `UNPACK_FROM` tokens one kernel
-looks every vector up once per 8 or 16 tokens; from there on the weight is decoded once, in slices of bounded size, and
-multiplied by torch (cuBLAS).
+looks every vector up once per 4, 8 or 16 tokens; from there on the weight is decoded once, in slices of bounded size,
+and multiplied by torch (cuBLAS).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant.kernels.codebook import Codebook
+from quant.kernels.codebook import FAST, Codebook
 from quant.kernels.codebook_order import ROWS, TILE, ArrangedCodebook, column_tiles, row_tiles, width
 from quant.kernels.launch import (
     KINDS,
     Config,
+    aligned,
     even_splits,
     fresh_counters,
     input_gradient,
@@ -31,17 +33,47 @@ UNPACK_FROM = 64
 """Tokens from which decoding once pays. A guess from the arithmetic (`README.md`) until a GPU has measured it."""
 
 
-def choose(tokens: int, rows: int, columns: int, length: int, processors: int) -> Config:
+def is_shared(length: int, bits: int, second_bits: int) -> bool:
+    """Whether the table is looked up in shared memory, by `codebook_shared.py`'s kernel."""
+    return (length, bits) == FAST and not second_bits
+
+
+def choose(tokens: int, rows: int, columns: int, length: int, processors: int, shared: bool = False) -> Config:
     """The configuration without a tuned one: K split until every multiprocessor has about 16 warps, as many as their
     registers let run. They hide each other's latency, so no copies are kept on the way: shared memory would take room
-    from the first-level cache. Vectors of more than 8 leave registers for 8 tokens only."""
+    from the first-level cache. Vectors of more than 8 leave registers for 8 tokens only. `shared`: see `is_shared`."""
+    if shared:
+        return choose_shared(tokens, rows, columns, processors)
     bm = 8 if tokens <= 8 or length > 8 else 16
     programs = -(-rows // (ROWS * length)) * -(-tokens // bm)
     return Config(bm, ROWS * length, 1, 1, even_splits(columns, min(32, processors * 16 // programs), TILE))
 
 
-def candidates(tokens: int, rows: int, columns: int, length: int, processors: int) -> list[Config]:
-    """Configurations worth timing: the rows of a program are fixed, how K is split is not."""
+def choose_shared(tokens: int, rows: int, columns: int, processors: int, bn: int = 0, warps: int = 4) -> Config:
+    """Of `codebook_shared.py`'s kernel. Warps take units of 64 columns in turn, and a program's beginning and end are
+    worth about 1.5 of them. K is split so that a multiprocessor has 12 warps at least and the one with most programs is
+    done soonest: shared memory bounds them all together."""
+    bm = next((size for size in (4, 8) if tokens <= size), 16)
+    bn = bn or (128 if bm < 16 else 64)
+    programs, count = -(-rows // bn) * -(-tokens // bm), -(-columns // (64 * warps))
+    least = min(count, 32, -(-processors * 12 // (programs * warps)))
+    takes = lambda splits: -(-programs * splits // processors) * (1.5 + -(-count // splits))  # noqa: E731
+    best = min(range(least, min(count, 32) + 1), key=takes)
+    return Config(bm, bn, warps, 1, even_splits(columns, best, 64 * warps))
+
+
+def candidates(
+    tokens: int, rows: int, columns: int, length: int, processors: int, shared: bool = False
+) -> list[Config]:
+    """Configurations worth timing: how K is split, and, where tables are `shared`, rows and warps of a program."""
+    if shared:
+        sizes = [choose_shared(tokens, rows, columns, processors, bn, warps) for bn in (64, 128) for warps in (4, 8)]
+        made = [
+            replace(size, splits=even_splits(columns, count, 64 * size.warps))
+            for size in sizes
+            for count in (size.splits, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+        ]
+        return list(dict.fromkeys(made))
     default = choose(tokens, rows, columns, length, processors)
     programs = -(-rows // default.bn) * -(-tokens // default.bm)
     wanted = {even_splits(columns, min(64, processors * warps // programs), TILE) for warps in (4, 8, 12, 16, 24, 32)}
@@ -125,6 +157,9 @@ def launch(
     tokens = len(out)
     if not out.numel():
         return
+    if is_shared(length, bits, second_bits):
+        launch_shared(x, weight, codebook, scales, peaks, bias, out, rows, inputs, group, config)
+        return
     x = x if x.stride(1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
     config = config or tuned(x.device, tokens, rows, inputs, bits, kind(length, second_bits, KINDS[x.dtype]), TILE)
     config = config or choose(tokens, rows, inputs, length, processor(x.device)[0])
@@ -143,6 +178,37 @@ def launch(
             **constants(bits, second_bits, length, group, columns is not None, x.device),
             BM=config.bm, SPLIT=config.splits > 1, EVEN=inputs % TILE == 0, BIAS=bias is not None,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def launch_shared(
+    x: Tensor, weight: Tensor, codebook: Tensor, scales: Tensor, peaks: Tensor, bias: Tensor | None, out: Tensor,
+    rows: int, inputs: int, group: int, config: Config | None,
+) -> None:  # fmt: skip
+    """As `launch`, of `codebook_shared.py`'s kernel."""
+    from quant.kernels.codebook_shared import codebook_shared_kernel
+    from quant.kernels.tune import tuned
+
+    tokens, x = len(out), aligned(x)
+    config = config or tuned(x.device, tokens, rows, inputs, FAST[1], kind(FAST[0], 0, KINDS[x.dtype]), TILE)
+    config = config or choose_shared(tokens, rows, inputs, processor(x.device)[0])
+    made, units = row_tiles(Codebook(length=FAST[0], index_bits=FAST[1], rows=group), rows), 2 * column_tiles(inputs)
+    blocks = sum(-(-tiles * 64 // config.bn) for tiles in made)
+    grid = (blocks, config.splits, -(-tokens // config.bm))
+    partial, counters = out, out
+    if config.splits > 1:
+        size = grid[0] * grid[1] * grid[2] * config.bn * config.bm
+        partial = torch.empty(size, dtype=torch.float32, device=x.device)
+        counters = fresh_counters(grid[0] * grid[2], x.device)
+    each = -(-units // (config.splits * config.warps))
+    with torch.cuda.device_of(x):
+        codebook_shared_kernel[grid](
+            x, weight, codebook, scales, peaks, scale_table(x.device), out if bias is None else bias, out, partial,
+            counters, tokens, rows, x.shape[1], x.stride(0), units, each, sum(made), made[0],
+            GROUP=group, BM=config.bm, TILES=config.bn // 32, WARPS=config.warps, ONE=tokens == 1,
+            SPLIT=config.splits > 1, EVEN=inputs % TILE == 0 and units == each * config.splits * config.warps,
+            BIAS=bias is not None, NATIVE=x.device.type == "cuda", num_warps=config.warps, num_stages=1,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 

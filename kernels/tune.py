@@ -179,14 +179,15 @@ def fastest(
         default = trellis_launch.choose(*sizes, count, code)
         measured([default, *trellis_launch.candidates(*sizes, count, code)])
     elif isinstance(spec, Codebook):
-        length = spec.chosen((rows, columns)).length
-        default = codebook_launch.choose(*sizes, length, count)
-        measured([default, *codebook_launch.candidates(*sizes, length, count)])
+        chosen = spec.chosen((rows, columns))
+        shared = codebook_launch.is_shared(chosen.length, chosen.index_bits, chosen.second_bits)
+        default = codebook_launch.choose(*sizes, chosen.length, count, shared)
+        measured([default, *codebook_launch.candidates(*sizes, chosen.length, count, shared)])
     else:
         default = launch.choose(*sizes, count, bits, kind, launch.processor(x.device)[1])
         measured([default, *candidates(*sizes, bits, count)])
-    chosen = min(times, key=times.__getitem__)
-    return chosen, times[chosen], times[default]
+    best = min(times, key=times.__getitem__)
+    return best, times[best], times[default]
 
 
 if __name__ == "__main__":

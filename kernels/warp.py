@@ -1,4 +1,4 @@
-"""A warp's own arithmetic: Triton functions of tensors of 32 elements, one for each lane of a program of one warp.
+"""A warp's own arithmetic: Triton functions of tensors of one element for each lane, 32 in a program of one warp.
 
 Which thread holds which part of a tensor core's operands is written down here (PTX ISA, mma.m16n8k16 and mma.m16n8k32)
 and not left to the compiler, whose choice differs between versions: the same trellis product took 4.7 instructions per
@@ -157,6 +157,18 @@ def numbers(word, KIND: tl.constexpr):
 
 
 @triton.jit
+def joined(low, high, NATIVE: tl.constexpr):
+    """Two float32 as a word of two float16."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        low, high = low.to(tl.float16).to(tl.uint16, bitcast=True), high.to(tl.float16).to(tl.uint16, bitcast=True)
+        return low.to(tl.uint32) | high.to(tl.uint32) << 16
+
+
+@triton.jit
 def halved(word, TIMES: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr):
     """Both halves times 2^-TIMES."""
     if TIMES == 0:
@@ -201,23 +213,25 @@ def _parts(word, KIND: tl.constexpr, SIGNED: tl.constexpr):
 def _multiplied(a0, a1, a2, a3, b0, b1, c, KIND: tl.constexpr):
     """`product` with Triton's own operations."""
     K: tl.constexpr = 32 if KIND == "int8" else 16
-    a = tl.reshape(tl.join(tl.join(a0, a1), tl.join(a2, a3)), (8, 4, 2, 2))  # g, t, lower rows, later columns
+    LANES: tl.constexpr = a0.shape[0]
+    W: tl.constexpr = LANES // 32  # warps
+    a = tl.reshape(tl.join(tl.join(a0, a1), tl.join(a2, a3)), (W, 8, 4, 2, 2))  # g, t, lower rows, later columns
     a = _parts(a, KIND, False)
-    b = _parts(tl.reshape(tl.join(b0, b1), (8, 4, 2)), KIND, True)
+    b = _parts(tl.reshape(tl.join(b0, b1), (W, 8, 4, 2)), KIND, True)
     if KIND == "int8":
-        a = tl.reshape(tl.permute(a, (2, 0, 3, 1, 4, 5)), (16, K))
-        b = tl.reshape(tl.permute(b, (2, 1, 3, 4, 0)), (K, 8))
+        a = tl.reshape(tl.permute(a, (0, 3, 1, 4, 2, 5, 6)), (W, 16, K))
+        b = tl.reshape(tl.permute(b, (0, 3, 2, 4, 5, 1)), (W, K, 8))
     else:
-        a = tl.reshape(tl.permute(a, (2, 0, 3, 1, 4)), (16, K))
-        b = tl.reshape(tl.permute(b, (2, 1, 3, 0)), (K, 8))
+        a = tl.reshape(tl.permute(a, (0, 3, 1, 4, 2, 5)), (W, 16, K))
+        b = tl.reshape(tl.permute(b, (0, 3, 2, 4, 1)), (W, K, 8))
     made = tl.dot(a, b, input_precision="ieee")
-    made = tl.permute(tl.reshape(made, (2, 8, 4, 2)), (1, 2, 3, 0))  # g, t, second column, lower rows
+    made = tl.permute(tl.reshape(made, (W, 2, 8, 4, 2)), (0, 2, 3, 4, 1))  # g, t, second column, lower rows
     upper, lower = tl.split(made)
     even, odd = tl.split(upper)
     even_lower, odd_lower = tl.split(lower)
     SUM: tl.constexpr = c[0].dtype
-    first = c[0] + tl.reshape(even, (32,)).to(SUM), c[1] + tl.reshape(odd, (32,)).to(SUM)
-    return first + (c[2] + tl.reshape(even_lower, (32,)).to(SUM), c[3] + tl.reshape(odd_lower, (32,)).to(SUM))
+    first = c[0] + tl.reshape(even, (LANES,)).to(SUM), c[1] + tl.reshape(odd, (LANES,)).to(SUM)
+    return first + (c[2] + tl.reshape(even_lower, (LANES,)).to(SUM), c[3] + tl.reshape(odd_lower, (LANES,)).to(SUM))
 
 
 @triton.jit
@@ -248,10 +262,10 @@ def product(
 
 
 @triton.jit
-def nothing(COUNT: tl.constexpr, INTEGER: tl.constexpr):
+def nothing(COUNT: tl.constexpr, INTEGER: tl.constexpr, LANES: tl.constexpr = 32):
     """COUNT times four accumulators at zero, int32 or float32."""
     made = ()
     for _ in tl.static_range(COUNT):
-        zero = tl.zeros((32,), tl.int32 if INTEGER else tl.float32)
+        zero = tl.zeros((LANES,), tl.int32 if INTEGER else tl.float32)
         made = made + ((zero, zero, zero, zero),)
     return made

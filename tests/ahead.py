@@ -22,17 +22,19 @@ specifications per compute capability')."""
 
 @dataclass(frozen=True)
 class Compiled:
-    """`registers` per thread; `spilled` bytes of local memory; `shared` bytes; `ops`: SASS mnemonics, counted."""
+    """`registers` per thread; `spilled` bytes of local memory; `shared` bytes that a launch asks for, `static` ones
+    that the kernel's own arrays take, with what the driver keeps for itself; `ops`: SASS mnemonics, counted."""
 
     capability: int
     registers: int
     spilled: int
     shared: int
+    static: int
     ops: Counter[str]
     ttgir: str
 
     def fits(self) -> bool:
-        return self.spilled == 0 and self.shared <= SHARED_LIMIT[self.capability] * 1024
+        return self.spilled == 0 and self.shared + self.static <= SHARED_LIMIT[self.capability] * 1024
 
 
 def compile_for(
@@ -64,11 +66,11 @@ def read(capability: int, cubin: bytes, ttgir: str, shared: int) -> Compiled:
         file.write_bytes(cubin)
         usage = _run("cuobjdump", "--dump-resource-usage", str(file))
         sass = _run("nvdisasm", "-c", str(file))
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     assert found is not None, usage
     ops = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", sass, re.MULTILINE))
     spilled = sum(count for op, count in ops.items() if op.startswith(("LDL", "STL")))
-    return Compiled(capability, int(found[1]), max(spilled, int(found[2])), shared, ops, ttgir)
+    return Compiled(capability, int(found[1]), max(spilled, int(found[2])), shared, int(found[3]), ops, ttgir)
 
 
 def _run(tool: str, *arguments: str) -> str:

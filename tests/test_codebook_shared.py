@@ -1,0 +1,121 @@
+"""The kernel of codebooks whose tables lie in shared memory: against the reference, on ragged sizes with poisoned
+outputs, and what compiles for GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from quant.kernels import codebook_launch
+from quant.kernels.codebook import Codebook
+from quant.kernels.codebook_launch import choose_shared, is_shared
+from quant.kernels.codebook_order import arrange, column_tiles
+from quant.kernels.launch import Config
+from tests.ahead import Compiled, compile_for
+from tests.guarded import guarded, intact
+from tests.rerun import rerun
+from tests.test_codebook_kernel import bound, some, weight
+
+
+def fast(rows: int = 4096) -> Codebook:
+    return Codebook(length=4, index_bits=8, rows=rows)
+
+
+def test_configurations() -> None:
+    """Every multiprocessor has 12 warps or more, and no program is without columns."""
+    assert choose_shared(1, 28672, 8192, 132) == Config(4, 128, 4, 1, 4)
+    assert choose_shared(1, 8192, 28672, 132) == Config(4, 128, 4, 1, 8)
+    assert choose_shared(1, 8192, 8192, 132) == Config(4, 128, 4, 1, 8)
+    assert choose_shared(16, 8192, 8192, 132) == Config(16, 64, 4, 1, 4)
+    assert choose_shared(1, 20, 100, 132).splits == 1
+    assert codebook_launch.choose(5, 8192, 8192, 4, 132, shared=True).bm == 8
+    for columns in (100, 256, 1000, 8192, 28672):
+        for config in codebook_launch.candidates(1, 4096, columns, 4, 132, shared=True):
+            each = -(-2 * column_tiles(columns) // (config.splits * config.warps)) * config.warps
+            assert (config.splits - 1) * each < 2 * column_tiles(columns) <= config.splits * each
+    assert is_shared(4, 8, 0)
+    assert not is_shared(4, 8, 2)
+    assert not is_shared(4, 7, 0)
+
+
+@pytest.mark.slow
+def test_under_the_interpreter() -> None:
+    rerun(__file__, "interpreted")
+
+
+@pytest.mark.slow
+def test_ahead_of_time() -> None:
+    rerun(__file__, "compiled")
+
+
+CASES = [
+    (1, 44, 90, fast(40), torch.float16, Config(4, 64, 1, 1, 1)),
+    (1, 100, 330, fast(), torch.bfloat16, Config(4, 128, 2, 1, 2)),
+    (3, 60, 72, fast(39), torch.bfloat16, Config(4, 128, 2, 1, 1)),
+    (7, 30, 140, fast(), torch.float16, Config(8, 64, 2, 1, 2)),
+    (18, 20, 72, fast(), torch.bfloat16, Config(16, 64, 8, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def interpreted_matmul(case: tuple[Any, ...]) -> None:
+    """Groups that end amid a program and amid a vector, units that are missing, tokens of very different size."""
+    tokens, rows, columns, spec, dtype, config = case
+    packed = weight(rows, columns, spec)
+    x = (some(tokens, columns, dtype) * torch.tensor(0.5) ** (torch.arange(tokens) % 8)[:, None]).to(dtype)
+    held, bias = arrange(packed), some(1, rows, dtype, 2)[0] if tokens < 4 else None
+    exact = x.double() @ packed.dequantize(torch.float64).T
+    out, buffer = guarded((tokens, rows), dtype)
+    parts = held.weight, held.codebook, None, None, held.scales, held.peaks, bias, out
+    codebook_launch.launch(x, *parts, rows, columns, 4, 8, 0, 0, spec.rows, config)
+    expected = exact if bias is None else exact + bias.double()
+    error = (out.double() - expected).abs()
+    allowed = bound(x, packed, exact) + 2 * torch.finfo(dtype).eps * expected.abs()
+    assert bool((error <= allowed).all()), float(error.max())
+    assert intact(buffer)
+    assert torch.equal(held.dequantize(torch.float32), packed.dequantize())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of infinity times 0
+def interpreted_bfloat16_of_any_size() -> None:
+    packed = weight(20, 140, fast())
+    held, x = arrange(packed), some(5, 140, torch.bfloat16)
+    x *= torch.tensor([2.0**-118, 2.0**110, 0.0, 1.0, torch.inf], dtype=torch.bfloat16)[:, None]
+    found = codebook_launch.matmul(x, held)
+    exact = x.double() @ packed.dequantize(torch.float64).T
+    assert bool(((found.double() - exact).abs()[:4] <= (bound(x, packed, exact) + 2.0**-126)[:4]).all())
+    assert not torch.isfinite(found[4, 1:7]).any()
+
+
+SHAPES = [(1, "fp16"), (1, "bf16"), (4, "bf16"), (8, "bf16"), (16, "bf16"), (16, "fp16")]
+# every shape and three GPUs, not every pair
+PAIRS = list(zip((90, 80, 100, 80, 90, 100), SHAPES, strict=True))
+
+
+@pytest.mark.parametrize(("capability", "case"), PAIRS)
+def compiled_for(capability: int, case: tuple[Any, ...]) -> None:
+    """A unit takes 16 lookups per 8 vector rows and half as many products for every 4 tokens; 128 registers let a
+    multiprocessor have 16 warps, and 48 KiB need no leave."""
+    made, tiles, parts = compiled(capability, *case), 4 if case[0] < 16 else 2, -(-case[0] // 4)
+    assert made.fits(), (made.registers, made.spilled, made.shared, made.static)
+    assert made.registers <= 128
+    assert 32768 <= made.static <= 33792  # one table, and what the driver keeps
+    assert made.shared + made.static <= 48 * 1024
+    assert sum(n for op, n in made.ops.items() if op.startswith("LDS.64")) == 16 * tiles
+    assert sum(n for op, n in made.ops.items() if op.startswith("HMMA")) == 8 * tiles * parts
+
+
+def compiled(capability: int, tokens: int, dtype: str) -> Compiled:
+    """The default configuration for a matrix of 28672 x 8192."""
+    from quant.kernels.codebook_shared import codebook_shared_kernel
+
+    config = choose_shared(tokens, 28672, 8192, 132)
+    types = dict.fromkeys(("x", "bias", "out"), f"*{dtype}") | dict.fromkeys(("table", "partial"), "*fp32")
+    types |= dict.fromkeys(("codebook", "peaks"), "*fp16") | {"scales": "*u8"}
+    types |= dict.fromkeys(("weight", "counters"), "*i32")
+    types |= dict.fromkeys(("M", "N", "K", "stride", "units", "each", "tiles", "per"), "i32")
+    constants = {"GROUP": 4096, "BM": config.bm, "TILES": config.bn // 32, "WARPS": config.warps, "ONE": tokens == 1}
+    constants |= {"SPLIT": config.splits > 1, "EVEN": True, "BIAS": True, "NATIVE": True}
+    return compile_for(capability, codebook_shared_kernel, types, constants, config.warps, config.stages)
