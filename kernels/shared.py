@@ -22,13 +22,15 @@ import triton.language as tl
 from quant.kernels.warp import load_inputs
 
 
+@triton.constexpr_function
+def _declared(size: int) -> str:
+    return f"{{.shared .align 16 .b8 held[{size}]; mov.u32 $0, held;}}"
+
+
 @triton.jit
-def reserved(lanes):
-    """The address uint32 of 32 KiB that a program has for itself, the same in each of the `lanes`."""
-    return tl.inline_asm_elementwise(
-        "{.shared .align 16 .b8 held[32768]; mov.u32 $0, held;}", "=r,r", [lanes], dtype=tl.uint32, is_pure=False,
-        pack=1,
-    )  # fmt: skip
+def reserved(lanes, SIZE: tl.constexpr):
+    """The address uint32 of SIZE bytes that a program has for itself, the same in each of the `lanes`."""
+    return tl.inline_asm_elementwise(_declared(SIZE), "=r,r", [lanes], dtype=tl.uint32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -45,6 +47,15 @@ def put(at, words):
 def get(at):
     """The float32 at each address."""
     return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [at], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def get_four(at):
+    """The four words uint32 at each address, a multiple of 16."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at],
+        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -69,7 +80,7 @@ def entries(codebook, lanes, LANES: tl.constexpr):
 @triton.jit
 def filled(held, lanes, LANES: tl.constexpr):
     """The address of the copies, once they lie there."""
-    start = reserved(lanes)
+    start = reserved(lanes, 32768)
     for i in tl.static_range(2048 // LANES):
         put(start + ((i * LANES + lanes) * 16).to(tl.uint32), held[i] + held[i])
     tl.debug_barrier()

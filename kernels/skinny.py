@@ -26,7 +26,7 @@ import triton.language as tl
 
 from quant.kernels.skinny_words import codes_of, exponent, high_codes_of, step_words
 from quant.kernels.uniform import collected, is_last, stored
-from quant.kernels.warp import halved, issued, load_inputs, load_words, nothing, numbers, product
+from quant.kernels.warp import halved, load_inputs, load_words, nothing, numbers, product
 
 
 @triton.jit
@@ -170,7 +170,6 @@ def skinny_kernel(
     words = step_words(weight, begin, N, row, t, BITS, 2 * TILES, NATIVE)
     for step in range(begin, end):
         then = step_words(weight, tl.minimum(step + 1, count - 1), N, row, t, BITS, 2 * TILES, NATIVE)
-        issued(NATIVE)
         for chunk in tl.static_range(CHUNKS):
             k = step * (256 // HALVES) + chunk * 32
             some = ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quant.kernels.shared import get_four, put
 from quant.kernels.uniform import inverse, power
 from quant.kernels.warp import load_inputs, numbers, shuffled
 
@@ -35,31 +36,108 @@ def _joined(low, high):
 
 
 @triton.jit
-def _byte(number, times, add, right, where, NATIVE: tl.constexpr):
-    """One of the two bytes of a float32 as an integer, `number times` to the nearest, plus `add`, shifted `right`: four
-    times, or of `twin` in two of four places. `where`: an operand of `prmt`, which says in which."""
-    shifted = tl.math.fma(number, times, 12582912.0).to(tl.uint32, bitcast=True) + add >> right
-    if NATIVE:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [shifted, where], dtype=tl.uint32, is_pure=True, pack=1
-        )
-    else:
-        everywhere = (shifted & 255) * 0x01010101
-        return tl.where(where == 0, everywhere, everywhere & tl.where(where == 0x4040, 0x00FF00FF, 0xFF00FF00))
-
-
-@triton.jit
-def operand_x(some, scale, add, right, where, KIND: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
-    """Four columns of `x` (two words) as the right operands of a side: four words, of `hyb` two."""
+def operand_x(some, scale, KIND: tl.constexpr, CODE: tl.constexpr):
+    """Four columns of `x` (two words) as the right operands of a side, of codes that are not integers: four words, of
+    `hyb` two."""
     x0, x1 = numbers(some[0], KIND)
     x2, x3 = numbers(some[1], KIND)
-    if is_integer(CODE):
-        first = _byte(x0, scale, add, right, where, NATIVE), _byte(x1, scale, add, right, where, NATIVE)
-        return first + (_byte(x2, scale, add, right, where, NATIVE), _byte(x3, scale, add, right, where, NATIVE))
-    elif CODE == "hyb":
+    if CODE == "hyb":
         return _joined(x0 * scale, x1 * scale), _joined(x2 * scale, x3 * scale)
     else:
         return _doubled(x0 * scale), _doubled(x1 * scale), _doubled(x2 * scale), _doubled(x3 * scale)
+
+
+@triton.jit
+def _rounded(number, scale):
+    """`number scale` to the nearest integer, as two bytes with signs, the higher one times 256: 16 bits."""
+    whole = tl.math.fma(number, scale, 12582912.0).to(tl.uint32, bitcast=True)
+    return (whole + 128) & 0xFF00 | whole & 0xFF
+
+
+@triton.jit
+def _integers(words, COUNT: tl.constexpr, scale, KIND: tl.constexpr):
+    """COUNT words of two numbers as words of two integers."""
+    made = ()
+    for i in tl.static_range(COUNT):
+        low, high = numbers(words[i], KIND)
+        made = made + (_rounded(low, scale) | _rounded(high, scale) << 16,)
+    return made
+
+
+@triton.jit
+def places_of(g, CODE: tl.constexpr):
+    """Operands of `prmt`: where a lane wants the byte of an integer that is in the lower half of its word, and in the
+    upper. A lane with an even `g` has the higher bytes; they stand in four places, of `twin` in two of four."""
+    byte = 1 - (g % 2).to(tl.uint32)
+    if CODE == "twin":
+        first = g // 2 % 2 == 0
+        each = tl.where(first, 0x0101, 0x1010).to(tl.uint32)
+        lower = tl.where(first, 0x4040, 0x0404).to(tl.uint32) + byte * each
+    else:
+        each = byte * 0 + 0x1111
+        lower = byte * each
+    return lower, lower + 2 * each
+
+
+@triton.jit
+def _placed(word, where, NATIVE: tl.constexpr):
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [word, where], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        made = word & 0
+        for i in tl.static_range(4):
+            byte = where >> 4 * i & 15
+            made = made | tl.where(byte < 4, word >> (byte & 3) * 8 & 255, 0) << 8 * i
+        return made
+
+
+@triton.jit
+def operand_integers(words, FIRST: tl.constexpr, where, NATIVE: tl.constexpr):
+    """Four columns of `_integers`, two words from FIRST on, as the right operands of a side: four words."""
+    first = _placed(words[FIRST], where[0], NATIVE), _placed(words[FIRST], where[1], NATIVE)
+    return first + (_placed(words[FIRST + 1], where[0], NATIVE), _placed(words[FIRST + 1], where[1], NATIVE))
+
+
+@triton.jit
+def leave_integers(
+    start, places, scale, chunk, end, K, lanes,
+    ONE: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Puts the integers of COUNT chunks into shared memory, 64 bytes for a chunk and a token. Loaded from memory chunk
+    by chunk, `x` would come behind the weights that were asked for before it: loads return in order."""
+    TURNS: tl.constexpr = 8 if ONE else 8 // EACH
+    TOKENS: tl.constexpr = 1 if ONE else EACH * PARTS
+    t = lanes % 4
+    tl.debug_barrier()
+    for part in tl.static_range(PARTS):
+        for turn in tl.static_range(COUNT // TURNS):
+            mine = turn * TURNS + lanes // 4 % TURNS
+            k = (chunk + mine) * 32
+            words = load_inputs(places[part] + k, (chunk + mine < end) & (k + t * 8 < K), 4, False, True)
+            token = 0 if ONE else part * EACH + lanes // 4 // TURNS
+            at = start + ((mine * TOKENS + token) * 64 + t * 16).to(tl.uint32)
+            put(at, _integers(words, 4, scale[part], KIND))
+    tl.debug_barrier()
+
+
+@triton.jit
+def integers_of(
+    start, place, scale, chunk, which, PART: tl.constexpr, K, lanes,
+    ONE: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The integers of a lane's eight columns of a chunk, which is number `which` in shared memory; four words. The
+    interpreter has no shared memory and makes them anew."""
+    t = lanes % 4
+    if NATIVE:
+        TURNS: tl.constexpr = 8 if ONE else 8 // EACH
+        TOKENS: tl.constexpr = 1 if ONE else EACH * PARTS
+        token = 0 if ONE else PART * EACH + lanes // 4 // TURNS
+        return get_four(start + ((which * TOKENS + token) * 64 + t * 16).to(tl.uint32))
+    else:
+        words = load_inputs(place + chunk * 32, chunk * 32 + t * 8 < K, 4, False, False)
+        return _integers(words, 4, scale, KIND)
 
 
 @triton.jit

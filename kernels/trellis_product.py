@@ -41,6 +41,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quant.kernels.shared import reserved
 from quant.kernels.trellis_decode import (
     FLIP,
     integer_word,
@@ -51,9 +52,22 @@ from quant.kernels.trellis_decode import (
     state_at,
     streams_of,
 )
-from quant.kernels.trellis_inputs import is_integer, operand_x, tokens_of
+from quant.kernels.trellis_inputs import (
+    integers_of,
+    is_integer,
+    leave_integers,
+    operand_integers,
+    operand_x,
+    places_of,
+    tokens_of,
+)
 from quant.kernels.uniform import collected, is_last, stored
-from quant.kernels.warp import byte_sum, issued, load_inputs, load_words, nothing, product, shuffled
+from quant.kernels.warp import byte_sum, load_inputs, load_words, nothing, product, shuffled
+
+import os
+EARLY = tl.constexpr(int(os.environ.get("EARLY", "0")))
+AHEAD = tl.constexpr(16)
+"""Chunks of which the integers of `x` are in shared memory at a time."""
 
 
 @triton.jit
@@ -78,17 +92,6 @@ def _paired(low, high, NATIVE: tl.constexpr):
         )
     else:
         return low & 0xFFFF | high << 16
-
-
-@triton.jit
-def _inputs(places, chunk, t, K, PARTS: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr):
-    """A lane's four columns of each side of a chunk, of each part."""
-    words = ()
-    for side in tl.static_range(2):
-        for part in tl.static_range(PARTS):
-            k = chunk * 32 + side * 4
-            words = words + (load_inputs(places[part] + k, k + t * 8 < K, 2, EVEN, NATIVE),)
-    return words
 
 
 @triton.jit
@@ -260,29 +263,41 @@ def trellis_kernel(
     flip = mask * FLIP
     first = tl.program_id(2) * BM
     places, scale, down = tokens_of(x, first, M, K, stride, begin, end, lanes, INTEGER, ONE, EACH, PARTS, KIND, NATIVE)
-    low = (g % 2).to(tl.uint32)
-    add, right, where = 128 - 128 * low, 8 - 8 * low, 0 * low
-    if CODE == "twin":
-        where = tl.where(g // 2 % 2 == 0, 0x4040, 0x0404).to(tl.uint32)
     acc, sums = nothing(products_of(CODE) * PARTS, INTEGER), ()
     for _ in tl.static_range(PARTS):
         sums = sums + (tl.zeros((32,), tl.int32),)
-    for chunk in range(begin, end):
-        later = tl.minimum(chunk + 1, count - 1)
-        then = _chunk_words(weight, later, size, held, after, t, BITS, NATIVE)
-        if PARTS * products_of(CODE) <= 16:
-            issued(NATIVE)
-        some = _inputs(places, chunk, t, K, PARTS, EVEN, NATIVE)
-        for side in tl.static_range(2):
-            inputs = ()
-            for part in tl.static_range(PARTS):
-                inputs = inputs + (
-                    operand_x(some[side * PARTS + part], scale[part], add, right, where, KIND, CODE, NATIVE),
+    start, where = 0, places_of(g, CODE)
+    if INTEGER and NATIVE:
+        start = reserved(lanes, AHEAD * 64 * (1 if ONE else BM))
+    for several in range(begin, end, AHEAD):
+        if INTEGER and NATIVE:
+            leave_integers(start, places, scale, several, end, K, lanes, ONE, EACH, PARTS, AHEAD, KIND)
+        for chunk in range(several, tl.minimum(several + AHEAD, end)):
+            then = _chunk_words(weight, tl.minimum(chunk + 1, count - 1), size, held, after, t, BITS, NATIVE)
+            some = ()
+            if NATIVE and INTEGER and EARLY and PARTS * products_of(CODE) <= 16:
+                tl.inline_asm_elementwise(
+                    "{bar.warp.sync 0xffffffff; mov.u32 $0, 0;}", "=r", [], dtype=tl.uint32, is_pure=False, pack=1
                 )
-            acc, sums = _side(
-                acc, sums, words, inputs, mask, flip, pairs, side, BITS, WINDOW, CODE, TABLE, PARTS, NATIVE
-            )
-        words = then
+            if INTEGER:
+                for part in tl.static_range(PARTS):
+                    some = some + integers_of(
+                        start, places[part], scale[part], chunk, chunk - several, part, K, lanes, ONE, EACH, PARTS,
+                        KIND, NATIVE,
+                    )  # fmt: skip
+            for side in tl.static_range(2):
+                inputs = ()
+                for part in tl.static_range(PARTS):
+                    if INTEGER:
+                        inputs = inputs + (operand_integers(some, 4 * part + 2 * side, where, NATIVE),)
+                    else:
+                        k = chunk * 32 + side * 4
+                        four = load_inputs(places[part] + k, k + t * 8 < K, 2, EVEN, NATIVE)
+                        inputs = inputs + (operand_x(four, scale[part], KIND, CODE),)
+                acc, sums = _side(
+                    acc, sums, words, inputs, mask, flip, pairs, side, BITS, WINDOW, CODE, TABLE, PARTS, NATIVE
+                )
+            words = then
     held = scales, peaks, table, bias
     if INTEGER:
         sums = _carried(sums, t, CODE, PARTS, NATIVE)
