@@ -90,12 +90,12 @@ def _operand(word, up, left, KIND: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _largest(
+def _powers(
     places, begin, end, each, K, lanes,
     WARPS: tl.constexpr, PARTS: tl.constexpr, ONE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """The largest `|x|` of each part's token of a lane in its warp's units, NaN if there is one. All `g` have the one
-    token, or two of them the same, and take the units in turn."""
+    """By what the token of a lane is multiplied in each part, so that the largest `|x|` of its warp's units fits. All
+    `g` have the one token, or two of them the same, and take the units in turn."""
     TURNS: tl.constexpr = 8 if ONE else 2
     found = ()
     for _ in tl.static_range(PARTS):
@@ -111,13 +111,13 @@ def _largest(
                 most = tl.maximum(most, either, propagate_nan=tl.PropagateNan.ALL)
             fresh = fresh + (most,)
         found = fresh
-    largest = ()
+    powers = ()
     for part in tl.static_range(PARTS):
         most = found[part]
         for step in tl.static_range(5 if ONE else 3):
             most = tl.maximum(most, shuffled(most, lanes ^ (1 << step), NATIVE), propagate_nan=tl.PropagateNan.ALL)
-        largest = largest + (most,)
-    return largest
+        powers = powers + (power(most),)
+    return powers
 
 
 @triton.jit
@@ -151,10 +151,11 @@ def _collected(at, left, lanes, LANES: tl.constexpr, ROWS: tl.constexpr, SIZE: t
 
 @triton.jit
 def _stored(
-    sums, scales, table, peak, bias, out, begin, inside, token, lanes, M, N,
+    sums, held, out, begin, inside, token, lanes, M, N,
     LANES: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Scales and stores a part's sums, as `shared.added` gives them. `inside`: how many rows there are from `begin`."""
+    scales, table, bias, peak = held
     for i in tl.static_range(len(sums)):
         row, mine = (i * LANES + lanes) % ROWS, token + (i * LANES + lanes) // ROWS
         here = (row < inside) & (mine < M)
@@ -186,6 +187,36 @@ def _products(
     return acc
 
 
+@triton.jit
+def _finish(
+    acc, up, start, held, out, partial, counters, row, inside, M, N,
+    BM: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, ONE: tl.constexpr, SPLIT: tl.constexpr,
+    BIAS: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Adds the warps' products, and those of all programs, and stores the `inside` rows from `row` on."""
+    LANES: tl.constexpr = 32 * WARPS
+    ROWS: tl.constexpr = 32 * TILES
+    COUNT: tl.constexpr = (ROWS // LANES if ROWS > LANES else 1) if ONE else 4 * ROWS // LANES
+    SIZE: tl.constexpr = BM * ROWS
+    lanes = tl.arange(0, LANES)
+    place = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    place = partial + place.to(tl.int64) * tl.num_programs(1) * SIZE + lanes
+    first = tl.program_id(2) * BM
+    for part in tl.static_range(BM // 4):
+        down = shuffled(inverse(up[part]), lanes // 32 * 32 + lanes % 4 * 8, NATIVE)
+        sums = added(acc, down, start, lanes, part, BM // 4, TILES, WARPS, COUNT, NATIVE)
+        token = first + part * 4
+        if SPLIT:
+            _left(sums, place + tl.program_id(1) * SIZE + part * 4 * ROWS, token, lanes, M, LANES, ROWS)
+        else:
+            _stored(sums, held, out, row, inside, token, lanes, M, N, LANES, ROWS, BIAS)
+    if SPLIT:
+        if is_last(counters):
+            for some in range(first, tl.minimum(first + BM, M), 4):
+                sums = _collected(place + (some - first) * ROWS, M - some, lanes, LANES, ROWS, SIZE, COUNT)
+                _stored(sums, held, out, row, inside, some, lanes, M, N, LANES, ROWS, BIAS)
+
+
 @triton.jit(do_not_specialize=("M", "units", "each", "tiles", "per"))
 def codebook_shared_kernel(
     x, weight, codebook, scales, peaks, table, bias, out, partial, counters,
@@ -213,21 +244,17 @@ def codebook_shared_kernel(
         at = at + (weight + tl.cast(tile, tl.int64) * units * 256 + (g * 4 + t) * 4,)
     words = _unit_words(at, begin + warp, units - 1, TILES, NATIVE)
     if NATIVE:
-        held = entries(codebook, lanes, LANES)
+        some = entries(codebook, lanes, LANES)
     first = tl.program_id(2) * BM
-    places = ()
+    places, up = (), ()
     for part in tl.static_range(PARTS):
         token = tl.minimum(first + part * 4 + g // 2, M - 1)
-        places = places + (x + token.to(tl.int64) * stride + t * 32,)
-    up = ()
+        places, up = places + (x + token.to(tl.int64) * stride + t * 32,), up + (tl.full((LANES,), 1.0, tl.float32),)
     if KIND == "bf16":
-        largest = _largest(places, begin, end, each, K, lanes, WARPS, PARTS, ONE, NATIVE)
-    for part in tl.static_range(PARTS):
-        times = power(largest[part]) if KIND == "bf16" else tl.full((LANES,), 1.0, tl.float32)
-        up = up + (times,)
+        up = _powers(places, begin, end, each, K, lanes, WARPS, PARTS, ONE, NATIVE)
     start = lanes.to(tl.uint32)
     if NATIVE:
-        start = filled(held, lanes, LANES)
+        start = filled(some, lanes, LANES)
     copy = start + (lanes % 16 * 8).to(tl.uint32)
     acc = nothing(TILES * PARTS, False, LANES)
     unit = begin + warp
@@ -244,22 +271,7 @@ def codebook_shared_kernel(
         words = then
         if PARTS == 1:
             inputs = later
-    COUNT: tl.constexpr = (ROWS // LANES if ROWS > LANES else 1) if ONE else 4 * ROWS // LANES
-    mine = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-    mine = partial + mine.to(tl.int64) * tl.num_programs(1) * (BM * ROWS) + lanes
-    begin_row = group * GROUP + block * ROWS
-    inside = tl.minimum(GROUP - block * ROWS, N - begin_row)
-    peak = tl.load(peaks + group).to(tl.float32)
-    for part in tl.static_range(PARTS):
-        down = shuffled(inverse(up[part]), warp * 32 + t * 8, NATIVE)
-        sums = added(acc, down, start, lanes, part, PARTS, TILES, WARPS, COUNT, NATIVE)
-        token = first + part * 4
-        if SPLIT:
-            _left(sums, mine + tl.program_id(1) * (BM * ROWS) + part * 4 * ROWS, token, lanes, M, LANES, ROWS)
-        else:
-            _stored(sums, scales, table, peak, bias, out, begin_row, inside, token, lanes, M, N, LANES, ROWS, BIAS)
-    if SPLIT:
-        if is_last(counters):
-            for some in range(first, tl.minimum(first + BM, M), 4):
-                sums = _collected(mine + (some - first) * ROWS, M - some, lanes, LANES, ROWS, BM * ROWS, COUNT)
-                _stored(sums, scales, table, peak, bias, out, begin_row, inside, some, lanes, M, N, LANES, ROWS, BIAS)
+    held = scales, table, bias, tl.load(peaks + group).to(tl.float32)
+    row = group * GROUP + block * ROWS
+    inside = tl.minimum(GROUP - block * ROWS, N - row)
+    _finish(acc, up, start, held, out, partial, counters, row, inside, M, N, BM, TILES, WARPS, ONE, SPLIT, BIAS, NATIVE)
