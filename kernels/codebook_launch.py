@@ -51,13 +51,13 @@ def choose(tokens: int, rows: int, columns: int, length: int, processors: int, s
 
 def choose_shared(tokens: int, rows: int, columns: int, processors: int, bn: int = 0, warps: int = 4) -> Config:
     """Of `codebook_shared.py`'s kernel. Warps take units of 64 columns in turn, and a program's beginning and end are
-    worth about 1.5 of them. K is split so that a multiprocessor has 12 warps at least and the one with most programs is
-    done soonest: shared memory bounds them all together."""
+    worth about 4 of them (so that the choice is what was fastest on an H200). K is split so that a multiprocessor has
+    12 warps at least and the one with most programs is done soonest: shared memory bounds them all together."""
     bm = next((size for size in (4, 8) if tokens <= size), 16)
-    bn = bn or (128 if bm < 16 else 64)
+    bn = bn or 128
     programs, count = -(-rows // bn) * -(-tokens // bm), -(-columns // (64 * warps))
     least = min(count, 32, -(-processors * 12 // (programs * warps)))
-    takes = lambda splits: -(-programs * splits // processors) * (1.5 + -(-count // splits))  # noqa: E731
+    takes = lambda splits: -(-programs * splits // processors) * (4 + -(-count // splits))  # noqa: E731
     best = min(range(least, min(count, 32) + 1), key=takes)
     return Config(bm, bn, warps, 1, even_splits(columns, best, 64 * warps))
 

@@ -59,7 +59,8 @@ def choose(
     passes = -(-tokens // bm)
     programs = -(-rows // (16 * UNIT)) * passes
     most = most or ((64 if programs < 8 else 32) if tokens == 1 else max(1, 16 // passes))
-    wanted = min(most, processors * (warps or (12 if tokens == 1 else 8)) // programs)
+    few = (tokens == 1 and code != "mac") or (tokens == 2 and code == "twin")
+    wanted = min(most, processors * (warps or (12 if few else 8)) // programs)
     return Config(bm, 16 * UNIT, 1, 1, even_splits(columns, max(wanted, -(-columns // MOST)), CHUNK))
 
 

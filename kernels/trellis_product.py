@@ -24,6 +24,9 @@ Between a register and a state stand a shift and a mask, but states share their 
 is a multiple of 8, so that a state may lie up to 3 bits from where its register begins (`integer_word`): of 2 bits and
 two values, 12 of them for 16 weights.
 
+The two bytes of `x` wait in shared memory, 16 chunks at a time. Loaded when they are wanted they would come behind the
+weights of the next chunk, which were asked for before them: loads return in order (measured: 28.8 us for 31.0).
+
 What integers carry beside the value, 510 or 126, comes off as an integer, with the sum of all `x`; the scale of a row
 comes on at the end. A left shift may be written as a multiplication: shifts and masks share one half of a
 multiprocessor's units, and integer products go to the other. The first mask of `inst` is an argument and the second a
@@ -64,8 +67,6 @@ from quant.kernels.trellis_inputs import (
 from quant.kernels.uniform import collected, is_last, stored
 from quant.kernels.warp import byte_sum, load_inputs, load_words, nothing, product, shuffled
 
-import os
-EARLY = tl.constexpr(int(os.environ.get("EARLY", "0")))
 AHEAD = tl.constexpr(16)
 """Chunks of which the integers of `x` are in shared memory at a time."""
 
@@ -275,10 +276,6 @@ def trellis_kernel(
         for chunk in range(several, tl.minimum(several + AHEAD, end)):
             then = _chunk_words(weight, tl.minimum(chunk + 1, count - 1), size, held, after, t, BITS, NATIVE)
             some = ()
-            if NATIVE and INTEGER and EARLY and PARTS * products_of(CODE) <= 16:
-                tl.inline_asm_elementwise(
-                    "{bar.warp.sync 0xffffffff; mov.u32 $0, 0;}", "=r", [], dtype=tl.uint32, is_pure=False, pack=1
-                )
             if INTEGER:
                 for part in tl.static_range(PARTS):
                     some = some + integers_of(

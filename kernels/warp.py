@@ -23,24 +23,22 @@ import triton
 import triton.language as tl
 
 
-import os
-EARLY = tl.constexpr(int(os.environ.get("EARLY", "0")))
 @triton.jit
 def _read(at, COUNT: tl.constexpr, HOW: tl.constexpr):
     """COUNT words uint32 (1, 2 or 4) from each lane's pointer; HOW: qualifiers of the instruction."""
     if COUNT == 4:
         return tl.inline_asm_elementwise(
             "ld.global" + HOW + ".v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at.to(tl.int64)],
-            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=EARLY == 0, pack=1,
+            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
         )  # fmt: skip
     elif COUNT == 2:
         return tl.inline_asm_elementwise(
             "ld.global" + HOW + ".v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at.to(tl.int64)],
-            dtype=(tl.uint32, tl.uint32), is_pure=EARLY == 0, pack=1,
+            dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
         )  # fmt: skip
     else:
         word = tl.inline_asm_elementwise(
-            "ld.global" + HOW + ".b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.uint32, is_pure=EARLY == 0, pack=1
+            "ld.global" + HOW + ".b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.uint32, is_pure=True, pack=1
         )
         return (word,)
 
@@ -50,10 +48,7 @@ def load_words(at, COUNT: tl.constexpr, TWICE: tl.constexpr, NATIVE: tl.constexp
     """COUNT words uint32 (1, 2 or 4) from each lane's pointer `at` to int32, aligned to as many. TWICE: they are read
     once more soon; else they go past the first-level cache."""
     if NATIVE:
-        if EARLY:
-            return _read(at, COUNT, ".L1::evict_first" if TWICE else ".L1::no_allocate")
-        else:
-            return _read(at, COUNT, ".nc.L1::evict_first" if TWICE else ".nc.L1::no_allocate")
+        return _read(at, COUNT, ".nc.L1::evict_first" if TWICE else ".nc.L1::no_allocate")
     else:
         words = ()
         for i in tl.static_range(COUNT):

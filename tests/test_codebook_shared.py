@@ -25,10 +25,10 @@ def fast(rows: int = 4096) -> Codebook:
 
 def test_configurations() -> None:
     """Every multiprocessor has 12 warps or more, and no program is without columns."""
-    assert choose_shared(1, 28672, 8192, 132) == Config(4, 128, 4, 1, 4)
+    assert choose_shared(1, 28672, 8192, 132) == Config(4, 128, 4, 1, 2)
     assert choose_shared(1, 8192, 28672, 132) == Config(4, 128, 4, 1, 8)
     assert choose_shared(1, 8192, 8192, 132) == Config(4, 128, 4, 1, 8)
-    assert choose_shared(16, 8192, 8192, 132) == Config(16, 64, 4, 1, 4)
+    assert choose_shared(16, 8192, 8192, 132) == Config(16, 128, 4, 1, 8)
     assert choose_shared(1, 20, 100, 132).splits == 1
     assert codebook_launch.choose(5, 8192, 8192, 4, 132, shared=True).bm == 8
     for columns in (100, 256, 1000, 8192, 28672):
@@ -97,10 +97,10 @@ PAIRS = list(zip((90, 80, 100, 80, 90, 100), SHAPES, strict=True))
 @pytest.mark.parametrize(("capability", "case"), PAIRS)
 def compiled_for(capability: int, case: tuple[Any, ...]) -> None:
     """A unit takes 16 lookups per 8 vector rows and half as many products for every 4 tokens; 128 registers let a
-    multiprocessor have 16 warps, and 48 KiB need no leave."""
-    made, tiles, parts = compiled(capability, *case), 4 if case[0] < 16 else 2, -(-case[0] // 4)
+    multiprocessor have 16 warps (of 16 tokens, 8), and 48 KiB need no leave."""
+    made, tiles, parts = compiled(capability, *case), 4, -(-case[0] // 4)
     assert made.fits(), (made.registers, made.spilled, made.shared, made.static)
-    assert made.registers <= 128
+    assert made.registers <= (128 if case[0] < 16 else 255)
     assert 32768 <= made.static <= 33792  # one table, and what the driver keeps
     assert made.shared + made.static <= 48 * 1024
     assert sum(n for op, n in made.ops.items() if op.startswith("LDS.64")) == 16 * tiles
