@@ -329,7 +329,7 @@ def compiled_for(capability: int, case: tuple[Any, ...]) -> None:
     each = 16 if twin or code == "hyb" else 32
     products = sum(count for op, count in made.ops.items() if op.startswith(("HMMA", "IMMA")))
     assert products in (2 * each * parts, 4 * each * parts)  # the latter where one takes half as many columns
-    assert made.shared <= 4096  # scales of rows at the end; the integers of `x`, at most 8 KiB more, are declared in PTX
+    assert made.shared <= 4096  # scales of rows at the end; the integers of `x` (8 KiB at most) are declared in PTX
     assert code not in trellis_launch.INTEGER or any(op.startswith("LDS.128") for op in made.ops)
 
 
