@@ -8,7 +8,8 @@
    With plain torch between the products, and with `torch.compile(fullgraph=True)` of a block.
 3. GPTQ: `quant.quantize` of models of one and of three blocks (4096 wide, 14336 inside, 226 million weights per block
    where Llama-3-8B has 218) at 4 bits, group 128; the difference is two blocks, free of all that is done once.
-4. GPTQ's kernel on a block of columns of 128 experts, in one launch and in one for each.
+4. GPTQ's kernel on a block of columns of 128 experts, in one launch and in one for each; the rotation of one token; and
+   the trellis search of a column of 16896 sequences, whose first 200 must come out as on the CPU.
 
 `--quick` leaves out the second half of 2. Without a GPU it ends with a sentence and exit code 2.
 """
@@ -30,7 +31,8 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 import quant
-from quant.kernels import benchmark, launch, measure, trellis, trellis_launch
+from quant.kernels import benchmark, launch, measure, trellis, trellis_launch, viterbi
+from quant.kernels.hadamard import hadamard, random_signs
 from quant.kernels.order import Arranged
 from quant.kernels.spec import Trellis
 from quant.kernels.trellis_order import ArrangedTrellis
@@ -199,6 +201,30 @@ def batched(experts: int = 128, rows: int = 1536, columns: int = 128, device: st
     return row
 
 
+def rotating(columns: int, device: str = "cuda") -> dict[str, Any]:
+    """Microseconds that a block Hadamard takes for one token in bfloat16."""
+    x, signs = torch.randn((1, columns), device=device).bfloat16(), random_signs(columns, 1).to(device)
+    row: dict[str, Any] = {"columns": columns, "of": tuple(hadamard(x, 128, signs).shape)}
+    if device == "cuda":
+        row["us"] = 1e6 * measure.clock(lambda _: hadamard(x, 128, signs), 1, 1e-6)
+    return row
+
+
+def searching(sequences: int = 16896, device: str = "cuda") -> dict[str, Any]:
+    """Weights per second of the search for the default 2-bit trellis; first that its states are the CPU's."""
+    spec, x = Trellis(bits=2), torch.randn((sequences, 256), generator=torch.Generator().manual_seed(0))
+    table = trellis.state_values(spec, None)
+    table = table / trellis.deviation(table) * 1.03
+    there = [part.to(device) for part in (x, torch.ones_like(x), table)]
+    found = viterbi.search(*there, spec.step)
+    here = viterbi.search(x[:200], torch.ones_like(x[:200]), table, spec.step)
+    if not torch.equal(found[:200].cpu(), here.to(found.dtype)):
+        raise RuntimeError("the search does not find the states that the CPU finds")
+    began = time.perf_counter()
+    viterbi.search(*there, spec.step)[0, 0].item()  # waits for the GPU
+    return {"sequences": sequences, "window": spec.window, "weights/s": x.numel() / (time.perf_counter() - began)}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = record.parser(__doc__)
     options.add_argument("--quick", action="store_true")
@@ -210,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     named = ["--commit", args.commit] if args.commit else []
     code = benchmark.main(["--quick", "--seconds", str(args.seconds), "--results", str(args.results), *named])
-    decoded, solved, rounded = (list[dict[str, Any]]() for _ in range(3))
+    decoded, solved, rounded, turned, searched = (list[dict[str, Any]]() for _ in range(5))
     notes = [f"{torch.cuda.get_device_name()}; commit {measure.facts(args.commit)['commit']}"]
 
     def save() -> None:
@@ -221,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ("Decoding", decoded, ["weights", "between", "GB read", "tokens/s", "times bfloat16", "GB/s"]),
             ("GPTQ", solved, ["blocks", "seconds"]),
             ("GPTQ's kernel on experts", rounded, ["experts", "rows", "columns", "together us", "one by one us"]),
+            ("Rotating one token, blocks of 128", turned, ["columns", "us"]),
+            ("Search for paths, 2 bits, sequences of 256", searched, ["sequences", "window", "weights/s"]),
         ]
         record.save(args.results, "gpu", "On a GPU", parts, notes, gpu=torch.cuda.get_device_name())
 
@@ -235,6 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in SPECS:
         keep(decoded, lambda name=name: decoding(name, False))
     keep(rounded, batched)
+    for columns in (4096, 8192, 28672):
+        keep(turned, lambda columns=columns: rotating(columns))
+    keep(searched, searching)
     for blocks in (1, 1, 3):  # the first also compiles
         keep(solved, lambda blocks=blocks: quantizing(blocks))
     if len(solved) == 3:

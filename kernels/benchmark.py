@@ -84,7 +84,8 @@ def gate(apply: Callable[..., Iterator[Any]]) -> int:
         Case(tokens, *size, Trellis(bits=bits, window=window, code=code), kind)  # pyright: ignore[reportArgumentType]
         for tokens, bits, window, code, kind in (
             (1, 2, 12, "inst", "bf16"), (3, 1, 8, "sum", "fp16"),
-            (17, 3, 16, "mac", "bf16"), (9, 4, 12, "inst", "fp16"),
+            (17, 3, 16, "mac", "bf16"), (9, 4, 12, "inst", "fp16"), (1, 2, 13, "mac", "bf16"),
+            (2, 1, 16, "mac", "fp16"), (3, 2, 13, "mac", "fp16"), (17, 2, 12, "mac", "bf16"),
         )
     ]  # fmt: skip
     cases += [

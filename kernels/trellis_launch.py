@@ -1,12 +1,13 @@
 """Running the trellis kernels: which blocks, and the operators that torch.compile sees.
 
 As `launch.py` for uniform weights, whose scratch memory and counters it shares: up to `UNPACK_FROM` tokens one kernel
-decodes every weight once per 4, 8 or 16 tokens; from there on the weight is decoded once, in slices of bounded size,
+decodes every weight once per 2, 4, 8 or 16 tokens; from there on the weight is decoded once, in slices of bounded size,
 and multiplied by torch (cuBLAS).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -164,6 +165,8 @@ def launch(
     x = aligned(x)
     config = config or tuned(x.device, tokens, rows, columns, bits, f"{code}-{KINDS[x.dtype]}", CHUNK)
     config = config or choose(tokens, rows, columns, processor(x.device)[0], compiled_code(code, bits))
+    if code in INTEGER:  # a tuned one may be of fewer columns
+        config = replace(config, splits=even_splits(columns, max(config.splits, -(-columns // MOST)), CHUNK))
     grid = (-(-rows // (16 * UNIT)), config.splits, -(-tokens // config.bm))
     partial, counters = out, out
     if config.splits > 1:

@@ -28,9 +28,9 @@ import torch
 from quant.kernels.launch import Config, choose_skinny, even_splits
 from quant.kernels.order import TILE
 
-BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256)
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHIPPED = Path(__file__).parent / "tuned"
-REVISION = 2
+REVISION = 3
 """Of the kernels: entries for others do not fit."""
 
 
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--minutes", type=float, default=20, help="nothing begins later than this")
     options.add_argument("--bits", type=int, nargs="+", default=[4, 2, 3, 8])
     options.add_argument("--trellis", type=int, nargs="*", default=[2, 3, 4], help="bits of trellises")
-    options.add_argument("--codebook", type=float, nargs="*", default=[2, 3], help="bits of codebooks, all included")
+    options.add_argument("--codebook", type=float, nargs="*", default=[2, 3], help="bits of codebooks")
     options.add_argument("--code", choices=("inst", "mac", "sum", "hyb"), default="mac", help="of the trellises")
     options.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 4, 8, 32, 64, 128], help=f"of {BUCKETS}")
     options.add_argument("--kind", choices=("bf16", "fp16"), default="bf16")

@@ -21,6 +21,7 @@ import quant
 from quant.checkpoint.manifest import read_config, read_sites
 from quant.errors import CheckpointError, ModelError, SettingsError
 from quant.held import Holder
+from quant.kernels.spec import Rotated, Trellis, Uniform
 from quant.linear import PackedLinear
 from quant.recipe import with_spec
 from tests import tiny
@@ -377,10 +378,23 @@ def test_not_a_checkpoint_of_ours(llama: Path, copied: Path, tmp_path: Path) -> 
     with pytest.raises(ModelError, match="not a folder; give the folder that holds config"):
         quant.load(tmp_path / "nowhere")
     config = json.loads((copied / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
     (copied / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="format version 2; this bitwright reads 1: upgrade it"):
+    with pytest.raises(CheckpointError, match="format version 3; this bitwright reads 1 and 2: upgrade it"):
         quant.load(copied)
+
+
+def test_what_the_first_format_meant_otherwise_is_refused() -> None:
+    """The trellis code `mac` had other numbers; all else is read."""
+    config = {"quant_method": "bitwright", "format_version": 1, "sites": {}}
+    for spec in (Uniform(), Rotated(Trellis(code="inst")), Rotated(Trellis(code="mac"))):
+        config["sites"] = {"a.b": {"shape": [64, 64], "spec": spec.to_dict()}}
+        if isinstance(spec.core, Trellis) and spec.core.code == "mac":
+            with pytest.raises(CheckpointError, match=r"a\.b has the trellis code mac of format version 1"):
+                read_sites(config, "here")
+        else:
+            assert read_sites(config, "here")["a.b"].spec == spec
+    assert read_sites({**config, "format_version": 2}, "here")
 
 
 def test_a_site_that_the_model_does_not_have(copied: Path) -> None:

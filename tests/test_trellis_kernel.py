@@ -165,11 +165,14 @@ CASES = [
     (1, 45, 70, 32, 16, "mac", torch.float16, Config(2, 256, 1, 1, 3)),
     (1, 290, 70, 256, 13, "mac", torch.bfloat16, Config(2, 256, 1, 1, 2)),
     (5, 33, 70, 64, 14, "mac", torch.float16, Config(8, 256, 1, 1, 1)),
+    (3, 33, 70, 64, 12, "hyb", torch.float16, Config(8, 256, 1, 1, 1)),
+    (3, 40, 70, 32, 13, "mac", torch.bfloat16, Config(2, 256, 1, 1, 2)),
 ]
+LONG = (1, 20, 530, 32, 13, "mac", torch.bfloat16, Config(2, 256, 1, 1, 1))  # more than the integers kept at a time
 
 
 @pytest.mark.parametrize(
-    ("bits", "case"), [(b, c) for n, c in enumerate(CASES) for b in ((1 + n % 4,), (1, 2, 3, 4))[n == 0]]
+    ("bits", "case"), [*((b, c) for n, c in enumerate(CASES) for b in ((1 + n % 4,), (1, 2, 3, 4))[n == 0]), (2, LONG)]
 )
 def interpreted_matmul(bits: int, case: tuple[Any, ...]) -> None:
     tokens, rows, columns, length, window, code, dtype, config = case
@@ -330,6 +333,7 @@ def compiled_for(capability: int, case: tuple[Any, ...]) -> None:
     products = sum(count for op, count in made.ops.items() if op.startswith(("HMMA", "IMMA")))
     assert products in (2 * each * parts, 4 * each * parts)  # the latter where one takes half as many columns
     assert made.shared <= 4096  # scales of rows at the end; the integers of `x` (8 KiB at most) are declared in PTX
+    assert made.static <= 9216  # with what the driver keeps
     assert code not in trellis_launch.INTEGER or any(op.startswith("LDS.128") for op in made.ops)
 
 

@@ -43,10 +43,15 @@ def effects(draws: Sequence[Draw], seed: int) -> list[float]:
     `draws`. All that is said at a step of a sample, under guidance too, has the same error.
 
     Raises:
-        CalibrationError: the latents leave the range of numbers.
+        CalibrationError: the latents leave the range of numbers, or `draws` take different numbers of steps.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = [list(_movements(draw, generator)) for draw in draws]
+    if len({len(part) for part in parts}) > 1:
+        raise CalibrationError(
+            "samples took different numbers of steps, so no step has an effect of its own; leave trajectory.weighting "
+            "uniform"
+        )
     found = [sum(m for m, _ in step) / max(sum(e for _, e in step), 1e-300) for step in zip(*parts, strict=True)]
     if not all(math.isfinite(effect) for effect in found):
         raise CalibrationError("the latents are not finite at the end of the way from noise; try --dtype float32")

@@ -89,7 +89,8 @@ def passes(calibration: Calibration, trajectory: Trajectory, weighed: bool) -> f
     rows = 0 if Path(calibration.text).is_dir() else calibration.samples * (trajectory.steps - 1)
     if weighed:
         rows += min(SAMPLES, calibration.samples) * trajectory.steps * (trajectory.steps + 1) // 2
-    return rows / min(calibration.batch_size, calibration.samples)
+    halves = 1 if (trajectory.guidance or 1) == 1 else 2  # a pipeline's own guidance is not known here
+    return halves * rows / min(calibration.batch_size, calibration.samples)
 
 
 def noise(skeleton: DiffusionSkeleton) -> Samples:

@@ -19,12 +19,14 @@ from typing import Any
 
 from quant.checkpoint.shards import NAMES, STEMS, Piece, index_name, read_pieces, sha256
 from quant.errors import CheckpointError
-from quant.kernels.spec import Spec, SpecError, spec_from_dict
+from quant.kernels.spec import Spec, SpecError, Trellis, spec_from_dict
 from quant.linear import stored_name
 from quant.models.walk import Site
 
 METHOD = "bitwright"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What is written. Version 1 is read too, but for the trellis code `mac`, which had other numbers."""
+
 CHECKSUMS = "checksums.json"
 JOURNAL = ".bitwright"  # here while a run is under way; see `journal`
 FOR_PEOPLE = ("README.md", "report.json", "report.html", CHECKSUMS)
@@ -75,15 +77,22 @@ def read_sites(config: Any, where: str) -> dict[str, PackedSite]:
         raise CheckpointError(
             f"{where}: not a bitwright checkpoint (its config.json has no quantization_config of ours)"
         )
-    if config.get("format_version") != FORMAT_VERSION:
+    version = config.get("format_version")
+    if isinstance(version, bool) or version not in (1, FORMAT_VERSION):
         raise CheckpointError(
-            f"{where}: format version {config.get('format_version')!r}; this bitwright reads {FORMAT_VERSION}: "
-            "upgrade it"
+            f"{where}: format version {version!r}; this bitwright reads 1 and {FORMAT_VERSION}: upgrade it"
         )
     unknown = sorted(set(config) - KEYS, key=str)
     if unknown or not isinstance(config.get("sites"), dict):
         raise CheckpointError(f"{where}: quantization_config is damaged ({unknown or 'no sites'}); copy it again")
-    return {str(name): _read_site(str(name), entry, where) for name, entry in config["sites"].items()}
+    sites = {str(name): _read_site(str(name), entry, where) for name, entry in config["sites"].items()}
+    for site in sites.values():
+        if version == 1 and isinstance(site.spec.core, Trellis) and site.spec.core.code == "mac":
+            raise CheckpointError(
+                f"{where}: {site.name} has the trellis code mac of format version 1, whose numbers are others since; "
+                "quantize the original model again"
+            )
+    return sites
 
 
 def _read_site(name: str, entry: Any, where: str) -> PackedSite:
