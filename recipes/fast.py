@@ -4,4 +4,4 @@ from quant.kernels.spec import Rotated, Trellis
 from quant.recipe import Recipe
 from quant.solvers.feedback import Feedback
 
-RECIPE = Recipe(spec=Rotated(Trellis(window=10), measured=False), solver=Feedback(sweeps=1))
+RECIPE = Recipe(spec=Rotated(Trellis(window=11), measured=False), solver=Feedback(sweeps=1))
