@@ -28,7 +28,7 @@ import triton.language as tl
 from quant.kernels.codebook_product import scale_of
 from quant.kernels.shared import added, entries, filled, look_up
 from quant.kernels.uniform import inverse, is_last, power
-from quant.kernels.warp import joined, load_inputs, load_words, nothing, numbers, product, shuffled
+from quant.kernels.warp import joined, load_inputs, load_words, nothing, numbers, permuted, product, shuffled
 
 
 @triton.jit
@@ -70,14 +70,8 @@ def _all_inputs(places, unit, end, K, t, PARTS: tl.constexpr, EVEN: tl.constexpr
 @triton.jit
 def _sided(word, left, HIGH: tl.constexpr, NATIVE: tl.constexpr):
     """The high or the low half of a word, in the low half or, where `left`, the high one, beside zero."""
-    if NATIVE:
-        select = tl.where(left, 0x3244 if HIGH else 0x1044, 0x4432 if HIGH else 0x4410)  # 4: a byte of zero
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [word, select], dtype=tl.uint32, is_pure=True, pack=1
-        )
-    else:
-        half = word >> 16 if HIGH else word & 0xFFFF
-        return tl.where(left, half << 16, half)
+    select = tl.where(left, 0x3244 if HIGH else 0x1044, 0x4432 if HIGH else 0x4410)  # 4: a byte of zero
+    return permuted(word, 0, select, NATIVE)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from quant.kernels.shared import get_four, put
 from quant.kernels.uniform import inverse, power
-from quant.kernels.warp import load_inputs, numbers, shuffled
+from quant.kernels.warp import joined, load_inputs, numbers, permuted, shuffled
 
 LEVELS = tl.constexpr(32512.0)
 """The largest `x` of an integer code, so that both of its bytes have a sign: `127 * 256`."""
@@ -30,19 +30,13 @@ def _doubled(number):
 
 
 @triton.jit
-def _joined(low, high):
-    low, high = low.to(tl.float16).to(tl.uint16, bitcast=True), high.to(tl.float16).to(tl.uint16, bitcast=True)
-    return low.to(tl.uint32) | high.to(tl.uint32) << 16
-
-
-@triton.jit
-def operand_x(some, scale, KIND: tl.constexpr, CODE: tl.constexpr):
+def operand_x(some, scale, KIND: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
     """Four columns of `x` (two words) as the right operands of a side, of codes that are not integers: four words, of
     `hyb` two."""
     x0, x1 = numbers(some[0], KIND)
     x2, x3 = numbers(some[1], KIND)
     if CODE == "hyb":
-        return _joined(x0 * scale, x1 * scale), _joined(x2 * scale, x3 * scale)
+        return joined(x0 * scale, x1 * scale, NATIVE), joined(x2 * scale, x3 * scale, NATIVE)
     else:
         return _doubled(x0 * scale), _doubled(x1 * scale), _doubled(x2 * scale), _doubled(x3 * scale)
 
@@ -80,24 +74,12 @@ def places_of(g, CODE: tl.constexpr):
 
 
 @triton.jit
-def _placed(word, where, NATIVE: tl.constexpr):
-    if NATIVE:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [word, where], dtype=tl.uint32, is_pure=True, pack=1
-        )
-    else:
-        made = word & 0
-        for i in tl.static_range(4):
-            byte = where >> 4 * i & 15
-            made = made | tl.where(byte < 4, word >> (byte & 3) * 8 & 255, 0) << 8 * i
-        return made
-
-
-@triton.jit
 def operand_integers(words, FIRST: tl.constexpr, where, NATIVE: tl.constexpr):
     """Four columns of `_integers`, two words from FIRST on, as the right operands of a side: four words."""
-    first = _placed(words[FIRST], where[0], NATIVE), _placed(words[FIRST], where[1], NATIVE)
-    return first + (_placed(words[FIRST + 1], where[0], NATIVE), _placed(words[FIRST + 1], where[1], NATIVE))
+    made = ()
+    for i in tl.static_range(4):
+        made = made + (permuted(words[FIRST + i // 2], 0, where[i % 2], NATIVE),)
+    return made
 
 
 @triton.jit

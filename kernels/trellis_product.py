@@ -65,7 +65,7 @@ from quant.kernels.trellis_inputs import (
 )
 from quant.kernels.trellis_leave import carried, finish, leave, products_of, tokens_at_once
 from quant.kernels.uniform import is_last
-from quant.kernels.warp import byte_sum, load_inputs, load_words, nothing, product
+from quant.kernels.warp import byte_sum, load_inputs, load_words, nothing, permuted, product
 
 AHEAD = tl.constexpr(16)
 """Chunks of which the integers of `x` are in shared memory at a time."""
@@ -85,22 +85,11 @@ def _chunk_words(weight, chunk, size, units, after, lane, BITS: tl.constexpr, NA
 
 
 @triton.jit
-def _paired(low, high, NATIVE: tl.constexpr):
-    """The low halves of two words in one."""
-    if NATIVE:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [low, high], dtype=tl.uint32, is_pure=True, pack=1
-        )
-    else:
-        return low & 0xFFFF | high << 16
-
-
-@triton.jit
 def _multiplied(made, inputs, acc, CODE: tl.constexpr, NATIVE: tl.constexpr):
     """`acc` and the product of one row of all units with four columns of each lane. `made`: 2 units x 4 columns."""
     if CODE == "hyb":
-        a0, a1 = _paired(made[0], made[1], NATIVE), _paired(made[4], made[5], NATIVE)
-        a2, a3 = _paired(made[2], made[3], NATIVE), _paired(made[6], made[7], NATIVE)
+        a0, a1 = permuted(made[0], made[1], 0x5410, NATIVE), permuted(made[4], made[5], 0x5410, NATIVE)
+        a2, a3 = permuted(made[2], made[3], 0x5410, NATIVE), permuted(made[6], made[7], 0x5410, NATIVE)
         return product(a0, a1, a2, a3, inputs[0], inputs[1], acc, "fp16", NATIVE)
     else:
         KIND: tl.constexpr = "int8" if is_integer(CODE) else "fp16"
@@ -157,7 +146,7 @@ def _operands(
         else:
             k = chunk * 32 + SIDE * 4
             four = load_inputs(places[part] + k, k + t * 8 < K, 2, EVEN, NATIVE)
-            inputs = inputs + (operand_x(four, scale[part], KIND, CODE),)
+            inputs = inputs + (operand_x(four, scale[part], KIND, CODE, NATIVE),)
     return inputs
 
 

@@ -103,6 +103,21 @@ def shuffled(number, lane, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def permuted(low, high, select, NATIVE: tl.constexpr):
+    """Four of the eight bytes of two words, each by a digit of `select`: 0 to 3 of `low`, 4 to 7 of `high`."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, select], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        made = low & 0
+        for i in tl.static_range(4):
+            byte = select >> 4 * i & 15
+            made = made | (tl.where(byte < 4, low, high) >> (byte & 3) * 8 & 255) << 8 * i
+        return made
+
+
+@triton.jit
 def byte_sum(word, TIMES: tl.constexpr, more, SIGNED: tl.constexpr, NATIVE: tl.constexpr):
     """`more` and the sum of the bytes of a word, each times one of TIMES, which have signs; SIGNED: the word's have
     one. int32."""
