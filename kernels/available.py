@@ -42,3 +42,10 @@ def unsupported(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < OLDEST:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability {OLDEST[0]}.{OLDEST[1]}"
     return None
+
+
+def early(device: torch.device) -> dict[str, bool]:
+    """What to give a kernel that calls `warp.waited`: from compute capability 9.0 on it may be launched while the one
+    before it is still at work (programmatic dependent launch), and waits for it itself."""
+    can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}

@@ -16,6 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.kernels.available import early
+from quant.kernels.warp import waited
+
 ELEMENTS = 1024  # of a tile in one warp: 32 registers of each thread
 
 
@@ -30,24 +33,27 @@ def _offsets(chunk, chunks, row, column, SIZE: tl.constexpr):
 def hadamard_kernel(
     x, out, signs, table, total, chunks, row, column, scale,
     FACTOR: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, ROUNDS: tl.constexpr,
-    BEFORE: tl.constexpr, AFTER: tl.constexpr,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`total` chunks in all, `chunks` in a row of `x`, whose strides are `row` and `column`; `out` is contiguous.
     `table`: float32 `[FACTOR, FACTOR]`. BEFORE, AFTER: where the signs go."""
     line = tl.arange(0, ROWS)[:, None]
+    program = tl.program_id(0)
+    if EARLY:
+        program += waited(program)
     if FACTOR == 1:
-        chunk = tl.program_id(0) * ROWS + line
+        chunk = program * ROWS + line
         inside = chunk < total
         offsets, place = _offsets(chunk, chunks, row, column, SIZE)
         tile = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
         if BEFORE:
             tile *= tl.load(signs + place, mask=inside, other=0).to(tl.float32)
     else:
-        chunk = tl.program_id(0) * FACTOR + line
+        chunk = program * FACTOR + line
         inside = line < FACTOR
         tile = tl.zeros((ROWS, SIZE), tl.float32)
         for j in range(FACTOR):
-            offsets, place = _offsets(tl.program_id(0) * FACTOR + j, chunks, row, column, SIZE)
+            offsets, place = _offsets(program * FACTOR + j, chunks, row, column, SIZE)
             part = tl.load(x + offsets).to(tl.float32)
             if BEFORE:
                 part *= tl.load(signs + place).to(tl.float32)
@@ -80,5 +86,5 @@ def launch(x: Tensor, out: Tensor, size: int, table: Tensor | None, signs: Tenso
             hadamard_kernel[(triton.cdiv(total, each),)](
                 x, out, signs, table, total, chunks, *x.stride(), (factor * size) ** -0.5, **sizes,
                 BEFORE=signs is not None and not inverse, AFTER=signs is not None and inverse,
-                num_warps=warps, enable_fp_fusion=True,
+                num_warps=warps, enable_fp_fusion=True, **early(x.device),
             )  # fmt: skip

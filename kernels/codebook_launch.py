@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.kernels.available import early
 from quant.kernels.codebook import FAST, Codebook
 from quant.kernels.codebook_order import ROWS, TILE, ArrangedCodebook, column_tiles, row_tiles, width
 from quant.kernels.launch import (
@@ -208,7 +209,7 @@ def launch_shared(
             GROUP=group, BM=config.bm, TILES=config.bn // 32, WARPS=config.warps, ONE=tokens == 1,
             SPLIT=config.splits > 1, EVEN=inputs % TILE == 0 and units == each * config.splits * config.warps,
             BIAS=bias is not None, NATIVE=x.device.type == "cuda", num_warps=config.warps, num_stages=1,
-            enable_fp_fusion=True,
+            enable_fp_fusion=True, **early(x.device),
         )  # fmt: skip
 
 

@@ -28,7 +28,13 @@ import triton.language as tl
 from quant.kernels.codebook_product import scale_of
 from quant.kernels.shared import added, entries, filled, look_up
 from quant.kernels.uniform import inverse, is_last, power
-from quant.kernels.warp import joined, load_inputs, load_words, nothing, numbers, permuted, product, shuffled
+from quant.kernels.warp import joined, load_inputs, load_words, nothing, numbers, permuted, product, shuffled, waited
+
+
+@triton.constexpr_function
+def held_bytes(tiles: int, warps: int) -> int:
+    """Shared memory of a program: the table's copies, later what the warps have of four tokens."""
+    return max(32768, warps * 16 * (32 * tiles + 8))
 
 
 @triton.jit
@@ -216,11 +222,11 @@ def codebook_shared_kernel(
     x, weight, codebook, scales, peaks, table, bias, out, partial, counters,
     M, N, K, stride, units, each, tiles, per,
     GROUP: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, ONE: tl.constexpr,
-    SPLIT: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`x` `[M, K]` with rows `stride` apart, `K` and `stride` multiples of 8; `units` of 64 columns, of which each warp
     takes `each`; `tiles` of 16 vector rows, `per` of them in a whole group. ONE: M is 1. EVEN: no unit is ragged or
-    missing. NATIVE: not in the interpreter, which has no assembler."""
+    missing. EARLY: see `warp.waited`. NATIVE: not in the interpreter, which has no assembler."""
     KIND: tl.constexpr = "bf16" if x.dtype.element_ty == tl.bfloat16 else "fp16"
     PARTS: tl.constexpr = BM // 4
     LANES: tl.constexpr = 32 * WARPS
@@ -230,6 +236,9 @@ def codebook_shared_kernel(
     blocks = (2 * per + TILES - 1) // TILES
     group, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     codebook += group * 1024
+    if EARLY:
+        zero = waited(lanes)
+        g, t, codebook = g + zero, t + zero, codebook + zero
     begin = tl.program_id(1) * each * WARPS
     end = tl.minimum(begin + each * WARPS, units)
     at = ()
@@ -248,7 +257,7 @@ def codebook_shared_kernel(
         up = _powers(places, begin, end, each, K, lanes, WARPS, PARTS, ONE, NATIVE)
     start = lanes.to(tl.uint32)
     if NATIVE:
-        start = filled(some, lanes, LANES)
+        start = filled(some, lanes, LANES, held_bytes(TILES, WARPS))
     copy = start + (lanes % 16 * 8).to(tl.uint32)
     acc = nothing(TILES * PARTS, False, LANES)
     unit = begin + warp

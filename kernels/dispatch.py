@@ -112,10 +112,19 @@ def matmul(x: Tensor, packed: Weight, bias: Tensor | None = None) -> Tensor:
         x = _autocast(x)
         return matmul(x, packed.base, bias).add(packed.branch(x))
     if isinstance(packed, PackedRotated):
-        out = packed.outputs().undo(matmul(packed.inputs().apply(x), packed.base))
-        return out if bias is None else out + bias.to(out.dtype)
+        inside = None if packed.outputs().signs is not None else bias
+        out = packed.outputs().undo(_turned(x, packed, inside))
+        return out if bias is inside else out + bias.to(out.dtype)
     x = _autocast(x)
     return select(x, packed).run(x, packed, bias)
+
+
+def _turned(x: Tensor, packed: PackedRotated, bias: Tensor | None) -> Tensor:
+    """`x` rotated, times the base: the trellis's kernel does both."""
+    base = packed.base
+    if isinstance(base, ArrangedTrellis) and _autocast(x) is x and select(x, base).run is trellis_launch.matmul:
+        return trellis_launch.matmul(x, base, bias, packed.inputs())
+    return matmul(packed.inputs().apply(x), base, bias)
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -44,6 +44,22 @@ def put(at, words):
 
 
 @triton.jit
+def put_one(at, number):
+    """A float32 at each address, a multiple of 4."""
+    tl.inline_asm_elementwise(
+        "st.shared.f32 [$1], $2; mov.b32 $0, 0;", "=r,r,f", [at, number], dtype=tl.uint32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def together(lanes):
+    """What a warp's lanes have put is there for all of them from here on; other warps do not wait."""
+    tl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.b32 $0, 0;", "=r,r", [lanes], dtype=tl.uint32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def get(at):
     """The float32 at each address."""
     return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [at], dtype=tl.float32, is_pure=False, pack=1)
@@ -78,9 +94,9 @@ def entries(codebook, lanes, LANES: tl.constexpr):
 
 
 @triton.jit
-def filled(held, lanes, LANES: tl.constexpr):
-    """The address of the copies, once they lie there."""
-    start = reserved(lanes, 32768)
+def filled(held, lanes, LANES: tl.constexpr, SIZE: tl.constexpr):
+    """The address of the copies, once they lie there, of SIZE bytes in all (32768 at least)."""
+    start = reserved(lanes, SIZE)
     for i in tl.static_range(2048 // LANES):
         put(start + ((i * LANES + lanes) * 16).to(tl.uint32), held[i] + held[i])
     tl.debug_barrier()

@@ -205,10 +205,11 @@ def row_scales(scales, peaks, table, rows, inside, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def neighbours(units, whole, LENGTH: tl.constexpr):
+def neighbours(units, whole, total, LENGTH: tl.constexpr):
     """The units that come after `units`; `whole`: units of whole sequences, each of which is a circle."""
     TURN: tl.constexpr = LENGTH // 16
-    return tl.where((units % TURN == TURN - 1) & (units < whole), units + 1 - TURN, units + 1)
+    after = tl.where((units % TURN == TURN - 1) & (units < whole), units + 1 - TURN, units + 1)
+    return tl.minimum(after, total - 1)
 
 
 @triton.jit
@@ -239,7 +240,7 @@ def decode_kernel(
     g, t = lanes // 4, lanes % 4
     unit = first // 16 + tl.program_id(0) * 8 + g
     held = tl.minimum(unit, total - 1)  # what is not there is not stored
-    after = tl.minimum(neighbours(held, whole, LENGTH), total - 1)
+    after = neighbours(held, whole, total, LENGTH)
     size = total * 16
     mask = tl.full((32,), 0, tl.uint32) + mask.to(tl.uint32, bitcast=True)
     flip = mask * FLIP

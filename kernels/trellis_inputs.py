@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant.kernels.shared import get_four, put
+from quant.kernels.shared import get_four, put, together
 from quant.kernels.uniform import inverse, power
 from quant.kernels.warp import joined, load_inputs, numbers, permuted, shuffled
 
@@ -42,7 +42,7 @@ def operand_x(some, scale, KIND: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.co
 
 
 @triton.jit
-def _rounded(number, scale):
+def rounded(number, scale):
     """`number scale` to the nearest integer, as two bytes with signs, the higher one times 256: 16 bits."""
     whole = tl.math.fma(number, scale, 12582912.0).to(tl.uint32, bitcast=True)
     return (whole + 128) & 0xFF00 | whole & 0xFF
@@ -54,7 +54,7 @@ def _integers(words, COUNT: tl.constexpr, scale, KIND: tl.constexpr):
     made = ()
     for i in tl.static_range(COUNT):
         low, high = numbers(words[i], KIND)
-        made = made + (_rounded(low, scale) | _rounded(high, scale) << 16,)
+        made = made + (rounded(low, scale) | rounded(high, scale) << 16,)
     return made
 
 
@@ -84,29 +84,29 @@ def operand_integers(words, FIRST: tl.constexpr, where, NATIVE: tl.constexpr):
 
 @triton.jit
 def leave_integers(
-    start, places, scale, chunk, end, K, lanes,
+    x, start, places, scale, chunk, end, K, lanes,
     ONE: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Puts the integers of COUNT chunks into shared memory, 64 bytes for a chunk and a token. Loaded from memory chunk
     by chunk, `x` would come behind the weights that were asked for before it: loads return in order."""
     TURNS: tl.constexpr = 8 if ONE else 8 // EACH
     TOKENS: tl.constexpr = 1 if ONE else EACH * PARTS
-    t = lanes % 4
-    tl.debug_barrier()
+    g, t = lanes // 4 % 8, lanes % 4
+    together(lanes)
     for part in tl.static_range(PARTS):
         for turn in tl.static_range(COUNT // TURNS):
-            mine = turn * TURNS + lanes // 4 % TURNS
+            mine = turn * TURNS + g % TURNS
             k = (chunk + mine) * 32
-            words = load_inputs(places[part] + k, (chunk + mine < end) & (k + t * 8 < K), 4, False, True)
-            token = 0 if ONE else part * EACH + lanes // 4 // TURNS
+            words = load_inputs(x + (places[part] + k), (chunk + mine < end) & (k + t * 8 < K), 4, False, True)
+            token = 0 if ONE else part * EACH + g // TURNS
             at = start + ((mine * TOKENS + token) * 64 + t * 16).to(tl.uint32)
             put(at, _integers(words, 4, scale[part], KIND))
-    tl.debug_barrier()
+    together(lanes)
 
 
 @triton.jit
 def integers_of(
-    start, place, scale, chunk, which, PART: tl.constexpr, K, lanes,
+    x, start, place, scale, chunk, which, PART: tl.constexpr, K, lanes,
     ONE: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The integers of a lane's eight columns of a chunk, which is number `which` in shared memory; four words. The
@@ -115,23 +115,27 @@ def integers_of(
     if NATIVE:
         TURNS: tl.constexpr = 8 if ONE else 8 // EACH
         TOKENS: tl.constexpr = 1 if ONE else EACH * PARTS
-        token = 0 if ONE else PART * EACH + lanes // 4 // TURNS
+        token = 0 if ONE else PART * EACH + lanes // 4 % 8 // TURNS
         return get_four(start + ((which * TOKENS + token) * 64 + t * 16).to(tl.uint32))
     else:
-        words = load_inputs(place + chunk * 32, chunk * 32 + t * 8 < K, 4, False, False)
+        words = load_inputs(x + (place + chunk * 32), chunk * 32 + t * 8 < K, 4, False, False)
         return _integers(words, 4, scale, KIND)
 
 
 @triton.jit
-def _largest(place, begin, end, K, lanes, STEP: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr):
-    """The largest `|x|` of each lane's token in these chunks, NaN if there is one. `place`: the lane's first of 8
-    columns of a chunk; STEP lanes, 4, 8 or 32 in a row, share a token and take its chunks in turn."""
-    largest = tl.zeros((32,), tl.float32)
-    turn = lanes % STEP // 4
-    for chunk in range(begin, end, STEP // 4):
-        k = (chunk + turn) * 32
-        words = load_inputs(place + k, (chunk + turn < end) & (k + lanes % 4 * 8 < K), 4, False, NATIVE)
+def _largest(x, place, begin, end, each, K, lanes, STEP: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """The largest `|x|` of each lane's token in its warp's chunks, NaN if there is one. `place`: the lane's first of 8
+    columns of a chunk; STEP lanes, 4, 8, 16 or 32 in a row, share a token and take its chunks in turn. Four loads are
+    on their way at a time."""
+    largest = tl.zeros(lanes.shape, tl.float32)
+    TURNS: tl.constexpr = STEP // 4
+    for several in range(0, each, 4 * TURNS):
+        words = ()
         for i in tl.static_range(4):
+            chunk = begin + several + i * TURNS + lanes % STEP // 4
+            here = (chunk < end) & (chunk * 32 + lanes % 4 * 8 < K)
+            words = words + load_inputs(x + (place + chunk * 32), here, 4, False, NATIVE)
+        for i in tl.static_range(16):
             low, high = numbers(words[i], KIND)
             either = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
             largest = tl.maximum(largest, either, propagate_nan=tl.PropagateNan.ALL)
@@ -145,28 +149,28 @@ def _largest(place, begin, end, K, lanes, STEP: tl.constexpr, KIND: tl.constexpr
 
 @triton.jit
 def tokens_of(
-    x, first, M, K, stride, begin, end, lanes,
+    x, first, M, K, stride, begin, end, each, lanes,
     INTEGER: tl.constexpr, ONE: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Of each part, EACH (2, 4 or 8) tokens from `first` on: where a lane's token has its first eight columns, by what
     `x` is multiplied, and what undoes it for the tokens of a lane's results."""
-    g, t = lanes // 4, lanes % 4
+    g, t, warp = lanes // 4 % 8, lanes % 4, lanes // 32 * 32
     places, scale, down = (), (), ()
     for part in tl.static_range(PARTS):
         token = first + part * EACH + g // (8 // EACH)
-        place = x + tl.minimum(token, M - 1).to(tl.int64) * stride + t * 8
+        place = tl.minimum(token, M - 1) * stride + t * 8
         places = places + (place,)
         if INTEGER:
-            largest = _largest(place, begin, end, K, lanes, 32 if ONE else 32 // EACH, KIND, NATIVE)
+            largest = _largest(x, place, begin, end, each, K, lanes, 32 if ONE else 32 // EACH, KIND, NATIVE)
             most = tl.maximum(largest, 2.0**-108)  # or the quotient were infinite
             scale = scale + (tl.where(largest > 0, LEVELS / most, 0.0),)
-            down = down + (shuffled(largest * (1 / LEVELS), t * 8, NATIVE),)
+            down = down + (shuffled(largest * (1 / LEVELS), warp + t * 8, NATIVE),)
         else:
-            up = tl.full((32,), 1.0, tl.float32)
+            up = tl.full(lanes.shape, 1.0, tl.float32)
             if KIND == "bf16":
-                up = power(_largest(place, begin, end, K, lanes, 32 if ONE else 4, KIND, NATIVE))
+                up = power(_largest(x, place, begin, end, each, K, lanes, 32 if ONE else 4, KIND, NATIVE))
             scale = scale + (up,)
             back = inverse(up)
-            down = down + ((shuffled(back, t * 8, NATIVE), shuffled(back, t * 8 + 4, NATIVE)),)
+            down = down + ((shuffled(back, warp + t * 8, NATIVE), shuffled(back, warp + t * 8 + 4, NATIVE)),)
     return places, scale, down

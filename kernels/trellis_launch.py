@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels.available import missing
+from quant.kernels.available import early, missing
+from quant.kernels.hadamard import hadamard
 from quant.kernels.launch import (
     KINDS,
     Config,
@@ -26,6 +27,7 @@ from quant.kernels.launch import (
     processor,
 )
 from quant.kernels.reference import Weight, check_shape
+from quant.kernels.rotated import IDENTITY, Rotation
 from quant.kernels.trellis import scale_values
 from quant.kernels.trellis_order import CHUNK, UNIT, ArrangedTrellis, chunks, units
 
@@ -44,25 +46,28 @@ INTEGER = ("mac", "sum")
 """Codes that are multiplied as integers, with two or four columns of a product to a token."""
 
 MOST = 16384
-"""Columns of which a program of such a code may sum 32 bits: `1020 * 127 * MOST < 2^31`."""
+"""Columns of which a warp of such a code may sum 32 bits: `1020 * 127 * MOST < 2^31`."""
 
 
 def choose(
-    tokens: int, rows: int, columns: int, processors: int, code: str = "twin", warps: int = 0, most: int = 0
+    tokens: int, rows: int, columns: int, processors: int, code: str = "twin", warps: int = 0, resident: int = 0
 ) -> Config:
-    """The configuration without a tuned one: a warp and 256 rows per program, K split until every multiprocessor has
-    about so many `warps`, into `most` parts; 0: what was fastest on an H200 (`README.md`). Multiples of four go best: a
-    multiprocessor has four schedulers. `code`: as `compiled_code` names it."""
+    """The configuration without a tuned one: 256 rows per program, and K split over `warps` in each and over as many
+    programs as run side by side, `resident` on a multiprocessor; 0: what was fastest on an H200 (`README.md`). A warp
+    adds what it has to what the others of its program have through shared memory; only programs leave parts in memory
+    for the last of them to add. `code`: as `compiled_code` names it."""
     if code == "twin":
         bm = next(size for size in (2, 4, 8) if tokens <= size or size == 8)
     else:
         bm = (4 if tokens <= 4 else 8) if code in INTEGER else 8 if tokens <= 8 or code == "hyb" else 16
-    passes = -(-tokens // bm)
-    programs = -(-rows // (16 * UNIT)) * passes
-    most = most or ((64 if programs < 8 else 32) if tokens == 1 else max(1, 16 // passes))
-    few = (tokens == 1 and code != "mac") or (tokens == 2 and code == "twin")
-    wanted = min(most, processors * (warps or (12 if few else 8)) // programs)
-    return Config(bm, 16 * UNIT, 1, 1, even_splits(columns, max(wanted, -(-columns // MOST)), CHUNK))
+    large = bm == (8 if code in INTEGER or code == "twin" else 16)  # 8 warps have all registers
+    programs = -(-rows // (16 * UNIT)) * -(-tokens // bm)
+    splits = max(1, processors * (resident or (2 if large else 1)) // programs)
+    most = 4 if large or (tokens > 1 and code not in (*INTEGER, "twin")) else 16 if bm == 2 else 8
+    enough = code == "twin" and tokens == 1 and chunks(columns) >= 12 * 16 * splits
+    warps = min(most, warps or (16 if enough else 8))
+    splits = max(splits, -(-columns // (MOST * warps)))
+    return Config(bm, 16 * UNIT, warps, 1, even_splits(columns, splits, CHUNK * warps))
 
 
 def compiled_code(code: str, bits: int) -> str:
@@ -72,8 +77,12 @@ def compiled_code(code: str, bits: int) -> str:
 
 def candidates(tokens: int, rows: int, columns: int, processors: int, code: str = "twin") -> list[Config]:
     """Configurations worth timing: how K is split."""
-    made = [choose(tokens, rows, columns, processors, code, warps, 64) for warps in (4, 6, 8, 10, 12, 16, 20, 24)]
-    return list(dict.fromkeys(made))
+    found = [
+        choose(tokens, rows, columns, processors, code, warps, resident)
+        for warps, most in ((1, 16), (2, 8), (4, 4), (8, 2), (16, 1))
+        for resident in range(max(1, most // 2), most + 1, max(1, most // 4))
+    ]
+    return list(dict.fromkeys(found))
 
 
 def refuses(x: Tensor, arranged: Weight) -> str | None:
@@ -83,18 +92,22 @@ def refuses(x: Tensor, arranged: Weight) -> str | None:
         return reason
     if x.device != arranged.device:
         return f"x is on {x.device}, the weight on {arranged.device}"
+    if isinstance(arranged, ArrangedTrellis) and arranged.weight.numel() >> 31:
+        return "the weight has 2^31 words or more; the kernels count to that"
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"x is {x.dtype}; the kernels multiply float16 and bfloat16"
     return None
 
 
-def matmul(x: Tensor, arranged: ArrangedTrellis, bias: Tensor | None = None) -> Tensor:
-    """`x` `[..., K]` float16 or bfloat16 times the weight `[N, K]` transposed, plus `bias` `[N]`: `[..., N]` in `x`'s
-    dtype, accumulated in float32. Differentiable with respect to both. Raises `ValueError` where the shapes do not fit.
-    """
+def matmul(x: Tensor, arranged: ArrangedTrellis, bias: Tensor | None = None, rotation: Rotation = IDENTITY) -> Tensor:
+    """`x` `[..., K]` float16 or bfloat16, `rotation` applied, times the weight `[N, K]` transposed, plus `bias` `[N]`:
+    `[..., N]` in `x`'s dtype, accumulated in float32. Differentiable with respect to both. Raises `ValueError` where
+    the shapes do not fit."""
     check_shape(x, arranged)
     flat = x.reshape(-1, x.shape[-1])
-    out = torch.ops.bitwright.trellis_matmul(flat, *_held(arranged), bias, *_sizes(arranged), x.dtype)
+    out = torch.ops.bitwright.trellis_matmul(
+        flat, *_held(arranged), bias, *_sizes(arranged), x.dtype, rotation.signs, rotation.block
+    )
     return out.view(*x.shape[:-1], arranged.shape[0])
 
 
@@ -117,13 +130,17 @@ def _sizes(arranged: ArrangedTrellis) -> tuple[int, int, int, int, str, int, int
 def trellis_matmul(
     x: Tensor, weight: Tensor, scales: Tensor, peaks: Tensor, table: Tensor | None, bias: Tensor | None, rows: int,
     columns: int, bits: int, window: int, code: str, table_bits: int, length: int, dtype: torch.dtype,
+    signs: Tensor | None, block: int,
 ) -> Tensor:  # fmt: skip
-    """`x` `[M, columns]` times a weight in kernel order: `[M, rows]` of `dtype`."""
+    """`x` `[M, columns]`, with `signs` in blocks of `block` rotated, times a weight in kernel order: `[M, rows]` of
+    `dtype`."""
     out = torch.empty((len(x), rows), dtype=dtype, device=x.device)
     held, sizes = (weight, scales, peaks, table), (rows, columns, bits, window, code, table_bits, length)
     if len(x) < UNPACK_FROM:
-        launch(x, *held, bias, out, *sizes, None)
+        launch(x, *held, bias, out, *sizes, None, signs, block)
         return out
+    if signs is not None:
+        x = hadamard(x, block, signs)
     multiply_unpacked(x, out, columns, lambda *part: trellis_dequantize(*held, *sizes, dtype, *part))
     if bias is not None:
         out += bias
@@ -137,15 +154,19 @@ def _(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:5])
-    ctx.sizes, ctx.bias = inputs[6:13], inputs[5] if inputs[5] is None else inputs[5].dtype
+    ctx.save_for_backward(*inputs[1:5], inputs[14])
+    ctx.sizes, ctx.block = inputs[6:13], inputs[15]
+    ctx.bias = inputs[5] if inputs[5] is None else inputs[5].dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    unpack = lambda *part: trellis_dequantize(*ctx.saved_tensors, *ctx.sizes, grad.dtype, *part)  # noqa: E731
+    *held, signs = ctx.saved_tensors
+    unpack = lambda *part: trellis_dequantize(*held, *ctx.sizes, grad.dtype, *part)  # noqa: E731
     x_grad = input_gradient(grad, ctx.sizes[1], unpack) if ctx.needs_input_grad[0] else None
+    if x_grad is not None and signs is not None:
+        x_grad = hadamard(x_grad, ctx.block, signs, inverse=True)
     bias_grad = grad.sum(0).to(ctx.bias) if ctx.needs_input_grad[5] else None
-    return (x_grad, None, None, None, None, bias_grad, *[None] * 8)
+    return (x_grad, None, None, None, None, bias_grad, *[None] * 10)
 
 
 trellis_matmul.register_autograd(_backward, setup_context=_keep)
@@ -154,34 +175,53 @@ trellis_matmul.register_autograd(_backward, setup_context=_keep)
 def launch(
     x: Tensor, weight: Tensor, scales: Tensor, peaks: Tensor, table: Tensor | None, bias: Tensor | None, out: Tensor,
     rows: int, columns: int, bits: int, window: int, code: str, table_bits: int, length: int, config: Config | None,
+    signs: Tensor | None = None, block: int = 1,
 ) -> None:  # fmt: skip
-    """Fills `out` `[M, N]`. `config`: None for the default one."""
+    """Fills `out` `[M, N]`. `config`: None for the default one. `signs`, `block`: how `x` is rotated first, or by the
+    product itself."""
     from quant.kernels.trellis_product import trellis_kernel
     from quant.kernels.tune import tuned  # it needs this module
 
     tokens = len(out)
     if not out.numel():
         return
-    x = aligned(x)
     config = config or tuned(x.device, tokens, rows, columns, bits, f"{code}-{KINDS[x.dtype]}", CHUNK)
     config = config or choose(tokens, rows, columns, processor(x.device)[0], compiled_code(code, bits))
     if code in INTEGER:  # a tuned one may be of fewer columns
-        config = replace(config, splits=even_splits(columns, max(config.splits, -(-columns // MOST)), CHUNK))
+        least = -(-columns // (MOST * config.warps))
+        config = replace(config, splits=even_splits(columns, max(config.splits, least), CHUNK * config.warps))
     grid = (-(-rows // (16 * UNIT)), config.splits, -(-tokens // config.bm))
+    count, (whole, total) = chunks(columns), units(rows, length)
+    each = -(-count // (config.splits * config.warps))
+    steps = -(-each // 8)
+    if signs is not None and not turns(tokens, code, block, each, config.warps):
+        x, signs = hadamard(x, block, signs), None
+    x = aligned(x)
+    if tokens * x.stride(0) >> 31:
+        x = x.contiguous()
     partial, counters = out, out
     if config.splits > 1:
         partial = torch.empty((config.splits, tokens, rows), dtype=torch.float32, device=x.device)
         counters = fresh_counters(grid[0] * grid[2], x.device)
-    count, (whole, total) = chunks(columns), units(rows, length)
     with torch.cuda.device_of(x):
         trellis_kernel[grid](
-            x, weight, scales, peaks, weight if table is None else table.view(torch.int32), scale_table(x.device),
+            x, x if signs is None else signs, weight, scales, peaks,
+            weight if table is None else table.view(torch.int32), scale_table(x.device),
             out if bias is None else bias, out, partial, counters,
-            tokens, rows, x.shape[1], x.stride(0), count, -(-count // config.splits), total, whole, MASK,
+            tokens, rows, x.shape[1], x.stride(0), count, each, total, whole, MASK,
             **constants(bits, window, code, table_bits, length, x.device),
-            BM=config.bm, ONE=tokens == 1, SPLIT=config.splits > 1, EVEN=columns % CHUNK == 0, BIAS=bias is not None,
-            num_warps=1, num_stages=1, enable_fp_fusion=True,
+            BM=config.bm, WARPS=config.warps, ONE=tokens == 1, SPLIT=config.splits > 1,
+            EVEN=columns == CHUNK * each * config.splits * config.warps, BLOCK=0 if signs is None else block,
+            STEPS=1 if signs is None else steps, BIAS=bias is not None,
+            num_warps=config.warps, num_stages=1, enable_fp_fusion=True, **early(x.device),
         )  # fmt: skip
+
+
+def turns(tokens: int, code: str, block: int, each: int, warps: int) -> bool:
+    """Whether the product rotates `x` itself: blocks of a power of two from 8 to 256, whole ones in each program's part
+    of K, of which a warp has `each` chunks."""
+    whole = block in (8, 16, 32, 64, 128, 256) and each * warps * CHUNK % block == 0
+    return tokens == 1 and code in INTEGER and whole and -(-each // 8) <= 4 and -(-each // 8) * warps <= 64
 
 
 def run(x: Tensor, arranged: ArrangedTrellis, config: Config, out: Tensor) -> None:

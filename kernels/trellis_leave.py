@@ -3,13 +3,14 @@ that comes last, the sums of all parts. See `trellis_product.py`.
 """
 
 # pyright: basic, reportGeneralTypeIssues=false, reportCallIssue=false
-# ruff: noqa: RUF005
+# ruff: noqa: RET505, RUF005
 # Triton's language has no types that pyright could follow, and its branches on constants are chosen when it compiles
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from quant.kernels.shared import get, put_one
 from quant.kernels.trellis_decode import row_scales, state_at
 from quant.kernels.trellis_inputs import is_integer
 from quant.kernels.uniform import collected, stored
@@ -48,60 +49,117 @@ def finish(
 
 
 @triton.jit
-def carried(sums, t, CODE: tl.constexpr, PARTS: tl.constexpr, NATIVE: tl.constexpr):
+def carried(sums, lanes, CODE: tl.constexpr, PARTS: tl.constexpr, NATIVE: tl.constexpr):
     """What the two columns of a lane's results carry beside the values: `sums`, each lane's own of the bytes of `x` in
     its column, are of one column where lanes have the same `g`."""
     BASE: tl.constexpr = (126 if CODE == "sum" else 510) // 2  # of two bytes: `x` stands in four, of `twin` in two
+    at = lanes // 32 * 32 + lanes % 4 * 8
     made = ()
     for part in tl.static_range(PARTS):
         total = sums[part]
         for step in tl.static_range(2):
-            total += shuffled(total, tl.arange(0, 32) ^ (step + 1), NATIVE)
+            total += shuffled(total, lanes ^ (step + 1), NATIVE)
         total = total // 2 * BASE
-        made = made + ((shuffled(total, t * 8, NATIVE), shuffled(total, t * 8 + 4, NATIVE)),)
+        made = made + ((shuffled(total, at, NATIVE), shuffled(total, at + 4, NATIVE)),)
     return made
 
 
 @triton.jit
-def leave(
-    acc, sums, down, held, out, partial, unit, first, t, M, N,
-    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, LENGTH: tl.constexpr, PARTS: tl.constexpr,
-    SPLIT: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
+def _value(mine, sums, down, lanes, HALF: tl.constexpr, TOKEN: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
+    """One of a lane's results: of its unit HALF, and of codes that are not integers of its token TOKEN."""
+    if not is_integer(CODE):
+        return mine[2 * HALF + TOKEN] * down[TOKEN]
+    else:
+        upper = (mine[2 * HALF] - sums[0]).to(tl.float32) * 256.0
+        lower = (mine[2 * HALF + 1] - sums[1]).to(tl.float32)
+        value = upper + lower
+        if CODE == "twin":  # a lane has one sum and its neighbour the other
+            other = shuffled(value, lanes ^ 1, NATIVE)
+            value = other + tl.where(lanes % 2 == 0, value, -value)
+        return value * down
+
+
+PITCH = tl.constexpr(280)
+"""Float32 numbers in shared memory from a token's values to the next one's."""
+
+
+@triton.jit
+def place_of(token, row, unit):
+    """Where a value of a program's 16 units lies there: lanes that store together want different banks, and so do lanes
+    that read 32 rows one after the other."""
+    return token * PITCH + row * 17 + unit
+
+
+@triton.constexpr_function
+def held_bytes(bm: int, one: bool, code: str, warps: int, steps: int, ahead: int) -> int:
+    """Shared memory of a program: the integers of `x`, of `ahead` chunks of each warp or, rotated here, of `steps`
+    times 8 and a number; later the values of a part."""
+    integers = ahead * 64 * (1 if one else bm) if is_integer(code) else 0
+    if steps:
+        integers = steps * 512 + 4
+    return warps * max(integers, (1 if one else tokens_at_once(code)) * 280 * 4)
+
+
+@triton.jit
+def _kept(
+    value, row, token, here, held, out, partial, M, N,
+    LENGTH: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Stores what a lane has: as this program's part, or, scaled, as the output."""
-    INTEGER: tl.constexpr = is_integer(CODE)
-    EACH: tl.constexpr = tokens_at_once(CODE)
-    scales, peaks, table, bias = held
-    for j in tl.static_range(products_of(CODE)):
-        for half in tl.static_range(2):
-            row = (unit + 8 * half) * 16 + state_at(j, CODE, BITS, WINDOW) * (16 // products_of(CODE))
-            if CODE == "twin":
-                row = row + t % 2
-            inside = row < N
-            if not SPLIT:
-                row_scale = row_scales(scales, peaks, table, row, inside, LENGTH)
-                if BIAS:
-                    more = tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
-            for part in tl.static_range(PARTS):
-                for i in tl.static_range(1 if INTEGER else 2):
-                    mine = acc[j * PARTS + part]
-                    token = first + part * EACH + (t // 2 if CODE == "twin" else t if INTEGER else t * 2 + i)
-                    if INTEGER:
-                        upper = (mine[2 * half] - sums[part][0]).to(tl.float32) * 256.0
-                        lower = (mine[2 * half + 1] - sums[part][1]).to(tl.float32)
-                        value = upper + lower
-                        if CODE == "twin":  # a lane has one sum and its neighbour the other
-                            other = shuffled(value, tl.arange(0, 32) ^ 1, NATIVE)
-                            value = other + tl.where(t % 2 == 0, value, -value)
-                        value *= down[part]
+    """Stores values: as this program's part, or, scaled, as the output."""
+    at = token.to(tl.int64) * N + row
+    if SPLIT:
+        tl.store(partial + tl.program_id(1).to(tl.int64) * M * N + at, value, mask=here)
+    else:
+        scales, peaks, table, bias = held
+        value *= row_scales(scales, peaks, table, row, here, LENGTH)
+        if BIAS:
+            value += tl.load(bias + row, mask=here, other=0.0).to(tl.float32)
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def leave(
+    acc, sums, down, start, held, out, partial, begin, first, lanes, M, N,
+    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, LENGTH: tl.constexpr, PARTS: tl.constexpr,
+    WARPS: tl.constexpr, ONE: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Adds what the warps have and stores it: 256 rows from `begin` on, tokens from `first` on. Through shared memory,
+    from address `start`; the interpreter has none."""
+    EACH: tl.constexpr = 1 if ONE else tokens_at_once(CODE)
+    STEP: tl.constexpr = EACH * PITCH * 4
+    SIZE: tl.constexpr = EACH * 256
+    LANES: tl.constexpr = 32 * WARPS
+    ROWS: tl.constexpr = 16 // products_of(CODE)
+    HELD: tl.constexpr = 1 if is_integer(CODE) or ONE else 2  # tokens of a lane
+    for part in tl.static_range(PARTS):
+        if NATIVE:
+            tl.debug_barrier()
+        for j in tl.static_range(products_of(CODE)):
+            for half in tl.static_range(2):
+                for i in tl.static_range(HELD):
+                    value = _value(acc[j * PARTS + part], sums[part], down[part], lanes, half, i, CODE, NATIVE)
+                    lane = lanes if NATIVE else tl.arange(0, 32)
+                    g, t = lane // 4 % 8, lane % 4
+                    unit, row = g + 8 * half, state_at(j, CODE, BITS, WINDOW) * ROWS
+                    token = t // 2 if CODE == "twin" else t if is_integer(CODE) else t * 2 + i
+                    if CODE == "twin":
+                        row = row + t % 2
+                    if NATIVE:
+                        place = place_of(0 if ONE else token, row, unit) * 4 + lane // 32 * STEP
+                        put_one(start + place.to(tl.uint32), value)
                     else:
-                        value = mine[2 * half + i] * down[part][i]
-                    at = token.to(tl.int64) * N + row
-                    here = inside & (token < M)
-                    if SPLIT:
-                        tl.store(partial + tl.program_id(1).to(tl.int64) * M * N + at, value, mask=here)
-                    else:
-                        value *= row_scale
-                        if BIAS:
-                            value += more
-                        tl.store(out + at, value.to(out.dtype.element_ty), mask=here)
+                        value = tl.sum(tl.reshape(value, (WARPS, 32)), 0)
+                        row, token = begin + unit * 16 + row, first + part * EACH + token
+                        _kept(value, row, token, (row < N) & (token < M), held, out, partial, M, N, LENGTH, SPLIT, BIAS)
+        if NATIVE:
+            tl.debug_barrier()
+            for i in tl.static_range(SIZE // LANES if SIZE > LANES else 1):
+                place = i * LANES + lanes
+                row, token = place % 256, place // 256 % EACH
+                at = start + (place_of(token, row % 16, row // 16) * 4).to(tl.uint32)
+                value = get(at)
+                for w in tl.static_range(1, WARPS):
+                    value += get(at + w * STEP)
+                row, token = begin + row, first + part * EACH + token
+                here = (row < N) & (token < M) & (place < SIZE)
+                _kept(value, row, token, here, held, out, partial, M, N, LENGTH, SPLIT, BIAS)

@@ -63,18 +63,22 @@ from quant.kernels.trellis_inputs import (
     places_of,
     tokens_of,
 )
-from quant.kernels.trellis_leave import carried, finish, leave, products_of, tokens_at_once
+from quant.kernels.trellis_leave import carried, finish, held_bytes, leave, products_of, tokens_at_once
+from quant.kernels.trellis_turn import kept, turned
 from quant.kernels.uniform import is_last
-from quant.kernels.warp import byte_sum, load_inputs, load_words, nothing, permuted, product
+from quant.kernels.warp import byte_sum, fetch, load_inputs, load_words, nothing, permuted, product, waited
 
 AHEAD = tl.constexpr(16)
-"""Chunks of which the integers of `x` are in shared memory at a time."""
+"""Chunks of each warp of which the integers of `x` are in shared memory at a time."""
+
+FETCH = tl.constexpr(2)
+"""Chunks that are asked for ahead of time, into the second-level cache."""
 
 
 @triton.jit
 def _chunk_words(weight, chunk, size, units, after, lane, BITS: tl.constexpr, NATIVE: tl.constexpr):
     """All words of a chunk, per side and unit those of `pieces` and of the unit that comes after."""
-    start = weight + tl.cast(chunk, tl.int64) * (BITS * size)
+    start = weight + chunk * (BITS * size)
     words = ()
     for side in tl.static_range(2):
         for half in tl.static_range(2):
@@ -82,6 +86,16 @@ def _chunk_words(weight, chunk, size, units, after, lane, BITS: tl.constexpr, NA
             first = start + after[half] * 16 + lane * 4
             words = words + load_words(first + (side * size if BITS > 1 else 0), 4, True, NATIVE)
     return words
+
+
+@triton.jit
+def _lines(weight, size, lanes, BITS: tl.constexpr):
+    """Where each lane of a warp asks for a line of a chunk of its program's units: 8 lines of 128 bytes for a bit."""
+    line = lanes % 32 % (8 * BITS)
+    if BITS == 3:
+        line = tl.minimum(lanes % 32, 23)
+    place = tl.minimum(tl.program_id(0) * 256 + line % 8 * 32, size - 1)
+    return weight + line // 8 * size + place
 
 
 @triton.jit
@@ -135,7 +149,7 @@ def _side(
 
 @triton.jit
 def _operands(
-    some, places, scale, where, chunk, SIDE: tl.constexpr, t, K, PARTS: tl.constexpr, KIND: tl.constexpr,
+    some, x, places, scale, where, chunk, SIDE: tl.constexpr, t, K, PARTS: tl.constexpr, KIND: tl.constexpr,
     CODE: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The right operands of a side of a chunk, of each part. `some`: of integers, four words of each."""
@@ -145,69 +159,127 @@ def _operands(
             inputs = inputs + (operand_integers(some, 4 * part + 2 * SIDE, where, NATIVE),)
         else:
             k = chunk * 32 + SIDE * 4
-            four = load_inputs(places[part] + k, k + t * 8 < K, 2, EVEN, NATIVE)
+            four = load_inputs(x + (places[part] + k), k + t * 8 < K, 2, EVEN, NATIVE)
             inputs = inputs + (operand_x(four, scale[part], KIND, CODE, NATIVE),)
     return inputs
 
 
+@triton.jit
+def _taken(
+    x, signs, start, first, M, K, stride, begin, end, each, zero, lanes,
+    INTEGER: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, WARPS: tl.constexpr, ONE: tl.constexpr,
+    BM: tl.constexpr, EACH: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """What `turned` or `tokens_of` say of `x`, and where a warp has its integers in shared memory."""
+    warp = lanes // 32
+    if BLOCK > 0:
+        first = tl.program_id(1) * each * (32 * WARPS)
+        last = tl.minimum(K, first + each * (32 * WARPS))
+        integers, down = turned(x, signs, start, first + zero, last, lanes, STEPS, WARPS, BLOCK, KIND, NATIVE)
+        return integers, (0,), (down,), (down,), start + (warp * each * 64).to(tl.uint32)
+    else:
+        places, scale, down = tokens_of(
+            x, first, M, K, stride, begin, end, each, lanes, INTEGER, ONE, EACH, BM // EACH, KIND, NATIVE
+        )
+        size = AHEAD * 64 * (1 if ONE else BM)
+        return (), places, scale, down, start + (warp * size).to(tl.uint32)
+
+
+@triton.jit
+def _chunk_integers(
+    integers, x, start, places, scale, chunk, which, inside, K, lanes,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr, WARPS: tl.constexpr, ONE: tl.constexpr, EACH: tl.constexpr,
+    PARTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The integers of a lane's eight columns of `x`, four words for each part. `which`: the chunk's number among its
+    warp's in shared memory, `inside`: in the program's part of K."""
+    if BLOCK > 0 and not NATIVE:
+        return kept(integers, inside, lanes, STEPS, WARPS)
+    else:
+        some = ()
+        for part in tl.static_range(PARTS):
+            some = some + integers_of(
+                x, start, places[part], scale[part], chunk, which, part, K, lanes, ONE, EACH, PARTS, KIND, NATIVE
+            )
+        return some
+
+
 @triton.jit(do_not_specialize=("M", "count", "each", "total", "whole", "mask"))
 def trellis_kernel(
-    x, weight, scales, peaks, pairs, table, bias, out, partial, counters,
+    x, signs, weight, scales, peaks, pairs, table, bias, out, partial, counters,
     M, N, K, stride, count, each, total, whole, mask,
     BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, LENGTH: tl.constexpr,
-    BM: tl.constexpr, ONE: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, NATIVE: tl.constexpr,
+    BM: tl.constexpr, WARPS: tl.constexpr, ONE: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    BIAS: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`x` `[M, K]` with rows `stride` apart, `K` and `stride` multiples of 8; `count` chunks of K, `each` of them per
-    split; `total` units, `whole` of them of whole sequences. BM: 8 or 16 tokens, 4 or 8 of integer codes, 2 to 8 of
-    `twin`. ONE: M is 1. NATIVE: not in the interpreter, which has no assembler."""
+    warp; `total` units, `whole` of them of whole sequences. BM: 8 or 16 tokens, 4 or 8 of integer codes, 2 to 8 of
+    `twin`. ONE: M is 1. EVEN: every warp has `each` whole chunks. BLOCK: what `x` is rotated in, with `signs`; 0: it is
+    not. STEPS times 8 are `each` at least. EARLY: see `warp.waited`. NATIVE: not in the interpreter, which has no
+    assembler."""
     INTEGER: tl.constexpr = is_integer(CODE)
     KIND: tl.constexpr = "bf16" if x.dtype.element_ty == tl.bfloat16 else "fp16"
     EACH: tl.constexpr = tokens_at_once(CODE)
     PARTS: tl.constexpr = BM // EACH
-    lanes = tl.arange(0, 32)
-    g, t = lanes // 4, lanes % 4
-    begin = tl.program_id(1) * each
+    lanes = tl.arange(0, 32 * WARPS)
+    g, t = lanes // 4 % 8, lanes % 4
+    begin = tl.program_id(1) * each * WARPS
+    turns = tl.minimum(each, count - begin)
+    begin += lanes // 32 * each
     end = tl.minimum(begin + each, count)
     size = total * 16
-    unit = tl.program_id(0) * 16 + g
+    zero = lanes * 0
+    lines = _lines(weight, size, lanes, BITS)
+    FETCHES: tl.constexpr = NATIVE and (PARTS == 1 or BM == 4)  # more have no registers for it
+    for ahead in tl.static_range(FETCH if FETCHES else 0):
+        fetch(lines + tl.cast(tl.minimum(begin + ahead, count - 1), tl.int64) * (BITS * size))
+    if EARLY:
+        zero = waited(lanes)
+    begin += zero
+    unit = tl.program_id(0) * 16 + g + zero
     held = tl.minimum(unit, total - 1), tl.minimum(unit + 8, total - 1)  # what is not there is not stored
-    after = neighbours(held[0], whole, LENGTH), neighbours(held[1], whole, LENGTH)
-    after = tl.minimum(after[0], total - 1), tl.minimum(after[1], total - 1)
-    words = _chunk_words(weight, begin, size, held, after, t, BITS, NATIVE)
-    mask = tl.full((32,), 0, tl.uint32) + mask.to(tl.uint32, bitcast=True)
+    after = neighbours(held[0], whole, total, LENGTH), neighbours(held[1], whole, total, LENGTH)
+    words = _chunk_words(weight, tl.minimum(begin, count - 1), size, held, after, t, BITS, NATIVE)
+    mask = tl.full(lanes.shape, 0, tl.uint32) + mask.to(tl.uint32, bitcast=True)
     flip = mask * FLIP
     first = tl.program_id(2) * BM
-    places, scale, down = tokens_of(x, first, M, K, stride, begin, end, lanes, INTEGER, ONE, EACH, PARTS, KIND, NATIVE)
-    acc, sums = nothing(products_of(CODE) * PARTS, INTEGER), ()
+    start, where = lanes.to(tl.uint32), places_of(g, CODE)
+    if NATIVE:
+        start = reserved(lanes, held_bytes(BM, ONE, CODE, WARPS, STEPS if BLOCK > 0 else 0, AHEAD))
+    integers, places, scale, down, mine = _taken(
+        x, signs, start, first, M, K, stride, begin, end, each, zero, lanes,
+        INTEGER, BLOCK, STEPS, WARPS, ONE, BM, EACH, KIND, NATIVE,
+    )  # fmt: skip
+    acc, sums = nothing(products_of(CODE) * PARTS, INTEGER, 32 * WARPS), ()
     for _ in tl.static_range(PARTS):
-        sums = sums + (tl.zeros((32,), tl.int32),)
-    start, where = 0, places_of(g, CODE)
-    if INTEGER and NATIVE:
-        start = reserved(lanes, AHEAD * 64 * (1 if ONE else BM))
-    for several in range(begin, end, AHEAD):
-        if INTEGER and NATIVE:
-            leave_integers(start, places, scale, several, end, K, lanes, ONE, EACH, PARTS, AHEAD, KIND)
-        for chunk in range(several, tl.minimum(several + AHEAD, end)):
+        sums = sums + (tl.zeros(lanes.shape, tl.int32),)
+    SEVERAL: tl.constexpr = 8 * STEPS if BLOCK > 0 else AHEAD
+    for several in range(0, turns, SEVERAL):
+        if INTEGER and NATIVE and BLOCK == 0:
+            leave_integers(x, mine, places, scale, begin + several, end, K, lanes, ONE, EACH, PARTS, AHEAD, KIND)
+        for i in range(several, tl.minimum(several + SEVERAL, turns)):
+            chunk = begin + i
+            if FETCHES:
+                fetch(lines + tl.cast(tl.minimum(chunk + FETCH, count - 1), tl.int64) * (BITS * size))
             then = _chunk_words(weight, tl.minimum(chunk + 1, count - 1), size, held, after, t, BITS, NATIVE)
             some = ()
-            for part in tl.static_range(PARTS if INTEGER else 0):
-                some = some + integers_of(
-                    start, places[part], scale[part], chunk, chunk - several, part, K, lanes, ONE, EACH, PARTS, KIND,
-                    NATIVE,
+            if INTEGER:
+                some = _chunk_integers(
+                    integers, x, mine, places, scale, chunk, i - several, lanes // 32 * each + i, K, lanes,
+                    BLOCK, STEPS, WARPS, ONE, EACH, PARTS, KIND, NATIVE,
                 )  # fmt: skip
             for side in tl.static_range(2):
-                inputs = _operands(some, places, scale, where, chunk, side, t, K, PARTS, KIND, CODE, EVEN, NATIVE)
+                inputs = _operands(some, x, places, scale, where, chunk, side, t, K, PARTS, KIND, CODE, EVEN, NATIVE)
                 acc, sums = _side(
                     acc, sums, words, inputs, mask, flip, pairs, side, BITS, WINDOW, CODE, TABLE, PARTS, NATIVE
                 )
             words = then
-    grids = scales, peaks, table, bias
     if INTEGER:
-        sums = carried(sums, t, CODE, PARTS, NATIVE)
+        sums = carried(sums, lanes, CODE, PARTS, NATIVE)
     leave(
-        acc, sums, down, grids, out, partial, unit, first, t, M, N,
-        BITS, WINDOW, CODE, LENGTH, PARTS, SPLIT, BIAS, NATIVE,
+        acc, sums, down, start, (scales, peaks, table, bias), out, partial, tl.program_id(0) * 256, first, lanes, M, N,
+        BITS, WINDOW, CODE, LENGTH, PARTS, WARPS, ONE, SPLIT, BIAS, NATIVE,
     )  # fmt: skip
     if SPLIT:
         if is_last(counters):

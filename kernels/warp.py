@@ -86,6 +86,24 @@ def load_inputs(at, here, COUNT: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.co
 
 
 @triton.jit
+def fetch(at):
+    """Asks for the line of each lane's pointer: it is on its way to the second-level cache. Nothing waits for it."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.uint32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def waited(lanes):
+    """Zero, int32, once the kernel before this one is over and what it stored is there; the kernel after this one may
+    begin from here on. What an address is made with this cannot be read before."""
+    return tl.inline_asm_elementwise(
+        "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r,r", [lanes], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def shuffled(number, lane, NATIVE: tl.constexpr):
     """The float32 or int32 of another lane."""
     if not NATIVE:

@@ -96,8 +96,8 @@ def test_candidates_for_a_trellis_leave_no_split_without_work() -> None:
     for tokens in (1, 16, 64):
         for columns in (300, 8192, 28672):
             found = trellis_launch.candidates(tokens, 8192, columns, 132)
-            assert (1 if columns == 300 else 3) <= len(found) == len(set(found)) <= 64
-            assert all(config.bn * config.bm <= 4096 and config.warps == 1 for config in found)  # registers
+            assert (1 if columns == 300 else 2) <= len(found) == len(set(found)) <= 64
+            assert all(config.bm * max(config.bn, 128 * config.warps) <= 4096 for config in found)  # registers
             count = -(-columns // 32)
             assert all((config.splits - 1) * -(-count // config.splits) < count for config in found)
 

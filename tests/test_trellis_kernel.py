@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quant.kernels import arranged, trellis_launch
 from quant.kernels.dispatch import explain, matmul
-from quant.kernels.hadamard import random_signs
+from quant.kernels.hadamard import hadamard, random_signs
 from quant.kernels.launch import Config
 from quant.kernels.layouts import LAYOUTS, PackedTrellis
 from quant.kernels.rotated import IDENTITY, PackedRotated, Rotation
@@ -109,15 +109,20 @@ def test_only_whole_sequences_are_cut_out() -> None:
 
 
 def test_configurations() -> None:
-    assert trellis_launch.choose(1, 8192, 8192, 132) == Config(2, 256, 1, 1, 32)
-    assert trellis_launch.choose(1, 28672, 8192, 132) == Config(2, 256, 1, 1, 14)
+    assert trellis_launch.choose(1, 8192, 8192, 132) == Config(2, 256, 8, 1, 4)
+    assert trellis_launch.choose(1, 28672, 8192, 132) == Config(2, 256, 16, 1, 1)
+    assert trellis_launch.choose(8, 28672, 8192, 132) == Config(8, 256, 4, 1, 2)
     assert trellis_launch.choose(1, 256, 28672, 1, warps=1).splits == 2  # integers stay below 2^31
     assert trellis_launch.choose(16, 64, 32, 132).splits == 1  # one chunk cannot be split
     assert trellis_launch.choose(17, 28672, 8192, 132, "inst").bm == 16
     for columns in (100, 256, 1000, 8192, 28672):
         config = trellis_launch.choose(1, 4096, columns, 132)
-        each = -(-chunks(columns) // config.splits)
+        each = -(-chunks(columns) // (config.splits * config.warps)) * config.warps
         assert (config.splits - 1) * each < chunks(columns) <= config.splits * each  # no split is without work
+        assert trellis_launch.turns(1, "mac", 128, each // config.warps, config.warps)
+    assert not trellis_launch.turns(2, "mac", 128, 8, 8)  # one token only
+    assert not trellis_launch.turns(1, "mac", 128, 3, 2)  # a block would be in two programs
+    assert not trellis_launch.turns(1, "inst", 128, 8, 8)
 
 
 def test_rows_of_the_table_say_what_they_multiply() -> None:
@@ -137,7 +142,7 @@ def test_operators_have_shape_rules() -> None:
         x, words = torch.empty((5, 512), dtype=torch.float16), torch.empty(16 * 2 * 16 * 16, dtype=torch.int32)
         held = words, torch.empty(256, dtype=torch.uint8), torch.empty(1, dtype=torch.float16)
         held, sizes = (*held, None), (256, 512, 2, 12, "inst", 9, 256)
-        out = torch.ops.bitwright.trellis_matmul(x, *held, None, *sizes, torch.float16)
+        out = torch.ops.bitwright.trellis_matmul(x, *held, None, *sizes, torch.float16, None, 1)
         assert (out.shape, out.dtype) == ((5, 256), torch.float16)
         part = torch.ops.bitwright.trellis_dequantize(*held, *sizes, torch.bfloat16, 8, 40)
         assert (part.shape, part.dtype) == ((32, 512), torch.bfloat16)
@@ -154,19 +159,19 @@ def test_ahead_of_time() -> None:
 
 
 CASES = [
-    (1, 70, 100, 32, 12, "inst", torch.float16, Config(8, 256, 1, 1, 2)),
-    (2, 300, 64, 256, 16, "mac", torch.bfloat16, Config(4, 256, 1, 1, 1)),
+    (1, 70, 100, 32, 12, "inst", torch.float16, Config(8, 256, 2, 1, 2)),
+    (2, 300, 64, 256, 16, "mac", torch.bfloat16, Config(4, 256, 4, 1, 1)),
     (3, 33, 70, 64, 8, "sum", torch.float16, Config(4, 256, 1, 1, 3)),
-    (16, 40, 33, 32, 16, "inst", torch.bfloat16, Config(16, 256, 1, 1, 2)),
-    (9, 31, 40, 32, 12, "mac", torch.float16, Config(8, 256, 1, 1, 1)),
+    (16, 40, 33, 32, 16, "inst", torch.bfloat16, Config(16, 256, 2, 1, 1)),
+    (9, 31, 40, 32, 12, "mac", torch.float16, Config(8, 256, 2, 1, 1)),
     (2, 45, 70, 32, 13, "hyb", torch.bfloat16, Config(8, 256, 1, 1, 3)),
     (5, 80, 33, 64, 8, "hyb", torch.float16, Config(8, 256, 1, 1, 1)),
-    (1, 290, 70, 256, 12, "mac", torch.bfloat16, Config(4, 256, 1, 1, 2)),
+    (1, 290, 70, 256, 12, "mac", torch.bfloat16, Config(4, 256, 2, 1, 2)),
     (1, 45, 70, 32, 16, "mac", torch.float16, Config(2, 256, 1, 1, 3)),
-    (1, 290, 70, 256, 13, "mac", torch.bfloat16, Config(2, 256, 1, 1, 2)),
-    (5, 33, 70, 64, 14, "mac", torch.float16, Config(8, 256, 1, 1, 1)),
-    (3, 33, 70, 64, 12, "hyb", torch.float16, Config(8, 256, 1, 1, 1)),
-    (3, 40, 70, 32, 13, "mac", torch.bfloat16, Config(2, 256, 1, 1, 2)),
+    (1, 290, 70, 256, 13, "mac", torch.bfloat16, Config(2, 256, 8, 1, 1)),
+    (5, 33, 70, 64, 14, "mac", torch.float16, Config(8, 256, 2, 1, 1)),
+    (3, 33, 70, 64, 12, "hyb", torch.float16, Config(8, 256, 4, 1, 1)),
+    (3, 40, 70, 32, 13, "mac", torch.bfloat16, Config(2, 256, 2, 1, 2)),
 ]
 LONG = (1, 20, 530, 32, 13, "mac", torch.bfloat16, Config(2, 256, 1, 1, 1))  # more than the integers kept at a time
 
@@ -192,6 +197,34 @@ def interpreted_matmul(bits: int, case: tuple[Any, ...]) -> None:
         assert intact(buffer)
         found.append(out)
     assert all(torch.equal(again, found[0]) for again in found[2:])
+
+
+@pytest.mark.parametrize(
+    ("bits", "columns", "block", "code", "dtype", "config"),
+    [
+        (2, 320, 64, "mac", torch.bfloat16, Config(2, 256, 2, 1, 2)),
+        (1, 1280, 256, "mac", torch.float16, Config(2, 256, 4, 1, 1)),  # two steps
+        (3, 136, 8, "sum", torch.float16, Config(4, 256, 1, 1, 3)),
+        (2, 320, 64, "mac", torch.float16, Config(2, 256, 1, 1, 4)),  # a block in two parts: rotated before
+        (2, 96, 12, "mac", torch.float16, Config(2, 256, 2, 1, 1)),  # likewise, no power of two
+    ],
+)
+def interpreted_rotation(bits: int, columns: int, block: int, code: Any, dtype: torch.dtype, config: Config) -> None:
+    """A token is rotated by the product, and better than before it: what is rotated is not rounded to `dtype`."""
+    packed = weight(33, columns, Trellis(bits=bits, code=code, length=32))
+    held, x, signs = arrange(packed), some(1, columns, dtype), random_signs(columns, 3)
+    x[0, 5] = 40
+    turned = hadamard(x.double(), block, signs)
+    exact = turned @ packed.dequantize(torch.float64).T
+    out, buffer = guarded((1, 33), dtype)
+    sizes = 33, columns, bits, packed.spec.window, code, 7, 32
+    trellis_launch.launch(x, held.weight, held.scales, held.peaks, None, None, out, *sizes, config, signs, block)
+    allowed = bound(turned.to(dtype), packed, exact)
+    each = -(-columns // (32 * config.splits * config.warps))
+    if not trellis_launch.turns(1, code, block, each, config.warps):
+        allowed += torch.finfo(dtype).eps * turned.norm() * packed.dequantize(torch.float64).norm(dim=1)
+    assert bool(((out.double() - exact).abs() <= allowed + 2 * torch.finfo(dtype).eps * exact.abs()).all())
+    assert intact(buffer)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +344,7 @@ def interpreted_a_product_is_one_graph() -> None:
 
 
 SHAPES = [
-    (2, "mac", 13, "bf16", 1), (3, "inst", 16, "bf16", 16), (4, "mac", 16, "fp16", 16), (1, "sum", 8, "fp16", 8),
+    (2, "mac", 13, "bf16", 1, 128), (3, "inst", 16, "bf16", 16), (4, "mac", 16, "fp16", 16), (1, "sum", 8, "fp16", 8),
     (2, "hyb", 12, "fp16", 1), (3, "hyb", 16, "bf16", 16),
 ]  # fmt: skip
 # every GPU and every shape, not every pair: all 24 were compiled once, and a compilation takes three seconds
@@ -325,28 +358,29 @@ def compiled_for(capability: int, case: tuple[Any, ...]) -> None:
     assert any(op.startswith("LDG") and "128" in op and "STRONG" not in op for op in made.ops), made.ops
     # 16 rows and two sides, each with two products of four columns (of pairs of values one) a part: every product once,
     # so no thread computes another's
-    bits, code, _, _, tokens = case
+    bits, code, _, _, tokens = case[:5]
     twin = trellis_launch.compiled_code(code, bits) == "twin"
     parts = trellis_launch.choose(tokens, 8192, 8192, 132, "twin" if twin else code).bm
     parts //= 2 if twin else 4 if code in trellis_launch.INTEGER else 8
     each = 16 if twin or code == "hyb" else 32
     products = sum(count for op, count in made.ops.items() if op.startswith(("HMMA", "IMMA")))
     assert products in (2 * each * parts, 4 * each * parts)  # the latter where one takes half as many columns
-    assert made.shared <= 4096  # scales of rows at the end; the integers of `x` (8 KiB at most) are declared in PTX
-    assert made.static <= 9216  # with what the driver keeps
+    assert made.shared <= 4096  # scales of rows at the end
+    assert made.static <= 49 * 1024  # declared in PTX, with what the driver keeps: no launch has to ask for it
     assert code not in trellis_launch.INTEGER or any(op.startswith("LDS.128") for op in made.ops)
 
 
-def compiled(capability: int, bits: int, code: str, window: int, kind: str, tokens: int) -> Compiled:
+def compiled(capability: int, bits: int, code: str, window: int, kind: str, tokens: int, block: int = 0) -> Compiled:
     """The default configuration for a matrix of 8192 x 8192."""
     from quant.kernels.trellis_product import trellis_kernel
 
     config = trellis_launch.choose(tokens, 8192, 8192, 132, trellis_launch.compiled_code(code, bits))
     types = dict.fromkeys(("x", "bias", "out"), f"*{kind}")
     types |= {"weight": "*i32", "scales": "*u8", "peaks": "*fp16", "table": "*fp32", "partial": "*fp32"}
-    types |= {"counters": "*i32", "pairs": "*i32"}
+    types |= {"counters": "*i32", "pairs": "*i32", "signs": "*i8"}
     types |= dict.fromkeys(("M", "N", "K", "stride", "count", "each", "total", "whole", "mask"), "i32")
     constants = trellis_launch.constants(bits, window, code, 9, 256, torch.device("cuda")) | {
-        "BM": config.bm, "ONE": tokens == 1, "SPLIT": config.splits > 1, "EVEN": True, "BIAS": True,
+        "BM": config.bm, "WARPS": config.warps, "ONE": tokens == 1, "SPLIT": config.splits > 1, "EVEN": True,
+        "BLOCK": block, "STEPS": 1, "BIAS": True, "EARLY": capability >= 90,
     }  # fmt: skip
     return compile_for(capability, trellis_kernel, types, constants, config.warps, config.stages)
