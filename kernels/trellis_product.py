@@ -55,16 +55,14 @@ from quant.kernels.trellis_decode import (
     streams_of,
 )
 from quant.kernels.trellis_inputs import (
-    integers_of,
     is_integer,
     leave_integers,
     operand_integers,
     operand_x,
     places_of,
-    tokens_of,
 )
 from quant.kernels.trellis_leave import carried, finish, held_bytes, leave, products_of, tokens_at_once
-from quant.kernels.trellis_turn import kept, turned
+from quant.kernels.trellis_turn import chunk_integers, taken
 from quant.kernels.uniform import is_last
 from quant.kernels.warp import byte_sum, fetch, load_inputs, load_words, nothing, permuted, product, waited
 
@@ -73,6 +71,12 @@ AHEAD = tl.constexpr(16)
 
 FETCH = tl.constexpr(2)
 """Chunks that are asked for ahead of time, into the second-level cache."""
+
+
+@triton.constexpr_function
+def fetches(bm: int, parts: int, native: bool) -> bool:
+    """Whether chunks are asked for ahead of time: where there are registers for it."""
+    return native and (parts == 1 or bm == 4)
 
 
 @triton.jit
@@ -165,43 +169,44 @@ def _operands(
 
 
 @triton.jit
-def _taken(
-    x, signs, start, first, M, K, stride, begin, end, each, zero, lanes,
-    INTEGER: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, WARPS: tl.constexpr, ONE: tl.constexpr,
-    BM: tl.constexpr, EACH: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
+def _summed(
+    x, grid, scaled, words, mask, pairs, begin, end, turns, each, K, lanes,
+    BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr, WARPS: tl.constexpr, ONE: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr,
+    KIND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """What `turned` or `tokens_of` say of `x`, and where a warp has its integers in shared memory."""
-    warp = lanes // 32
-    if BLOCK > 0:
-        first = tl.program_id(1) * each * (32 * WARPS)
-        last = tl.minimum(K, first + each * (32 * WARPS))
-        integers, down = turned(x, signs, start, first + zero, last, lanes, STEPS, WARPS, BLOCK, KIND, NATIVE)
-        return integers, (0,), (down,), (down,), start + (warp * each * 64).to(tl.uint32)
-    else:
-        places, scale, down = tokens_of(
-            x, first, M, K, stride, begin, end, each, lanes, INTEGER, ONE, EACH, BM // EACH, KIND, NATIVE
-        )
-        size = AHEAD * 64 * (1 if ONE else BM)
-        return (), places, scale, down, start + (warp * size).to(tl.uint32)
-
-
-@triton.jit
-def _chunk_integers(
-    integers, x, start, places, scale, chunk, which, inside, K, lanes,
-    BLOCK: tl.constexpr, STEPS: tl.constexpr, WARPS: tl.constexpr, ONE: tl.constexpr, EACH: tl.constexpr,
-    PARTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """The integers of a lane's eight columns of `x`, four words for each part. `which`: the chunk's number among its
-    warp's in shared memory, `inside`: in the program's part of K."""
-    if BLOCK > 0 and not NATIVE:
-        return kept(integers, inside, lanes, STEPS, WARPS)
-    else:
-        some = ()
-        for part in tl.static_range(PARTS):
-            some = some + integers_of(
-                x, start, places[part], scale[part], chunk, which, part, K, lanes, ONE, EACH, PARTS, KIND, NATIVE
-            )
-        return some
+    """The products with all chunks of a warp's part of K, and of integer codes the sums of `x`."""
+    INTEGER: tl.constexpr = is_integer(CODE)
+    EACH: tl.constexpr = tokens_at_once(CODE)
+    PARTS: tl.constexpr = BM // EACH
+    weight, size, held, after, lines, count = grid
+    places, scale, integers, mine, where = scaled
+    t, flip = lanes % 4, mask * FLIP
+    acc, sums = nothing(products_of(CODE) * PARTS, INTEGER, 32 * WARPS), ()
+    for _ in tl.static_range(PARTS):
+        sums = sums + (tl.zeros(lanes.shape, tl.int32),)
+    SEVERAL: tl.constexpr = 8 * STEPS if BLOCK > 0 else AHEAD
+    for several in range(0, turns, SEVERAL):
+        if INTEGER and NATIVE and BLOCK == 0:
+            leave_integers(x, mine, places, scale, begin + several, end, K, lanes, ONE, EACH, PARTS, AHEAD, KIND)
+        for i in range(several, tl.minimum(several + SEVERAL, turns)):
+            chunk = begin + i
+            if fetches(BM, PARTS, NATIVE):
+                fetch(lines + tl.cast(tl.minimum(chunk + FETCH, count - 1), tl.int64) * (BITS * size))
+            then = _chunk_words(weight, tl.minimum(chunk + 1, count - 1), size, held, after, t, BITS, NATIVE)
+            some = ()
+            if INTEGER:
+                some = chunk_integers(
+                    integers, x, mine, places, scale, chunk, i - several, lanes // 32 * each + i, K, lanes,
+                    BLOCK, STEPS, WARPS, ONE, EACH, PARTS, KIND, NATIVE,
+                )  # fmt: skip
+            for side in tl.static_range(2):
+                inputs = _operands(some, x, places, scale, where, chunk, side, t, K, PARTS, KIND, CODE, EVEN, NATIVE)
+                acc, sums = _side(
+                    acc, sums, words, inputs, mask, flip, pairs, side, BITS, WINDOW, CODE, TABLE, PARTS, NATIVE
+                )
+            words = then
+    return acc, sums
 
 
 @triton.jit(do_not_specialize=("M", "count", "each", "total", "whole", "mask"))
@@ -231,8 +236,7 @@ def trellis_kernel(
     size = total * 16
     zero = lanes * 0
     lines = _lines(weight, size, lanes, BITS)
-    FETCHES: tl.constexpr = NATIVE and (PARTS == 1 or BM == 4)  # more have no registers for it
-    for ahead in tl.static_range(FETCH if FETCHES else 0):
+    for ahead in tl.static_range(FETCH if fetches(BM, PARTS, NATIVE) else 0):
         fetch(lines + tl.cast(tl.minimum(begin + ahead, count - 1), tl.int64) * (BITS * size))
     if EARLY:
         zero = waited(lanes)
@@ -242,39 +246,20 @@ def trellis_kernel(
     after = neighbours(held[0], whole, total, LENGTH), neighbours(held[1], whole, total, LENGTH)
     words = _chunk_words(weight, tl.minimum(begin, count - 1), size, held, after, t, BITS, NATIVE)
     mask = tl.full(lanes.shape, 0, tl.uint32) + mask.to(tl.uint32, bitcast=True)
-    flip = mask * FLIP
     first = tl.program_id(2) * BM
-    start, where = lanes.to(tl.uint32), places_of(g, CODE)
+    start = lanes.to(tl.uint32)
     if NATIVE:
         start = reserved(lanes, held_bytes(BM, ONE, CODE, WARPS, STEPS if BLOCK > 0 else 0, AHEAD))
-    integers, places, scale, down, mine = _taken(
+    integers, places, scale, down, mine = taken(
         x, signs, start, first, M, K, stride, begin, end, each, zero, lanes,
-        INTEGER, BLOCK, STEPS, WARPS, ONE, BM, EACH, KIND, NATIVE,
+        INTEGER, BLOCK, STEPS, WARPS, ONE, BM, EACH, AHEAD, KIND, NATIVE,
     )  # fmt: skip
-    acc, sums = nothing(products_of(CODE) * PARTS, INTEGER, 32 * WARPS), ()
-    for _ in tl.static_range(PARTS):
-        sums = sums + (tl.zeros(lanes.shape, tl.int32),)
-    SEVERAL: tl.constexpr = 8 * STEPS if BLOCK > 0 else AHEAD
-    for several in range(0, turns, SEVERAL):
-        if INTEGER and NATIVE and BLOCK == 0:
-            leave_integers(x, mine, places, scale, begin + several, end, K, lanes, ONE, EACH, PARTS, AHEAD, KIND)
-        for i in range(several, tl.minimum(several + SEVERAL, turns)):
-            chunk = begin + i
-            if FETCHES:
-                fetch(lines + tl.cast(tl.minimum(chunk + FETCH, count - 1), tl.int64) * (BITS * size))
-            then = _chunk_words(weight, tl.minimum(chunk + 1, count - 1), size, held, after, t, BITS, NATIVE)
-            some = ()
-            if INTEGER:
-                some = _chunk_integers(
-                    integers, x, mine, places, scale, chunk, i - several, lanes // 32 * each + i, K, lanes,
-                    BLOCK, STEPS, WARPS, ONE, EACH, PARTS, KIND, NATIVE,
-                )  # fmt: skip
-            for side in tl.static_range(2):
-                inputs = _operands(some, x, places, scale, where, chunk, side, t, K, PARTS, KIND, CODE, EVEN, NATIVE)
-                acc, sums = _side(
-                    acc, sums, words, inputs, mask, flip, pairs, side, BITS, WINDOW, CODE, TABLE, PARTS, NATIVE
-                )
-            words = then
+    grid = weight, size, held, after, lines, count
+    scaled = places, scale, integers, mine, places_of(g, CODE)
+    acc, sums = _summed(
+        x, grid, scaled, words, mask, pairs, begin, end, turns, each, K, lanes,
+        BITS, WINDOW, CODE, TABLE, BLOCK, STEPS, WARPS, ONE, BM, EVEN, KIND, NATIVE,
+    )  # fmt: skip
     if INTEGER:
         sums = carried(sums, lanes, CODE, PARTS, NATIVE)
     leave(

@@ -9,7 +9,7 @@ weights need to come: a launch of its own takes 1.4 us of an H200, this 0 to 0.7
 """
 
 # pyright: basic, reportGeneralTypeIssues=false, reportCallIssue=false
-# ruff: noqa: RUF005
+# ruff: noqa: RET505, RUF005
 # Triton's language has no types that pyright could follow, and its branches on constants are chosen when it compiles
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from quant.kernels.shared import get, put, put_one
-from quant.kernels.trellis_inputs import LEVELS, rounded
+from quant.kernels.trellis_inputs import LEVELS, integers_of, rounded, tokens_of
 from quant.kernels.warp import load_inputs, numbers, shuffled
 
 
@@ -114,3 +114,43 @@ def kept(words, chunk, lanes, STEPS: tl.constexpr, WARPS: tl.constexpr):
             word = word | tl.where(chunk // (8 * WARPS) == step, tl.gather(words[4 * step + i], lane, 0), 0)
         found = found + (word,)
     return found
+
+
+@triton.jit
+def taken(
+    x, signs, start, first, M, K, stride, begin, end, each, zero, lanes,
+    INTEGER: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, WARPS: tl.constexpr, ONE: tl.constexpr,
+    BM: tl.constexpr, EACH: tl.constexpr, AHEAD: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """What `turned` or `tokens_of` say of `x`, and where a warp has its integers in shared memory."""
+    warp = lanes // 32
+    if BLOCK > 0:
+        first = tl.program_id(1) * each * (32 * WARPS)
+        last = tl.minimum(K, first + each * (32 * WARPS))
+        integers, down = turned(x, signs, start, first + zero, last, lanes, STEPS, WARPS, BLOCK, KIND, NATIVE)
+        return integers, (0,), (down,), (down,), start + (warp * each * 64).to(tl.uint32)
+    else:
+        places, scale, down = tokens_of(
+            x, first, M, K, stride, begin, end, each, lanes, INTEGER, ONE, EACH, BM // EACH, KIND, NATIVE
+        )
+        size = AHEAD * 64 * (1 if ONE else BM)
+        return (), places, scale, down, start + (warp * size).to(tl.uint32)
+
+
+@triton.jit
+def chunk_integers(
+    integers, x, start, places, scale, chunk, which, inside, K, lanes,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr, WARPS: tl.constexpr, ONE: tl.constexpr, EACH: tl.constexpr,
+    PARTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The integers of a lane's eight columns of `x`, four words for each part. `which`: the chunk's number among its
+    warp's in shared memory, `inside`: in the program's part of K."""
+    if BLOCK > 0 and not NATIVE:
+        return kept(integers, inside, lanes, STEPS, WARPS)
+    else:
+        some = ()
+        for part in tl.static_range(PARTS):
+            some = some + integers_of(
+                x, start, places[part], scale[part], chunk, which, part, K, lanes, ONE, EACH, PARTS, KIND, NATIVE
+            )
+        return some
