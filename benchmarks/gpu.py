@@ -4,12 +4,14 @@
 
 1. `quant.kernels.benchmark --quick`: the products of real models against bfloat16 and the roofline.
 2. Decoding: a model shaped like Llama-3-8B with random weights, batch 1, a cache of 1024 tokens, one CUDA graph per
-   token; bfloat16, 4 bits and 2 bits in groups of 128, and a trellis of 2 bits. Embedding and head stay in bfloat16.
+   token; bfloat16, 4 bits and 2 bits in groups of 128, and a trellis of 2 bits, without rotated inputs and with them.
+   Embedding and head stay in bfloat16.
    With plain torch between the products, and with `torch.compile(fullgraph=True)` of a block.
 3. GPTQ: `quant.quantize` of models of one and of three blocks (4096 wide, 14336 inside, 226 million weights per block
    where Llama-3-8B has 218) at 4 bits, group 128; the difference is two blocks, free of all that is done once.
-4. GPTQ's kernel on a block of columns of 128 experts, in one launch and in one for each; the rotation of one token; and
-   the trellis search of a column of 16896 sequences, whose first 200 must come out as on the CPU.
+4. GPTQ's kernel on a block of columns of 128 experts, in one launch and in one for each; the rotation of one token, by
+   itself, before a product and in it; and the trellis search of a column of 16896 sequences, whose first 200 must come
+   out as on the CPU.
 
 `--quick` leaves out the second half of 2. Without a GPU it ends with a sentence and exit code 2.
 """
@@ -32,19 +34,24 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, 
 
 import quant
 from quant.kernels import benchmark, launch, measure, trellis, trellis_launch, viterbi
+from quant.kernels.dispatch import matmul
 from quant.kernels.hadamard import hadamard, random_signs
 from quant.kernels.order import Arranged
-from quant.kernels.spec import Trellis
+from quant.kernels.rotated import PackedRotated, Rotation
+from quant.kernels.spec import Rotated, Trellis
 from quant.kernels.trellis_order import ArrangedTrellis
 
 GROUP = 128
-Weight = Tensor | Arranged | ArrangedTrellis
+Weight = Tensor | Arranged | ArrangedTrellis | PackedRotated
 SPECS = {
     "bfloat16": None,
     "4 bits": quant.Uniform(bits=4, group_size=GROUP),
     "2 bits": quant.Uniform(bits=2, group_size=GROUP),
     "2 bits, trellis": Trellis(bits=2),
+    "2 bits, trellis, rotated inputs": Rotated(Trellis(bits=2)),
 }
+
+TURNED = ["rows", "columns", "alone us", "product us", "one after the other us", "in one us"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,14 @@ class Sizes:
 def times(x: Tensor, weight: Weight) -> Tensor:
     if isinstance(weight, Tensor):
         return linear(x, weight)
+    if isinstance(weight, PackedRotated):
+        return matmul(x, weight)
     return (launch if isinstance(weight, Arranged) else trellis_launch).matmul(x, weight)
+
+
+def size_of(weight: Weight) -> int:
+    """Bytes."""
+    return weight.nbytes if not isinstance(weight, PackedRotated) else weight.base.nbytes + weight.input_signs.nbytes
 
 
 def block(
@@ -118,11 +132,15 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Of the linear layers and the head: what one token reads."""
-        return sum(weight.nbytes for row in self.blocks for weight in row) + self.head.nbytes
+        return sum(size_of(weight) for row in self.blocks for weight in row) + self.head.nbytes
 
 
-def made(rows: int, columns: int, spec: measure.Spec | None) -> Weight:
+def made(rows: int, columns: int, spec: measure.Spec | Rotated | None) -> Weight:
     """Random, of about unit gain, on the GPU."""
+    if isinstance(spec, Rotated):
+        base, signs = made(rows, columns, spec.base), random_signs(columns, 1).cuda()  # pyright: ignore[reportArgumentType]
+        sides = torch.tensor([1, 0], dtype=torch.uint8).cuda()
+        return PackedRotated(spec, (rows, columns), base, sides, signs, in_order=True)  # pyright: ignore[reportArgumentType]
     if spec is None:
         return torch.randn((rows, columns), device="cuda", dtype=torch.bfloat16) * columns**-0.5
     found = measure.weights(rows, columns, spec, 1)[0]
@@ -201,12 +219,20 @@ def batched(experts: int = 128, rows: int = 1536, columns: int = 128, device: st
     return row
 
 
-def rotating(columns: int, device: str = "cuda") -> dict[str, Any]:
-    """Microseconds that a block Hadamard takes for one token in bfloat16."""
+def rotating(rows: int, columns: int, device: str = "cuda") -> dict[str, Any]:
+    """Microseconds that a block Hadamard takes for one token in bfloat16, by itself, and with a product of 2 bits."""
     x, signs = torch.randn((1, columns), device=device).bfloat16(), random_signs(columns, 1).to(device)
-    row: dict[str, Any] = {"columns": columns, "of": tuple(hadamard(x, 128, signs).shape)}
+    row: dict[str, Any] = {"rows": rows, "columns": columns, "of": tuple(hadamard(x, 128, signs).shape)}
     if device == "cuda":
-        row["us"] = 1e6 * measure.clock(lambda _: hadamard(x, 128, signs), 1, 1e-6)
+        packed = measure.weights(rows, columns, Trellis(bits=2), measure.copies(rows * columns // 4))
+
+        def microseconds(call: Callable[[Any], Tensor]) -> float:
+            return 1e6 * measure.clock(lambda i: call(packed[i]), len(packed), 1e-5)
+
+        row["alone us"] = 1e6 * measure.clock(lambda _: hadamard(x, 128, signs), 1, 1e-6)
+        row["product us"] = microseconds(lambda w: trellis_launch.matmul(x, w))
+        row["one after the other us"] = microseconds(lambda w: trellis_launch.matmul(hadamard(x, 128, signs), w))
+        row["in one us"] = microseconds(lambda w: trellis_launch.matmul(x, w, None, Rotation(128, signs)))
     return row
 
 
@@ -247,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ("Decoding", decoded, ["weights", "between", "GB read", "tokens/s", "times bfloat16", "GB/s"]),
             ("GPTQ", solved, ["blocks", "seconds"]),
             ("GPTQ's kernel on experts", rounded, ["experts", "rows", "columns", "together us", "one by one us"]),
-            ("Rotating one token, blocks of 128", turned, ["columns", "us"]),
+            ("Rotating one token, blocks of 128, and a product of a 2-bit trellis", turned, TURNED),
             ("Search for paths, 2 bits, sequences of 256", searched, ["sequences", "window", "weights/s"]),
         ]
         record.save(args.results, "gpu", "On a GPU", parts, notes, gpu=torch.cuda.get_device_name())
@@ -263,8 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in SPECS:
         keep(decoded, lambda name=name: decoding(name, False))
     keep(rounded, batched)
-    for columns in (4096, 8192, 28672):
-        keep(turned, lambda columns=columns: rotating(columns))
+    for rows, columns in ((4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192), (8192, 28672)):
+        keep(turned, lambda rows=rows, columns=columns: rotating(rows, columns))
     keep(searched, searching)
     for blocks in (1, 1, 3):  # the first also compiles
         keep(solved, lambda blocks=blocks: quantizing(blocks))

@@ -89,6 +89,13 @@ def gate(apply: Callable[..., Iterator[Any]]) -> int:
         )
     ]  # fmt: skip
     cases += [
+        Case(tokens, size[0], columns, Trellis(bits=bits), kind, block=block)
+        for tokens, columns, bits, block, kind in (
+            (1, 640, 2, 128, "bf16"), (1, 512, 3, 256, "fp16"), (1, 72, 1, 8, "bf16"), (1, 384, 2, 12, "fp16"),
+            (3, 256, 2, 64, "bf16"),
+        )
+    ]  # fmt: skip
+    cases += [
         Case(tokens, *size, Codebook(length=length, index_bits=bits, second_bits=second, share=share, rows=rows), kind)
         for tokens, length, bits, second, share, rows, kind in (
             (1, 6, 11, 4, 0.24, 4096, "bf16"), (17, 8, 12, 0, 1.0, 40, "fp16"), (3, 5, 9, 7, 1.0, 4096, "bf16"),

@@ -28,9 +28,11 @@ from torch import Tensor
 from quant.kernels import codebook_launch, codebook_order, launch, order, trellis_launch, trellis_order
 from quant.kernels.codebook import Codebook, PackedCodebook, codebook_for
 from quant.kernels.codebook_order import ArrangedCodebook
+from quant.kernels.hadamard import random_signs
 from quant.kernels.launch import Config
 from quant.kernels.layouts import PackedTrellis, PackedUniform
 from quant.kernels.order import Arranged, tiles
+from quant.kernels.rotated import IDENTITY, Rotation
 from quant.kernels.spec import DTYPES, Trellis, Uniform
 from quant.kernels.trellis_order import ArrangedTrellis, chunks, units
 
@@ -51,7 +53,8 @@ SHAPES: dict[str, list[tuple[str, int, int]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A product to check or to time. `kind`: "fp16" or "bf16"; `config`: None for what `launch` chooses."""
+    """A product to check or to time. `kind`: "fp16" or "bf16"; `config`: None for what `launch` chooses; `block`:
+    of the rotation of a trellis's inputs, 0: there is none."""
 
     tokens: int
     rows: int
@@ -59,6 +62,7 @@ class Case:
     spec: Spec
     kind: str = "bf16"
     config: Config | None = None
+    block: int = 0
 
 
 def wrong(case: Case, device: str = "cuda") -> str | None:
@@ -67,15 +71,16 @@ def wrong(case: Case, device: str = "cuda") -> str | None:
     rows, columns, dtype = case.rows, case.columns, HALVES[case.kind]
     packed = random_packed(case.spec, rows, columns, device)
     x = torch.randn((case.tokens, columns), device=device).to(dtype)
+    turn = Rotation(case.block, random_signs(columns, 1).to(device)) if case.block else IDENTITY
     try:
-        found = multiply(x, arrange(packed), case.config).double()
+        found = multiply(x, arrange(packed), case.config, turn).double()
     except Exception as error:  # any, so that one configuration that does not compile does not end a run
         return f"{case}: {type(error).__name__}: {str(error)[:300]}"
-    worst = 0.0
+    worst, x = 0.0, turn.apply(x.double())
     scales = packed.scales.double().abs().amax(1) if isinstance(packed, PackedUniform) else packed.row_scales().double()
     for start, stop in {(0, min(rows, PART)), (max(0, rows - PART), rows)}:
         weight = packed.dequantize(torch.float64, start, stop)
-        exact = x.double() @ weight.T
+        exact = x @ weight.T
         allowed = rounding(case, x, weight, exact, scales[start:stop])
         worst = max(worst, float(((found[:, start:stop] - exact).abs() / allowed).nan_to_num(torch.inf).max()))
     return None if worst <= 1 else f"{case}: off by {worst:.3g} times what rounding explains"
@@ -135,11 +140,11 @@ def rounding(case: Case, x: Tensor, weight: Tensor, exact: Tensor, scales: Tenso
     roundoffs of one sign, grows with K instead of its root (Higham and Mary, SIAM J. Sci. Comput. 41, 2019) and would
     let anything pass.
     """
-    spec, columns, eps = case.spec, case.columns, torch.finfo(x.dtype).eps
-    squares = x.double().square()
+    spec, columns, eps = case.spec, case.columns, torch.finfo(HALVES[case.kind]).eps
+    squares = x.square()
     if isinstance(spec, Trellis):
         largest = {"inst": 2.0, "mac": 1530.0, "sum": 378.0, "hyb": 2.0}[spec.code]
-        rounded = 2.0**-11 * (spec.code == "inst") + eps * (case.tokens >= trellis_launch.UNPACK_FROM)
+        rounded = 2.0**-11 * (spec.code == "inst") + eps * (case.tokens >= trellis_launch.UNPACK_FROM or case.block > 0)
     elif isinstance(spec, Codebook):
         largest, rounded = 2.0, eps * (case.tokens >= codebook_launch.UNPACK_FROM)
     else:
@@ -147,13 +152,15 @@ def rounding(case: Case, x: Tensor, weight: Tensor, exact: Tensor, scales: Tenso
         rounded = eps * (case.tokens >= launch.UNPACK_FROM or spec.group_width(columns) % 32 > 0)
     allowed = 2.0**-21 * columns**0.5 * largest * squares.sum(1, keepdim=True).sqrt() * scales
     if isinstance(spec, Trellis) and spec.code in trellis_launch.INTEGER:  # x to 2^-16 of its largest
-        allowed += 8 * 3**-0.5 * 2.0**-16 * x.double().abs().amax(1, keepdim=True) * weight.square().sum(1).sqrt()
+        allowed += 8 * 3**-0.5 * 2.0**-16 * x.abs().amax(1, keepdim=True) * weight.square().sum(1).sqrt()
     allowed += eps * exact.abs()  # twice the rounding of the result: Triton's interpreter cuts bfloat16 off
     return allowed + 8 * rounded * (squares @ weight.square().T).sqrt()
 
 
-def multiply(x: Tensor, arranged: Ordered, config: Config | None) -> Tensor:
+def multiply(x: Tensor, arranged: Ordered, config: Config | None, turn: Rotation = IDENTITY) -> Tensor:
     """`matmul` of its kernels, or the kernel with one configuration."""
+    if isinstance(arranged, ArrangedTrellis) and turn is not IDENTITY:
+        return trellis_launch.matmul(x, arranged, None, turn)
     if config is None:
         return module_of(arranged).matmul(x, arranged)
     out = torch.full((len(x), arranged.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
