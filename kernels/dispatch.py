@@ -130,9 +130,14 @@ def _turned(x: Tensor, packed: PackedRotated, bias: Tensor | None) -> Tensor:
 def _autocast(x: Tensor) -> Tensor:
     """What autocast makes of the input of a product: any float but float64 is cast to its dtype."""
     kind = x.device.type
-    if not (x.is_floating_point() and x.dtype != torch.float64 and torch.amp.is_autocast_available(kind)):
+    if not (x.is_floating_point() and x.dtype != torch.float64 and _may_autocast(kind)):
         return x
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 does not know the function that it asks
+def _may_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def _codes(packed: Weight) -> Weight:

@@ -60,12 +60,13 @@ def choose(
         bm = next(size for size in (2, 4, 8) if tokens <= size or size == 8)
     else:
         bm = (4 if tokens <= 4 else 8) if code in INTEGER else 8 if tokens <= 8 or code == "hyb" else 16
-    large = bm == (8 if code in INTEGER or code == "twin" else 16)  # 8 warps have all registers
+    integer = code == "twin" or code in INTEGER
+    large = bm == (8 if integer else 16)  # 8 warps have all registers
     programs = -(-rows // (16 * UNIT)) * -(-tokens // bm)
-    splits = max(1, processors * (resident or (2 if large else 1)) // programs)
-    most = 4 if large or (tokens > 1 and code not in (*INTEGER, "twin")) else 16 if bm == 2 else 8
-    enough = code == "twin" and tokens == 1 and chunks(columns) >= 12 * 16 * splits
-    warps = min(most, warps or (16 if enough else 8))
+    splits = max(1, processors * (resident or (2 if large else 1 if integer else 6)) // programs)
+    enough = bm == 2 and chunks(columns) >= 12 * 16 * splits
+    most = 16 if bm == 2 else 4 if large else 8 if integer or tokens == 1 else 4
+    warps = min(most, warps or (16 if enough else 8 if integer or large else 2))
     splits = max(splits, -(-columns // (MOST * warps)))
     return Config(bm, 16 * UNIT, warps, 1, even_splits(columns, splits, CHUNK * warps))
 

@@ -112,6 +112,7 @@ def test_configurations() -> None:
     assert trellis_launch.choose(1, 8192, 8192, 132) == Config(2, 256, 8, 1, 4)
     assert trellis_launch.choose(1, 28672, 8192, 132) == Config(2, 256, 16, 1, 1)
     assert trellis_launch.choose(8, 28672, 8192, 132) == Config(8, 256, 4, 1, 2)
+    assert trellis_launch.choose(1, 28672, 8192, 132, "inst") == Config(8, 256, 2, 1, 7)
     assert trellis_launch.choose(1, 256, 28672, 1, warps=1).splits == 2  # integers stay below 2^31
     assert trellis_launch.choose(16, 64, 32, 132).splits == 1  # one chunk cannot be split
     assert trellis_launch.choose(17, 28672, 8192, 132, "inst").bm == 16
