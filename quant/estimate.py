@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from quant.blocks import BlockSolver, Solved, float_weights
 from quant.calibration.activations import Activations
+from quant.calibration.painting import complete
 from quant.calibration.replay import Replay
 from quant.calibration.samples import moved
 from quant.calibration.trajectory import passes
@@ -26,7 +27,7 @@ from quant.checkpoint.shards import sizes
 from quant.checkpoint.writer import arrangement, promised_pieces, quantized_sites
 from quant.memory import peak_bytes
 from quant.models.stream import Forward, outside_blocks
-from quant.planning import weighed
+from quant.planning import probes, weighed
 from quant.prepare import Prepared, skeleton_of
 from quant.recovery.block import task
 from quant.recovery.tuning import REHEARSED, BlockTuning
@@ -93,9 +94,10 @@ def estimate(prepared: Prepared) -> Estimate:
     verification = opening + (seen.load + seen.advance) * share
     if (calibration := prepared.recipe.calibration) is not None and prepared.source.is_diffusion:
         whole = follow if follow is not None else seen.advance * share
-        verification += (
-            passes(calibration, prepared.recipe.trajectory, weighed(prepared.recipe, prepared.source)) * whole
-        )
+        recipe, source = prepared.recipe, prepared.source
+        piped = complete(source) is None
+        verification += passes(calibration, recipe.trajectory, weighed(recipe, source), piped) * whole
+        verification += probes(recipe, source, len(prepared.walk.sites), batches) * whole
     distillation, more = _distillation(prepared, seen, weights, batches)
     return Estimate(
         sites=len(sites),

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 import torch
 
 from quant.allocation import allocate, errors, sensitivities
+from quant.calibration import painting
 from quant.calibration.anchors import anchored
+from quant.calibration.effects import SAMPLES
 from quant.calibration.samples import Batch, Samples, moved
 from quant.calibration.trajectory import drawer
-from quant.decoupled import decoupled
+from quant.decoupled import SPLITS, decoupled
 from quant.errors import SettingsError
 from quant.models.diffusion import DiffusionSkeleton
 from quant.models.skeleton import Skeleton
@@ -42,6 +44,23 @@ def weighed(recipe: Recipe, source: Source) -> bool:
     return recipe.trajectory.weighting == "image" or (measured(recipe, source) and recipe.sensitivity != "image")
 
 
+def probes(recipe: Recipe, source: Source, sites: int, batches: int) -> float:
+    """How many batches' worth of passes through the whole model `planned` takes."""
+    if not measured(recipe, source) or recipe.calibration is None:
+        return 0.0
+    few = len(_probed(batches))
+    widths = sites * len(set(recipe.widths or WIDTHS))
+    if recipe.sensitivity != "image":
+        return (widths + 2.0) * few
+    halves = 1 if (recipe.trajectory.guidance or 1) == 1 else 2
+    rows = min(SAMPLES, recipe.calibration.samples) * recipe.trajectory.steps * halves
+    return few + (widths + SPLITS + 1) * rows / recipe.calibration.batch_size
+
+
+def _probed(batches: int) -> range:
+    return range(0, batches, max(1, batches // PROBED))
+
+
 def planned(
     skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, samples: Samples | None, progress: Progress
 ) -> Plan:
@@ -53,7 +72,7 @@ def planned(
     assert recipe.average is not None
     progress.step("measuring what an error of each site costs")
     widths, names = sorted(recipe.widths or WIDTHS), skeleton.names_under("")
-    which = range(0, len(samples.batches), max(1, len(samples.batches) // PROBED))
+    which = _probed(len(samples.batches))
     batches = [moved(samples.batches[number], settings.device) for number in which]
     weights = [1.0 if samples.weights is None else samples.weights[number] for number in which]
     model = skeleton.model
@@ -70,7 +89,8 @@ def planned(
     if recipe.sensitivity == "image":
         if not isinstance(skeleton, DiffusionSkeleton):
             raise SettingsError("sensitivity=image asks for images, which this model does not draw; leave it at output")
-        draw = drawer(skeleton, says, recipe)
+        piped = painting.complete(skeleton.source) is None
+        draw = painting.drawer(skeleton, recipe) if piped else drawer(skeleton, says, recipe)
     skeleton.load(names)
     with threads(settings.threads or torch.get_num_threads()):
         if draw is not None:

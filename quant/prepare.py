@@ -220,7 +220,7 @@ def _follow(
 ) -> Samples:
     if recipe.calibration is None:
         return trajectory.noise(skeleton)
-    missing = painting.complete(source) if (source := skeleton.source).inside else "it stands alone"
+    missing = painting.complete(source := skeleton.source)
     if missing is None:
         progress.step("running the pipeline from noise to image")
         with threads(settings.threads or torch.get_num_threads()):

@@ -21,8 +21,10 @@ from quant.calibration.capture import Stage
 from quant.calibration.effects import Answer, effects, relative
 from quant.calibration.mixing import Mixed
 from quant.calibration.trajectory import passes
+from quant.decoupled import SPLITS
 from quant.errors import CalibrationError
 from quant.models.walk import Site
+from quant.planning import probes
 from quant.prepare import prepare
 from quant.recipe import Calibration, Recipe, Trajectory, recipe_from_dict
 
@@ -125,6 +127,41 @@ def test_a_dry_run_counts_the_passes(weighting: Any, tmp_path: Path) -> None:
     prepared.skeleton.model.register_forward_pre_hook(count, with_kwargs=True)
     _ = prepared.samples
     assert sum(rows) == 8 * passes(PAINTED.calibration or Calibration(), way, weighting == "image")
+
+
+@pytest.mark.parametrize("sensitivity", ["output", "image"])
+def test_a_dry_run_counts_what_choosing_bits_takes(sensitivity: Any, tmp_path: Path) -> None:
+    source = tiny_dit.folder("DiTTransformer2DModel", tmp_path / "float", "DDIMScheduler")
+    made = replace(PAINTED, average=5.0, widths=(2, 4, 8), sensitivity=sensitivity)
+    prepared, calls = prepare(str(source), replace(made, trajectory=Trajectory(steps=4, keep=4))), list[int]()
+    few = len(prepared.samples.batches)
+    prepared.skeleton.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    _ = prepared.plan
+    counted = probes(prepared.recipe, prepared.source, len(prepared.walk.sites), few)
+    assert counted - SPLITS * 4 * (sensitivity == "image") <= len(calls) <= counted  # fewer where splits are alike
+
+
+@pytest.mark.parametrize("prompts", [None, "7\n11\n"])
+def test_bits_by_the_image_are_chosen_in_the_pipeline(prompts: str | None, tmp_path: Path) -> None:
+    """As by its transformer alone from the same noise and labels; a file of labels is read, guidance is the
+    pipeline's."""
+    test_dit.pipeline(tmp_path / "float")
+    seeds = [torch.Generator().manual_seed(n) for n in range(8)]
+    start = torch.cat([torch.randn((1, 4, 8, 8), generator=seed) for seed in seeds])
+    labels = torch.randint(0, 1000, (8,), generator=torch.Generator().manual_seed(0))
+    calibration = Calibration(samples=8, batch_size=4)
+    if prompts is not None:
+        (tmp_path / "labels.txt").write_text(prompts)
+        labels = torch.tensor([7, 11] * 4)
+        calibration = replace(calibration, text=str(tmp_path / "labels.txt"))
+    save_file({"hidden_states": start, "class_labels": labels}, tmp_path / "start.safetensors")
+    own = replace(PAINTED, average=5.0, widths=(2, 8), sensitivity="image", trajectory=Trajectory(3, 1, guidance=1.0))
+    own = replace(own, calibration=calibration)
+    alone = replace(own, calibration=replace(calibration, text=str(tmp_path / "start.safetensors")))
+    plan = prepare(str(tmp_path / "float"), own).plan
+    assert plan.specs == prepare(str(tmp_path / "float" / "transformer"), alone).plan.specs
+    assert len({spec.bits for spec in plan.specs.values() if isinstance(spec, quant.Uniform)}) == 2
+    assert prepare(str(tmp_path / "float"), guided(own, 4.0)).plan.specs
 
 
 def guided(recipe: Recipe, guidance: float) -> Recipe:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from quant.calibration.batch import joined, rows, shapes
-from quant.calibration.effects import SAMPLES, Answer, effects, relative
+from quant.calibration.effects import SAMPLES, Answer, effects, honest, relative
 from quant.calibration.pictures import Pictures, fresh, pictures
 from quant.calibration.samples import Batch, Samples, moved
 from quant.calibration.texts import resolve
-from quant.errors import CalibrationError, ModelError
+from quant.errors import CalibrationError, ModelError, SettingsError
 from quant.models.diffusion import DiffusionSkeleton, components, named, quiet
 from quant.models.source import PIPELINE, Source, first_line, read_json
 from quant.models.stream import first_tensor, outside_blocks
@@ -45,7 +45,9 @@ MANNERS = (
 
 
 def complete(source: Source) -> str | None:
-    """None if the whole pipeline is there to be run, else what is missing."""
+    """None if the transformer's whole pipeline is there to be run, else what is missing."""
+    if not source.inside:
+        return "it stands alone"
     for name, (library, _) in components(source.home).items():
         if library not in LIBRARIES:
             return f"its {name} is of {library}, not of diffusers or transformers"
@@ -93,6 +95,29 @@ def follow(skeleton: DiffusionSkeleton, chain: Sequence[str], recipe: Recipe, li
     weights = relative(found, [step for step, _ in steps], counts) if weighed else None
     probe = rows(batches[len(batches) // 2], torch.tensor([0]))
     return Samples(batches, text, paint.sha256, sum(counts), probe, weights)
+
+
+def drawer(skeleton: DiffusionSkeleton, recipe: Recipe) -> Callable[[], Tensor]:
+    """Draws the final latents float32 `[rows, ..., height, width]` of the first samples with the pipeline, as its
+    transformer, whose weights must be in memory, is just then.
+
+    Raises:
+        SettingsError: the latents are packed tokens, of which nobody here knows which lie side by side.
+    """
+    calibration = recipe.calibration
+    assert calibration is not None
+    if skeleton.form.layout == "packed":
+        raise SettingsError(
+            f"{skeleton.source.name}: sensitivity=image compares images, and its latents are packed tokens; leave it "
+            "at output"
+        )
+    paint = _painter(skeleton, calibration, recipe.trajectory)
+
+    def draw() -> Tensor:
+        with torch.no_grad(), quiet():
+            return torch.cat([paint(part, honest) for part in paint.parts(min(SAMPLES, calibration.samples))])
+
+    return draw
 
 
 @dataclass(frozen=True)

@@ -84,9 +84,12 @@ def outline(skeleton: DiffusionSkeleton, calibration: Calibration, trajectory: T
     return cast(given, skeleton.dtype), sum(-(-number // calibration.batch_size) for number in kept)
 
 
-def passes(calibration: Calibration, trajectory: Trajectory, weighed: bool) -> float:
-    """How many batches' worth of passes through the whole model `follow` takes."""
-    rows = 0 if Path(calibration.text).is_dir() else calibration.samples * (trajectory.steps - 1)
+def passes(calibration: Calibration, trajectory: Trajectory, weighed: bool, piped: bool = False) -> float:
+    """How many batches' worth of passes through the whole model `follow` takes; `piped`: that of `painting`, whose
+    pipeline draws its own images also where real ones are then put in their place."""
+    rows = calibration.samples * (trajectory.steps if piped else trajectory.steps - 1)
+    if Path(calibration.text).is_dir() and not piped:
+        rows = 0
     if weighed:
         rows += min(SAMPLES, calibration.samples) * trajectory.steps * (trajectory.steps + 1) // 2
     halves = 1 if (trajectory.guidance or 1) == 1 else 2  # a pipeline's own guidance is not known here
