@@ -14,18 +14,11 @@ import torch
 from torch import Tensor
 
 from quant.kernels.available import early
+from quant.kernels.blocks import Config, even_splits
 from quant.kernels.codebook import FAST, Codebook
 from quant.kernels.codebook_order import ROWS, TILE, ArrangedCodebook, column_tiles, row_tiles, width
-from quant.kernels.launch import (
-    KINDS,
-    Config,
-    aligned,
-    even_splits,
-    fresh_counters,
-    input_gradient,
-    multiply_unpacked,
-    processor,
-)
+from quant.kernels.counters import fresh_counters
+from quant.kernels.launch import KINDS, aligned, input_gradient, multiply_unpacked, processor
 from quant.kernels.reference import check_shape
 from quant.kernels.trellis_launch import refuses as refuses
 from quant.kernels.trellis_launch import scale_table

@@ -15,14 +15,8 @@ import torch
 from torch import Tensor
 
 from quant.kernels.available import missing
-from quant.kernels.blocks import Config as Config
-from quant.kernels.blocks import choose as choose
-from quant.kernels.blocks import choose_skinny as choose_skinny
-from quant.kernels.blocks import even_splits as even_splits
-from quant.kernels.blocks import is_skinny as is_skinny
-from quant.kernels.blocks import step_columns as step_columns
-from quant.kernels.blocks import takes_skinny
-from quant.kernels.counters import fresh_counters as fresh_counters
+from quant.kernels.blocks import Config, choose, is_skinny, step_columns, takes_skinny
+from quant.kernels.counters import fresh_counters
 from quant.kernels.integer import round_tokens, span
 from quant.kernels.layouts import symmetric_zero
 from quant.kernels.order import CHUNK, TILE, Arranged, tiles

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from quant.kernels import codebook_launch, codebook_order, launch, order, trellis_launch, trellis_order
+from quant.kernels.blocks import Config
 from quant.kernels.codebook import Codebook, PackedCodebook, codebook_for
 from quant.kernels.codebook_order import ArrangedCodebook
 from quant.kernels.hadamard import random_signs
-from quant.kernels.launch import Config
 from quant.kernels.layouts import PackedTrellis, PackedUniform
 from quant.kernels.order import Arranged, tiles
 from quant.kernels.rotated import IDENTITY, Rotation

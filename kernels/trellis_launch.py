@@ -15,17 +15,10 @@ import torch
 from torch import Tensor
 
 from quant.kernels.available import early, missing
+from quant.kernels.blocks import Config, even_splits
+from quant.kernels.counters import fresh_counters
 from quant.kernels.hadamard import hadamard
-from quant.kernels.launch import (
-    KINDS,
-    Config,
-    aligned,
-    even_splits,
-    fresh_counters,
-    input_gradient,
-    multiply_unpacked,
-    processor,
-)
+from quant.kernels.launch import KINDS, aligned, input_gradient, multiply_unpacked, processor
 from quant.kernels.reference import Weight, check_shape
 from quant.kernels.rotated import IDENTITY, Rotation
 from quant.kernels.trellis import scale_values

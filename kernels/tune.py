@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from quant.kernels.launch import Config, choose_skinny, even_splits
+from quant.kernels import blocks
+from quant.kernels.blocks import Config, choose_skinny, even_splits
 from quant.kernels.order import TILE
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -184,7 +185,7 @@ def fastest(
         default = codebook_launch.choose(*sizes, chosen.length, count, shared)
         measured([default, *codebook_launch.candidates(*sizes, chosen.length, count, shared)])
     else:
-        default = launch.choose(*sizes, count, bits, kind, launch.processor(x.device)[1])
+        default = blocks.choose(*sizes, count, bits, kind, launch.processor(x.device)[1])
         measured([default, *candidates(*sizes, bits, count)])
     best = min(times, key=times.__getitem__)
     return best, times[best], times[default]

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant.kernels import arranged, codebook_launch
+from quant.kernels.blocks import Config
 from quant.kernels.codebook import Codebook, PackedCodebook
 from quant.kernels.codebook_order import ArrangedCodebook, arrange, column_tiles, plain, row_tiles, width, words
 from quant.kernels.dispatch import explain, matmul
 from quant.kernels.hadamard import random_signs
-from quant.kernels.launch import Config
 from quant.kernels.layouts import LAYOUTS
 from quant.kernels.rotated import IDENTITY, PackedRotated, Rotation
 from quant.kernels.spec import LowRank, Rotated, Spec

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from quant.kernels import codebook_launch
+from quant.kernels.blocks import Config
 from quant.kernels.codebook import Codebook
 from quant.kernels.codebook_launch import choose_shared, is_shared
 from quant.kernels.codebook_order import arrange, column_tiles
-from quant.kernels.launch import Config
 from tests.ahead import Compiled, compile_for
 from tests.guarded import guarded, intact
 from tests.rerun import rerun

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant.calibration.statistics import Statistics
-from quant.kernels import dispatch, integer, launch
+from quant.kernels import blocks, dispatch, integer, launch
 from quant.kernels.arranged import checkpoint_order, kernel_order, weight_of
 from quant.kernels.layouts import LAYOUTS, LayoutError, PackedUniform
 from quant.kernels.order import arrange
@@ -166,9 +166,9 @@ def interpreted_bits_are_the_same(
     packed, x = weight(rows, columns, grid(bits, group, symmetric)), some(tokens, columns, dtype)
     bias = some(1, rows, dtype, 2)[0] if biased else None
     arranged, (codes, scale) = arrange(packed), integer.round_tokens(x)
-    splits = launch.even_splits(columns, splits)
+    splits = blocks.even_splits(columns, splits)
     out = torch.full((tokens, rows), torch.nan, dtype=dtype)
-    config = launch.Config(16, 16, 1, 1, splits)
+    config = blocks.Config(16, 16, 1, 1, splits)
     launch.launch(
         codes, scale, arranged.weight, arranged.scales, arranged.zeros, bias, None, out, columns, bits,
         packed.spec.group_width(columns), config,
@@ -200,7 +200,7 @@ def compiled_without_fused_steps() -> None:
     from quant.kernels.uniform import matmul_kernel
     from tests.ahead import compile_for
 
-    config = launch.choose(16, 8192, 8192, 132, 4, "int8")
+    config = blocks.choose(16, 8192, 8192, 132, 4, "int8")
     types = {"x": "*i8", "x_scale": "*fp32", "weight": "*i32", "scales": "*fp16", "zeros": "*u8", "bias": "*fp16"}
     types |= {"residual": "*fp16", "out": "*fp16", "partial": "*fp32", "counters": "*i32"}
     types |= dict.fromkeys(("M", "N", "K", "stride", "count", "each"), "i32")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant.kernels import benchmark, launch, measure, trellis_launch, tune
-from quant.kernels.launch import Config
+from quant.kernels import benchmark, blocks, measure, trellis_launch, tune
+from quant.kernels.blocks import Config
 from quant.kernels.layouts import PackedUniform
 from quant.kernels.order import arrange
 from quant.kernels.roofline import work
@@ -88,7 +88,7 @@ def test_candidates_fit_and_leave_no_split_without_work() -> None:
             found = tune.candidates(tokens, 8192, columns, 4, 132)
             assert 2 <= len(found) == len(set(found)) <= 64
             assert all(config.bn * config.bm <= 1024 and config.warps == 1 for config in found)  # registers
-            count = -(-columns // launch.step_columns(4))
+            count = -(-columns // blocks.step_columns(4))
             assert all((config.splits - 1) * -(-count // config.splits) < count for config in found)
 
 

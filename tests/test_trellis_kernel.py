@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant.kernels import arranged, trellis_launch
+from quant.kernels.blocks import Config
 from quant.kernels.dispatch import explain, matmul
 from quant.kernels.hadamard import hadamard, random_signs
-from quant.kernels.launch import Config
 from quant.kernels.layouts import LAYOUTS, PackedTrellis
 from quant.kernels.rotated import IDENTITY, PackedRotated, Rotation
 from quant.kernels.spec import DTYPES, LowRank, Rotated, Spec, Trellis

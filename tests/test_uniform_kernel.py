@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant.kernels import launch, reference
+from quant.kernels import blocks, launch, reference
+from quant.kernels.blocks import Config
 from quant.kernels.dispatch import explain
-from quant.kernels.launch import Config
 from quant.kernels.layouts import PackedUniform
 from quant.kernels.order import Arranged, arrange, pieces, plain
 from quant.kernels.spec import DTYPES, Uniform
@@ -84,19 +84,19 @@ def test_kernel_order_is_what_its_description_says() -> None:
 
 
 def test_configurations() -> None:
-    assert launch.choose(1, 8192, 8192, 132) == Config(4, 32, 1, 1, 11)
-    assert launch.choose(1, 8192, 8192, 132, bits=2) == Config(4, 32, 1, 1, 8)
-    assert launch.choose(1, 28672, 8192, 132, bits=2) == Config(4, 64, 1, 1, 4)
-    assert launch.choose(16, 28672, 8192, 132) == Config(16, 32, 1, 1, 2)
-    assert launch.choose(16, 64, 256, 132).splits == 1  # a split has two steps
-    assert launch.choose(4096, 8192, 8192, 132, skinny=False).bm == 64
-    assert launch.choose(17, 8192, 8192, 132, skinny=False) == Config(32, 64, 4, 1, 2)
-    assert launch.choose(17, 8192, 8192, 132, narrow=True, skinny=False) == Config(32, 32, 2, 1, 2)
+    assert blocks.choose(1, 8192, 8192, 132) == Config(4, 32, 1, 1, 11)
+    assert blocks.choose(1, 8192, 8192, 132, bits=2) == Config(4, 32, 1, 1, 8)
+    assert blocks.choose(1, 28672, 8192, 132, bits=2) == Config(4, 64, 1, 1, 4)
+    assert blocks.choose(16, 28672, 8192, 132) == Config(16, 32, 1, 1, 2)
+    assert blocks.choose(16, 64, 256, 132).splits == 1  # a split has two steps
+    assert blocks.choose(4096, 8192, 8192, 132, skinny=False).bm == 64
+    assert blocks.choose(17, 8192, 8192, 132, skinny=False) == Config(32, 64, 4, 1, 2)
+    assert blocks.choose(17, 8192, 8192, 132, narrow=True, skinny=False) == Config(32, 32, 2, 1, 2)
     for tokens in (1, 9, 17, 33, 100):
         for columns in (100, 256, 1000, 8192, 28672):
             for skinny in (False, True):
-                config = launch.choose(tokens, 4096, columns, 132, skinny=skinny)
-                count = -(-columns // (launch.step_columns(4) if skinny else 256))
+                config = blocks.choose(tokens, 4096, columns, 132, skinny=skinny)
+                count = -(-columns // (blocks.step_columns(4) if skinny else 256))
                 each = -(-count // config.splits)
                 assert (config.splits - 1) * each < count <= config.splits * each  # no split is without work
 
@@ -259,7 +259,7 @@ def compiled_for(capability: int, bits: int, kind: str, tokens: int) -> None:
 def compiled_for_hopper(bits: int, kind: str, tokens: int) -> None:
     made = compiled(90, bits, kind, tokens)
     assert made.fits(), (made.registers, made.spilled, made.shared)
-    config = launch.choose(tokens, 8192, 8192, 132, bits, kind)
+    config = blocks.choose(tokens, 8192, 8192, 132, bits, kind)
     parts, tiles = 2 if config.bm == 16 else 1, config.bn // 16
     each = parts + parts * tiles * (2 if bits == 8 and kind == "bf16" else 1)
     products = sum(count for op, count in made.ops.items() if op.startswith("HMMA"))
@@ -272,8 +272,8 @@ def compiled(capability: int, bits: int, kind: str, tokens: int) -> Compiled:
     from quant.kernels.skinny import skinny_kernel
     from quant.kernels.uniform import matmul_kernel
 
-    config = launch.choose(tokens, 8192, 8192, 132, bits, kind, capability == 100)
-    skinny = launch.is_skinny(config, kind)
+    config = blocks.choose(tokens, 8192, 8192, 132, bits, kind, capability == 100)
+    skinny = blocks.is_skinny(config, kind)
     half = "*bf16" if kind == "bf16" else "*fp16"
     types = {"x": "*i8" if kind == "int8" else half, "weight": "*i32", "scales": "*fp16"}
     types |= {"zeros": "*u8", "bias": half, "residual": half, "out": half, "partial": "*fp32", "counters": "*i32"}

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from quant.calibration.batch import joined, rows, shapes
 from quant.calibration.effects import SAMPLES, Answer, effects, honest, relative
+from quant.calibration.hearing import Hear, hearing, instead, stepping
 from quant.calibration.pictures import Pictures, fresh, pictures
 from quant.calibration.samples import Batch, Samples, moved
 from quant.calibration.texts import resolve
 from quant.errors import CalibrationError, ModelError, SettingsError
 from quant.models.diffusion import DiffusionSkeleton, components, named, quiet
 from quant.models.source import PIPELINE, Source, first_line, read_json
-from quant.models.stream import first_tensor, outside_blocks
+from quant.models.stream import outside_blocks
 from quant.recipe import Calibration, Recipe, Trajectory
 
-Hear = Callable[[int, Batch, Callable[[], Any]], Any]
 LIBRARIES = ("diffusers", "transformers")
 SUBJECTS = (
     "an old fisherman mending a net", "a red bicycle against a brick wall", "two cats asleep on a piano",
@@ -168,9 +168,9 @@ class _Painter:
         some, seed, ends = [self.prompts[n] for n in samples], self.calibration.seed, list[Tensor]()
         seeds = [torch.Generator().manual_seed(seed + n) for n in samples]
         model, scheduler = self.skeleton.model, self.pipe.scheduler
-        heard, stepped = _hearing(model, hear), _stepping(scheduler, ends)
+        heard, stepped = hearing(model, hear), stepping(scheduler, ends)
         mine = torch.random.fork_rng([self.skeleton.device] if self.skeleton.device.startswith("cuda") else [])
-        with _instead(model, "forward", heard), _instead(type(scheduler), "step", stepped), mine:
+        with instead(model, "forward", heard), instead(type(scheduler), "step", stepped), mine:
             torch.manual_seed(seed + samples[0])  # for schedulers that their pipeline gives no generator
             try:
                 self.pipe(**{self.asked: some}, generator=seeds, **self.options)
@@ -244,49 +244,6 @@ def _prompts(calibration: Calibration, labels: Any, seen: Pictures | None) -> tu
     order = torch.randperm(len(SUBJECTS) * len(MANNERS), generator=generator).tolist()
     pairs = [divmod(order[n % len(order)], len(MANNERS)) for n in range(count)]
     return [f"{MANNERS[manner]} of {SUBJECTS[subject]}" for subject, manner in pairs], "built-in prompts", ""
-
-
-def _hearing(model: nn.Module, hear: Hear) -> Callable[..., Any]:
-    """A forward in place of the model's: `hear(step, given, ask)` is told what it is called with, and answers with
-    `ask()`, what the model says, or something else. A step is the n-th timestep that is new."""
-    forward, times = model.forward, dict[float, int]()
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-
-    @wraps(forward)
-    def heard(*args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(names, args, strict=False)) | kwargs
-        given = {key: value for key, value in given.items() if value is not None and key != "return_dict"}
-        time = torch.as_tensor(given["timestep"]).flatten()[0].item()
-        return hear(times.setdefault(time, len(times)), given, lambda: forward(*args, **kwargs))
-
-    return heard
-
-
-def _stepping(scheduler: Any, ends: list[Tensor]) -> Callable[..., Any]:
-    """A step in place of the scheduler's class's, with `ends` for the latents that it made last. Pipelines may copy a
-    scheduler, so that one of the instance's own would step the wrong one."""
-    step = type(scheduler).step
-
-    @wraps(step)
-    def stepped(one: Any, *args: Any, **kwargs: Any) -> Any:
-        made = step(one, *args, **kwargs)
-        if one is scheduler:
-            ends[:] = [first_tensor(made)]
-        return made
-
-    return stepped
-
-
-@contextmanager
-def _instead(owner: Any, name: str, value: Any) -> Generator[None]:
-    own = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        delattr(owner, name)
-        if own is not None:
-            setattr(owner, name, own)
 
 
 def _own(given: dict[str, Any]) -> Batch:
