@@ -70,6 +70,7 @@ def command(
     judge: options.JudgeFile = None,
     real: options.Real = None,
     clip: options.Clip = None,
+    reward: options.Reward = None,
     lpips: options.Lpips = None,
     sheet: options.Sheet = None,
     json_to: options.Json = None,
@@ -85,7 +86,7 @@ def command(
             from quant.eval.show import Showing, show  # diffusion transformers are drawn with, not read
 
             rule = {"images": images, "steps": steps, "guidance": guidance, "seed": seed, "batch": batch}
-            networks = (text, judge, real, clip, lpips)
+            networks = (text, judge, real, clip, reward, lpips)
             show(models, against, rule, Showing(*networks, sheet, plot_to, json_to, device, dtype, card, quiet))
             return
         settings = {"text": resolve(text), "window": window, "stride": stride, "max_windows": max_windows}

@@ -32,6 +32,7 @@ from quant.machine import machine, versions
 
 Source = str | Path | Painter
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Fit = Callable[[torch.Tensor, Sequence[str]], float]
 """Two batches of images in [0, 1] to `[N]`: how LPIPS or another distance of the user's own comes in."""
 
 
@@ -52,7 +53,8 @@ def judge_images(
     rule: Rule | None = None,
     judge: Judge | None = None,
     real: torch.Tensor | None = None,
-    clip: Callable[[torch.Tensor, Sequence[str]], float] | None = None,
+    clip: Fit | None = None,
+    reward: Fit | None = None,
     distances: dict[str, Distance] | None = None,
     device: str = "cpu",
     dtype: str = "float32",
@@ -66,7 +68,7 @@ def judge_images(
         rule: how many images of which seeds, in how many steps, with what guidance; the defaults of `Rule` without.
         judge: a network for accuracy, Fréchet distance, precision and recall (`quant.eval.judge`).
         real: images `[M, C, H, W]` in [0, 1] that the features are compared with; the original's samples without.
-        clip: images and their prompts to a score (`quant.eval.clip`).
+        clip, reward: images and their prompts to a score (`quant.eval.clip`, `quant.eval.reward`).
         distances: further distances between images of the same seed, by name.
         progress: called with a model's name, gives what is called with (images done, images in all).
 
@@ -86,8 +88,9 @@ def judge_images(
 
     def picture(painter: Painter, made: Drawn, alone: bool) -> Picture:
         looked = judge.look(made.images) if judge else None
-        score = clip(made.images, [rule.prompts[i] for i in made.asked]) if clip and rule.prompts else None
-        return _picture(painter, made, rule, wall, (judge, looked), score, alone, distances or {})
+        asked = [rule.prompts[i] for i in made.asked] if rule.prompts else []
+        fits = [fit(made.images, asked) if fit and asked else None for fit in (clip, reward)]
+        return _picture(painter, made, rule, wall, (judge, looked), fits, alone, distances or {})
 
     rows = [] if original is None or drawn is None else [(original.name, drawn.images)]
     pictures: list[Picture] = []
@@ -107,7 +110,7 @@ def _picture(
     rule: Rule,
     wall: _Wall,
     judged: tuple[Judge | None, Seen | None],
-    score: float | None,
+    fits: Sequence[float | None],
     alone: bool,
     distances: dict[str, Distance],
 ) -> Picture:
@@ -135,7 +138,8 @@ def _picture(
         precision=between[0] if between else None,
         recall=between[1] if between else None,
         accuracy=looked.accuracy(made.asked) if looked is not None and painter.classes else None,
-        clip=score,
+        clip=fits[0],
+        reward=fits[1],
         distances=apart,
         steps=steps,
         size=size_of(Subject(painter.name, painter.transformer, "encoder", painter.folder)),  # pyright: ignore[reportArgumentType]

@@ -22,6 +22,7 @@ _COLUMNS = (
     Column("recall", lambda p: some(p.recall, ".3f"), "share of the others' among the samples"),
     Column("right", lambda p: some(p.accuracy, ".1%"), "judged as the class asked for"),
     Column("CLIP", lambda p: some(p.clip, ".2f"), "100 cos(image, prompt)"),
+    Column("reward", lambda p: some(p.reward, ".3f"), "ImageReward of image and prompt, mean"),
     Column("s/image", lambda p: some(p.seconds, ".3g"), "drawn a batch at a time"),
     Column("RAM MB", lambda p: some(p.memory.rise, ",.0f", 1e6), "rise while drawing"),
 )

@@ -55,6 +55,10 @@ Real = Annotated[
 Clip = Annotated[
     Path | None, Option(metavar="FOLDER", help="A CLIP model: do images fit prompts?", rich_help_panel=_DRAWN)
 ]
+Reward = Annotated[
+    Path | None,
+    Option(metavar="FOLDER", help="ImageReward: how would people rate images for prompts?", rich_help_panel=_DRAWN),
+]
 Lpips = Annotated[
     Path | None, Option(metavar="FILE.safetensors", help="Weights of LPIPS: adds that.", rich_help_panel=_DRAWN)
 ]

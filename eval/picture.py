@@ -57,7 +57,8 @@ class Picture:
 
     `psnr`, `ssim`: means over the images; `psnr_pooled` is that of the mean squared error, which one infinite value
     does not hide, `psnr_worst` the lowest. `cosine`: of the final latents. `frechet`, `precision`, `recall`: of the
-    judge's features to those of the settings' `real`. `accuracy`: judged as the class asked for.
+    judge's features to those of the settings' `real`. `accuracy`: judged as the class asked for. `clip`, `reward`: how
+    well images fit their prompts.
     """
 
     model: str
@@ -73,6 +74,7 @@ class Picture:
     recall: float | None
     accuracy: float | None
     clip: float | None
+    reward: float | None
     distances: dict[str, float]
     steps: tuple[Step, ...]
     size: Size

@@ -36,6 +36,7 @@ class Showing:
     judge: str | None
     real: Path | None
     clip: Path | None
+    reward: Path | None
     lpips: Path | None
     sheet: Path | None
     plot: Path | None
@@ -86,11 +87,15 @@ def _judged(painters: Sequence[Painter], original: Painter | None, rule: Rule, s
             task = bar.add_task(name, total=None)
             return lambda done, total: bar.update(task, completed=done, total=total)
 
-        clip = None
+        clip = reward = None
         if showing.clip:
             from quant.eval.clip import open_clip  # transformers' CLIP is read only when asked for
 
             clip = open_clip(showing.clip)
+        if showing.reward:
+            from quant.eval.reward import open_reward  # and so is its BLIP
+
+            reward = open_reward(showing.reward)
         return judge_images(
             painters,
             against=original,
@@ -98,6 +103,7 @@ def _judged(painters: Sequence[Painter], original: Painter | None, rule: Rule, s
             judge=open_judge(showing.judge) if showing.judge else None,
             real=real_images(showing.real) if showing.real else None,
             clip=clip,
+            reward=reward,
             distances={"LPIPS": open_lpips(showing.lpips)} if showing.lpips else None,
             device=showing.device,
             progress=progress,
