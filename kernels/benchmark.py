@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quant.kernels import measure
 from quant.kernels.available import INTERPRET, runs_triton
+from quant.kernels.blocks import Config
 from quant.kernels.measure import HALVES, SHAPES, Case
 from quant.kernels.roofline import work
 from quant.kernels.spec import Codebook, Trellis, Uniform
@@ -95,6 +96,8 @@ def gate(apply: Callable[..., Iterator[Any]]) -> int:
             (3, 256, 2, 64, "bf16"),
         )
     ]  # fmt: skip
+    wide = (Config(2, 256, warps, 1, splits) for warps, splits in ((16, 1), (8, 2), (16, 2)) * cuda)
+    cases += [Case(1, size[0], 8192, Trellis(bits=2), "bf16", config, block=128) for config in wide]
     cases += [
         Case(tokens, *size, Codebook(length=length, index_bits=bits, second_bits=second, share=share, rows=rows), kind)
         for tokens, length, bits, second, share, rows, kind in (

@@ -122,17 +122,22 @@ def matmul(x: Tensor, packed: Weight, bias: Tensor | None = None) -> Tensor:
 def _turned(x: Tensor, packed: PackedRotated, bias: Tensor | None) -> Tensor:
     """`x` rotated, times the base: the trellis's kernel does both."""
     base = packed.base
-    if isinstance(base, ArrangedTrellis) and _autocast(x) is x and select(x, base).run is trellis_launch.matmul:
+    if isinstance(base, ArrangedTrellis) and _wanted(x) == x.dtype and select(x, base).run is trellis_launch.matmul:
         return trellis_launch.matmul(x, base, bias, packed.inputs())
     return matmul(packed.inputs().apply(x), base, bias)
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """What autocast makes of the input of a product: any float but float64 is cast to its dtype."""
+    """What autocast makes of the input of a product."""
+    return x.to(_wanted(x))
+
+
+def _wanted(x: Tensor) -> torch.dtype:
+    """Any float but float64 is cast to autocast's dtype."""
     kind = x.device.type
     if not (x.is_floating_point() and x.dtype != torch.float64 and _may_autocast(kind)):
-        return x
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        return x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 @torch.compiler.assume_constant_result  # Dynamo of torch 2.11 does not know the function that it asks

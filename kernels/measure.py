@@ -159,8 +159,12 @@ def rounding(case: Case, x: Tensor, weight: Tensor, exact: Tensor, scales: Tenso
 
 def multiply(x: Tensor, arranged: Ordered, config: Config | None, turn: Rotation = IDENTITY) -> Tensor:
     """`matmul` of its kernels, or the kernel with one configuration."""
-    if isinstance(arranged, ArrangedTrellis) and turn is not IDENTITY:
-        return trellis_launch.matmul(x, arranged, None, turn)
+    if isinstance(arranged, ArrangedTrellis) and turn.signs is not None:
+        if config is None:
+            return trellis_launch.matmul(x, arranged, None, turn)
+        out = torch.full((len(x), arranged.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
+        trellis_launch.run(x, arranged, config, out, turn)
+        return out
     if config is None:
         return module_of(arranged).matmul(x, arranged)
     out = torch.full((len(x), arranged.shape[0]), torch.nan, dtype=x.dtype, device=x.device)

@@ -188,8 +188,14 @@ def launch(
     count, (whole, total) = chunks(columns), units(rows, length)
     each = -(-count // (config.splits * config.warps))
     steps = -(-each // 8)
-    if signs is not None and not turns(tokens, code, block, each, config.warps):
+    if signs is not None and not (
+        turns(tokens, compiled_code(code, bits), config.bm, block, each, config.warps)
+        and columns % block == 0 and signs.shape == (columns,) and signs.dtype == torch.int8
+        and signs.is_contiguous() and signs.data_ptr() % 8 == 0
+    ):  # fmt: skip
         x, signs = hadamard(x, block, signs), None
+    if bias is not None:
+        bias = bias.expand(rows).contiguous()
     x = aligned(x)
     if tokens * x.stride(0) >> 31:
         x = x.contiguous()
@@ -211,16 +217,18 @@ def launch(
         )  # fmt: skip
 
 
-def turns(tokens: int, code: str, block: int, each: int, warps: int) -> bool:
-    """Whether the product rotates `x` itself: blocks of a power of two from 8 to 256, whole ones in each program's part
-    of K, of which a warp has `each` chunks."""
+def turns(tokens: int, code: str, bm: int, block: int, each: int, warps: int) -> bool:
+    """Whether the product rotates `x` itself: one token of an integer code, blocks of a power of two from 8 to 256,
+    whole ones in each program's part of K, of which a warp has `each` chunks, 32 at most. `code`: as `compiled_code`
+    names it."""
     whole = block in (8, 16, 32, 64, 128, 256) and each * warps * CHUNK % block == 0
-    return tokens == 1 and code in INTEGER and whole and -(-each // 8) <= 4 and -(-each // 8) * warps <= 64
+    few = -(-each // 8) <= 4 and -(-each // 8) * warps <= 64
+    return tokens == 1 and bm == {"twin": 2, "mac": 4, "sum": 4}.get(code) and whole and few
 
 
-def run(x: Tensor, arranged: ArrangedTrellis, config: Config, out: Tensor) -> None:
+def run(x: Tensor, arranged: ArrangedTrellis, config: Config, out: Tensor, turn: Rotation = IDENTITY) -> None:
     """Fills `out` `[M, N]` with one configuration."""
-    launch(x, *_held(arranged), None, out, *_sizes(arranged), config)
+    launch(x, *_held(arranged), None, out, *_sizes(arranged), config, turn.signs, turn.block)
 
 
 def constants(bits: int, window: int, code: str, table_bits: int, length: int, device: torch.device) -> dict[str, Any]:

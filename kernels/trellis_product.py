@@ -1,9 +1,10 @@
 """The Triton kernel that multiplies by trellis weights in kernel order (`trellis_order.py`), for few tokens.
 
-`out[M, N] = x[M, K] @ W[N, K]^T`: each program is a warp with 16 units, 256 rows, and a part of K, and decodes its
-weights once per BM tokens. What a thread holds is written down (`warp.py`): lane `(g, t)` has units `g` and `g + 8`,
-and of a side of a chunk the four columns `8 t + 4 side + i`. So one row of every unit is an operand of a tensor core as
-it is: 16 products, one per row of a unit, and no value ever changes its thread.
+`out[M, N] = x[M, K] @ W[N, K]^T`: each program has 16 units, 256 rows, and each of its warps, up to 16 of them, a part
+of K whose weights it decodes once per BM tokens; they add what they have through shared memory. What a thread holds is
+written down (`warp.py`): lane `(g, t)` has units `g` and `g + 8`, and of a side of a chunk the four columns
+`8 t + 4 side + i`. So one row of every unit is an operand of a tensor core as it is: 16 products, one per row of a
+unit, and no value ever changes its thread.
 
 A value is one or two instructions from its state (SASS, sm_90):
 
@@ -11,8 +12,9 @@ A value is one or two instructions from its state (SASS, sm_90):
            columns. They stay apart, each is multiplied by the same `x`, and the tensor core adds them, in float32. So
            the sum is not rounded to float16 as the table's is: up to `2^-11 |value|` apart, which tolerances include.
     mac    one multiply-add: a weight is the sum of the four bytes of a word, so each is multiplied by the same `x`, as
-           an integer. `x` is rounded to 16 bits, a token at a time, to a scale of each part of K (an error of 2^-16 of
-           the largest; a bfloat16 number's own is 2^-9 of itself), and its two bytes go to two columns of the product.
+           an integer. `x` is rounded to 16 bits, a token at a time, to a scale of each warp (of the program, where it
+           is rotated here: `trellis_turn.py`): an error of 2^-16 of the largest, where a bfloat16 number's own is 2^-9
+           of itself. Its two bytes go to two columns of the product.
            Where a state has two values (`twin`, the kernels' name for it), the sum of its bytes 0 and 2 and that of its
            bytes 1 and 3 are columns of their own: `x` stands in two places of four. Their sum and their difference are
            the rows' values, so one multiply-add and half of a tensor core's instruction make two weights
@@ -33,7 +35,7 @@ multiprocessor's units, and integer products go to the other. The first mask of 
 product with it; an instruction holds one constant, and the assembler would load the other again and again.
 
 The tensor core takes float16 of the other codes only. A bfloat16 `x` is scaled by a power of two, per token and
-program, so that the largest is between 2^14 and 2^15; that is exact for all that are not `2^29` times smaller.
+warp, so that the largest is between 2^14 and 2^15; that is exact for all that are not `2^29` times smaller.
 """
 
 # pyright: basic, reportGeneralTypeIssues=false, reportCallIssue=false

@@ -117,5 +117,11 @@ def compiled(capability: int, tokens: int, dtype: str) -> Compiled:
     types |= dict.fromkeys(("weight", "counters"), "*i32")
     types |= dict.fromkeys(("M", "N", "K", "stride", "units", "each", "tiles", "per"), "i32")
     constants = {"GROUP": 4096, "BM": config.bm, "TILES": config.bn // 32, "WARPS": config.warps, "ONE": tokens == 1}
-    constants |= {"SPLIT": config.splits > 1, "EVEN": True, "BIAS": True, "NATIVE": True, "EARLY": capability >= 90}
+    constants |= {
+        "SPLIT": config.splits > 1,
+        "EVEN": True,
+        "BIAS": True,
+        "NATIVE": True,
+        "EARLY": capability // 10 == 9,
+    }
     return compile_for(capability, codebook_shared_kernel, types, constants, config.warps, config.stages)

@@ -120,10 +120,11 @@ def test_configurations() -> None:
         config = trellis_launch.choose(1, 4096, columns, 132)
         each = -(-chunks(columns) // (config.splits * config.warps)) * config.warps
         assert (config.splits - 1) * each < chunks(columns) <= config.splits * each  # no split is without work
-        assert trellis_launch.turns(1, "mac", 128, each // config.warps, config.warps)
-    assert not trellis_launch.turns(2, "mac", 128, 8, 8)  # one token only
-    assert not trellis_launch.turns(1, "mac", 128, 3, 2)  # a block would be in two programs
-    assert not trellis_launch.turns(1, "inst", 128, 8, 8)
+        assert trellis_launch.turns(1, "twin", 2, 128, each // config.warps, config.warps)
+    assert not trellis_launch.turns(2, "twin", 2, 128, 8, 8)  # one token only
+    assert not trellis_launch.turns(1, "twin", 4, 128, 8, 8)  # and the least that a program takes
+    assert not trellis_launch.turns(1, "twin", 2, 128, 3, 2)  # a block would be in two programs
+    assert not trellis_launch.turns(1, "inst", 8, 128, 8, 8)
 
 
 def test_rows_of_the_table_say_what_they_multiply() -> None:
@@ -222,10 +223,31 @@ def interpreted_rotation(bits: int, columns: int, block: int, code: Any, dtype: 
     trellis_launch.launch(x, held.weight, held.scales, held.peaks, None, None, out, *sizes, config, signs, block)
     allowed = bound(turned.to(dtype), packed, exact)
     each = -(-columns // (32 * config.splits * config.warps))
-    if not trellis_launch.turns(1, code, block, each, config.warps):
+    name = trellis_launch.compiled_code(code, bits)
+    if not trellis_launch.turns(1, name, config.bm, block, each, config.warps):
         allowed += torch.finfo(dtype).eps * turned.norm() * packed.dequantize(torch.float64).norm(dim=1)
     assert bool(((out.double() - exact).abs() <= allowed + 2 * torch.finfo(dtype).eps * exact.abs()).all())
     assert intact(buffer)
+
+
+def interpreted_rotation_of_odd_signs() -> None:
+    """What the product's own rotation does not read is rotated before it, or refused there."""
+    packed = weight(33, 64, Trellis(length=32))
+    held, x, signs = arrange(packed), some(1, 64, torch.float16), random_signs(64, 3)
+    expected = trellis_launch.matmul(x, held, None, Rotation(32, signs))
+    spread = torch.zeros(128, dtype=torch.int8)
+    spread[::2] = signs
+    for odd in (signs.half(), spread[::2], torch.cat((signs[:1], signs))[1:]):
+        found = trellis_launch.matmul(x, held, None, Rotation(32, odd))
+        assert float((found - expected).norm() / expected.norm()) < 2e-3
+    with pytest.raises(ValueError, match="signs"):
+        trellis_launch.matmul(x, held, None, Rotation(32, signs[:32]))
+    bias = some(2, 33, torch.float16, 5).T[:, 0]  # strided
+    assert torch.equal(trellis_launch.matmul(x, held, bias), trellis_launch.matmul(x, held, bias.contiguous()))
+    x.requires_grad_()
+    got = torch.autograd.grad(trellis_launch.matmul(x, held, None, Rotation(32, signs)).sum(), x)[0]
+    wanted = hadamard(packed.dequantize(torch.float64).sum(0), 32, signs, inverse=True)
+    assert float((got.double() - wanted).norm() / wanted.norm()) < 2e-3
 
 
 @pytest.mark.parametrize(
@@ -352,7 +374,10 @@ SHAPES = [
 PAIRS = [(capability, SHAPES[number % 2]) for number, capability in enumerate(sorted(SHARED_LIMIT))]
 
 
-@pytest.mark.parametrize(("capability", "case"), [*PAIRS, *((90, case) for case in SHAPES[:1] + SHAPES[2:])])
+WIDE = (2, "mac", 13, "bf16", 1, 128, 28672)  # 16 warps, all registers, two steps of the rotation
+
+
+@pytest.mark.parametrize(("capability", "case"), [*PAIRS, *((90, case) for case in (*SHAPES[:1], *SHAPES[2:], WIDE))])
 def compiled_for(capability: int, case: tuple[Any, ...]) -> None:
     made = compiled(capability, *case)
     assert made.fits(), (made.registers, made.spilled, made.shared)
@@ -361,27 +386,30 @@ def compiled_for(capability: int, case: tuple[Any, ...]) -> None:
     # so no thread computes another's
     bits, code, _, _, tokens = case[:5]
     twin = trellis_launch.compiled_code(code, bits) == "twin"
-    parts = trellis_launch.choose(tokens, 8192, 8192, 132, "twin" if twin else code).bm
+    parts = trellis_launch.choose(tokens, 8192, 8192, 132, "twin" if twin else code).bm  # of any number of rows
     parts //= 2 if twin else 4 if code in trellis_launch.INTEGER else 8
     each = 16 if twin or code == "hyb" else 32
     products = sum(count for op, count in made.ops.items() if op.startswith(("HMMA", "IMMA")))
     assert products in (2 * each * parts, 4 * each * parts)  # the latter where one takes half as many columns
     assert made.shared <= 4096  # scales of rows at the end
-    assert made.static <= 49 * 1024  # declared in PTX, with what the driver keeps: no launch has to ask for it
+    assert made.shared + made.static <= 49 * 1024  # the latter in PTX, with 1 KiB of the driver's: nobody has to ask
     assert code not in trellis_launch.INTEGER or any(op.startswith("LDS.128") for op in made.ops)
 
 
-def compiled(capability: int, bits: int, code: str, window: int, kind: str, tokens: int, block: int = 0) -> Compiled:
-    """The default configuration for a matrix of 8192 x 8192."""
+def compiled(
+    capability: int, bits: int, code: str, window: int, kind: str, tokens: int, block: int = 0, rows: int = 8192
+) -> Compiled:
+    """The default configuration for a matrix of `rows` x 8192."""
     from quant.kernels.trellis_product import trellis_kernel
 
-    config = trellis_launch.choose(tokens, 8192, 8192, 132, trellis_launch.compiled_code(code, bits))
+    config = trellis_launch.choose(tokens, rows, 8192, 132, trellis_launch.compiled_code(code, bits))
+    each = -(-256 // (config.splits * config.warps))
     types = dict.fromkeys(("x", "bias", "out"), f"*{kind}")
     types |= {"weight": "*i32", "scales": "*u8", "peaks": "*fp16", "table": "*fp32", "partial": "*fp32"}
     types |= {"counters": "*i32", "pairs": "*i32", "signs": "*i8"}
     types |= dict.fromkeys(("M", "N", "K", "stride", "count", "each", "total", "whole", "mask"), "i32")
     constants = trellis_launch.constants(bits, window, code, 9, 256, torch.device("cuda")) | {
         "BM": config.bm, "WARPS": config.warps, "ONE": tokens == 1, "SPLIT": config.splits > 1, "EVEN": True,
-        "BLOCK": block, "STEPS": 1, "BIAS": True, "EARLY": capability >= 90,
+        "BLOCK": block, "STEPS": -(-each // 8) if block else 1, "BIAS": True, "EARLY": capability // 10 == 9,
     }  # fmt: skip
     return compile_for(capability, trellis_kernel, types, constants, config.warps, config.stages)
