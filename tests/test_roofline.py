@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,15 +137,16 @@ def interpreted_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure.wrong(case, "cpu") is None
     right = measure.multiply
 
-    def damaged(x: torch.Tensor, arranged: object, config: Config | None) -> torch.Tensor:
-        out = right(x, arranged, config)  # pyright: ignore[reportArgumentType]
+    def damaged(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        out = right(x, *rest)
         out[1, 7] += 0.05 * out[1, 7].abs() + 0.02 * out.abs().max()
         return out
 
     assert measure.wrong(measure.Case(2, 40, 70, Trellis(length=32), "fp16"), "cpu") is None
+    assert measure.wrong(measure.Case(1, 40, 96, Trellis(length=32), "fp16", block=32), "cpu") is None
     monkeypatch.setattr(measure, "multiply", damaged)
     assert "times what rounding explains" in str(measure.wrong(case, "cpu"))
-    monkeypatch.setattr(measure, "multiply", lambda x, arranged, config: right(x, arranged, config) * torch.nan)
+    monkeypatch.setattr(measure, "multiply", lambda *given: right(*given) * torch.nan)
     assert "inf times" in str(measure.wrong(case, "cpu"))
     bad = measure.Case(3, 20, 300, Uniform(bits=4), "bf16", Config(8, 24, 1, 1, 1))
     assert "Error" in str(measure.wrong(bad, "cpu"))  # 24 is no power of two
