@@ -32,8 +32,9 @@ from quant.machine import machine, versions
 
 Source = str | Path | Painter
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Fit = Callable[[torch.Tensor, Sequence[str]], float]
 """Two batches of images in [0, 1] to `[N]`: how LPIPS or another distance of the user's own comes in."""
+Fit = Callable[[torch.Tensor, Sequence[str]], float]
+"""Images in [0, 1] and their prompts to a mean score."""
 
 
 @dataclass(frozen=True)
