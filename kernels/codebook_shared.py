@@ -28,7 +28,18 @@ import triton.language as tl
 from quant.kernels.codebook_product import scale_of
 from quant.kernels.shared import added, entries, filled, look_up
 from quant.kernels.uniform import inverse, is_last, power
-from quant.kernels.warp import joined, load_inputs, load_words, nothing, numbers, permuted, product, shuffled, waited
+from quant.kernels.warp import (
+    joined,
+    largest_of,
+    load_inputs,
+    load_words,
+    nothing,
+    numbers,
+    permuted,
+    product,
+    shuffled,
+    waited,
+)
 
 
 @triton.constexpr_function
@@ -113,10 +124,7 @@ def _powers(
         found = fresh
     powers = ()
     for part in tl.static_range(PARTS):
-        most = found[part]
-        for step in tl.static_range(5 if ONE else 3):
-            most = tl.maximum(most, shuffled(most, lanes ^ (1 << step), NATIVE), propagate_nan=tl.PropagateNan.ALL)
-        powers = powers + (power(most),)
+        powers = powers + (power(largest_of(found[part], lanes, 5 if ONE else 3, NATIVE)),)
     return powers
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from quant.kernels.shared import get_four, put, together
 from quant.kernels.uniform import inverse, power
-from quant.kernels.warp import joined, load_inputs, numbers, permuted, shuffled
+from quant.kernels.warp import joined, largest_of, load_inputs, numbers, permuted, shuffled
 
 LEVELS = tl.constexpr(32512.0)
 """The largest `x` of an integer code, so that both of its bytes have a sign: `127 * 256`."""
@@ -139,12 +139,7 @@ def _largest(x, place, begin, end, each, K, lanes, STEP: tl.constexpr, KIND: tl.
             low, high = numbers(words[i], KIND)
             either = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
             largest = tl.maximum(largest, either, propagate_nan=tl.PropagateNan.ALL)
-    other = 1
-    for _ in tl.static_range(5 if STEP == 32 else 4 if STEP == 16 else 3 if STEP == 8 else 2):
-        partner = shuffled(largest, lanes ^ other, NATIVE)
-        largest = tl.maximum(largest, partner, propagate_nan=tl.PropagateNan.ALL)
-        other *= 2
-    return largest
+    return largest_of(largest, lanes, 5 if STEP == 32 else 4 if STEP == 16 else 3 if STEP == 8 else 2, NATIVE)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from quant.kernels.shared import get, put, put_one
 from quant.kernels.trellis_inputs import LEVELS, integers_of, rounded, tokens_of
-from quant.kernels.warp import load_inputs, numbers, shuffled
+from quant.kernels.warp import largest_of, load_inputs, numbers, shuffled
 
 
 @triton.constexpr_function
@@ -61,16 +61,11 @@ def _butterflies(eight, lanes, BLOCK: tl.constexpr, NATIVE: tl.constexpr):
 @triton.jit
 def _program_largest(number, at, lanes, WARPS: tl.constexpr, NATIVE: tl.constexpr):
     """The largest of all lanes. `at`: the address of a number for each warp that nothing else is stored to."""
-    for step in tl.static_range(5 if NATIVE else 5 + rounds(WARPS)):
-        other = shuffled(number, lanes ^ 1 << step, NATIVE)
-        number = tl.maximum(number, other, propagate_nan=tl.PropagateNan.ALL)
+    number = largest_of(number, lanes, 5 if NATIVE else 5 + rounds(WARPS), NATIVE)
     if NATIVE:
         put_one(at + (lanes // 32 * 4).to(tl.uint32), number)
         tl.debug_barrier()
-        number = get(at + (lanes % WARPS * 4).to(tl.uint32))
-        for step in tl.static_range(rounds(WARPS)):
-            other = shuffled(number, lanes ^ 1 << step, True)
-            number = tl.maximum(number, other, propagate_nan=tl.PropagateNan.ALL)
+        number = largest_of(get(at + (lanes % WARPS * 4).to(tl.uint32)), lanes, rounds(WARPS), True)
     return number
 
 

@@ -121,6 +121,15 @@ def shuffled(number, lane, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def largest_of(number, lanes, ROUNDS: tl.constexpr, NATIVE: tl.constexpr):
+    """The largest of `2^ROUNDS` lanes in a row, in each of them; NaN if there is one."""
+    for step in tl.static_range(ROUNDS):
+        other = shuffled(number, lanes ^ 1 << step, NATIVE)
+        number = tl.maximum(number, other, propagate_nan=tl.PropagateNan.ALL)
+    return number
+
+
+@triton.jit
 def permuted(low, high, select, NATIVE: tl.constexpr):
     """Four of the eight bytes of two words, each by a digit of `select`: 0 to 3 of `low`, 4 to 7 of `high`."""
     if NATIVE:
