@@ -60,11 +60,23 @@ def streams_of(words, FIRST: tl.constexpr, COLUMN: tl.constexpr, SIDE: tl.conste
             return word, word >> 16 | (odd & 0xFFFF0000), _middle(odd, then)
 
 
+@triton.constexpr_function
+def plain_code(code: str) -> str:
+    """A code without how it is multiplied."""
+    return code.removesuffix("_halves")
+
+
+@triton.constexpr_function
+def is_halves(code: str) -> bool:
+    """Whether bytes are added up and multiplied as float16."""
+    return code.endswith("_halves")
+
+
 @triton.jit
 def _scattered(state, SHIFT: tl.constexpr, CODE: tl.constexpr):
     """The integer whose bytes make the values of `mac` (`twin`, where it has two) and `sum`; `state` is shifted left by
     SHIFT, which the multiplier of `mac`, a multiple of 8, leaves room for."""
-    if CODE == "sum":
+    if plain_code(CODE) == "sum":
         return (state * 89226354 + 64248484) & 0x3F3F3F3F
     else:
         TIMES: tl.constexpr = MAC[0] >> SHIFT
@@ -87,13 +99,13 @@ def state_of(stream, SHIFT: tl.constexpr, WINDOW: tl.constexpr, NATIVE: tl.const
 @triton.constexpr_function
 def room_of(code: str) -> int:
     """By how many bits a state may be shifted left before it is multiplied."""
-    return 3 if code in ("mac", "twin") else 0
+    return 3 if plain_code(code) in ("mac", "twin") else 0
 
 
 @triton.constexpr_function
 def vector_of(code: str) -> int:
     """Values of a state."""
-    return 2 if code in ("twin", "hyb") else 1
+    return 2 if plain_code(code) in ("twin", "hyb") else 1
 
 
 @triton.constexpr_function
@@ -113,7 +125,7 @@ def _partner(number: int, code: str, bits: int, window: int) -> int:
 @triton.constexpr_function
 def state_at(index: int, code: str, bits: int, window: int) -> int:
     """In which order the states of a unit are decoded: partners one after the other, since they share a register."""
-    if code not in ("mac", "sum", "twin"):
+    if plain_code(code) not in ("mac", "sum", "twin"):
         return index
     order = list[int]()
     for number in range(16 // vector_of(code)):
@@ -121,6 +133,15 @@ def state_at(index: int, code: str, bits: int, window: int) -> int:
             apart = _partner(number, code, bits, window)
             order += [number, number + apart] if apart > 0 else [number]
     return order[index]
+
+
+@triton.constexpr_function
+def row_of(index: int, code: str, bits: int, window: int) -> int:
+    """The row of a unit that product number `index` is of, of `twin` the first of two."""
+    if code == "twin":
+        return 2 * state_at(index, code, bits, window)
+    vector = vector_of(code)
+    return state_at(index // vector, code, bits, window) * vector + index % vector
 
 
 @triton.jit
@@ -198,6 +219,36 @@ def row_words(
 
 
 @triton.jit
+def value_word(
+    before, streams, J: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr
+):
+    """The integer that product J's value is made of; `before`: that of the product before it, which may have the same
+    state."""
+    if J % vector_of(CODE) == 1:
+        return before
+    else:
+        return integer_word(
+            streams, state_at(J // vector_of(CODE), CODE, BITS, WINDOW), BITS, WINDOW, CODE, NATIVE
+        )
+
+
+@triton.jit
+def half_of(word, ODD: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
+    """The value that a code makes of an integer's bytes, and `carry_of` it, a subnormal float16: times 2^-24."""
+    if ODD and vector_of(CODE) == 2:
+        total = byte_sum(word, 0xFF01FF01, carry_of(CODE), False, NATIVE)
+    else:
+        total = byte_sum(word, 0x01010101, 0, False, NATIVE)
+    return total.to(tl.uint32, bitcast=True)
+
+
+@triton.constexpr_function
+def carry_of(code: str) -> int:
+    """What the sum of an integer's bytes is more than its value."""
+    return 126 if plain_code(code) == "sum" else 510
+
+
+@triton.jit
 def row_scales(scales, peaks, table, rows, inside, LENGTH: tl.constexpr):
     """Float32: `table[code] peak`, as `trellis.scale_values` does it."""
     code = tl.load(scales + rows, mask=inside, other=255).to(tl.int32)
@@ -224,7 +275,7 @@ def _number(word, ODD: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
     elif CODE == "twin" and ODD:
         return byte_sum(word, 0xFF01FF01, 0, False, NATIVE).to(tl.float32)
     else:
-        return byte_sum(word, 0x01010101, 0, False, NATIVE).to(tl.float32) - (126.0 if CODE == "sum" else 510.0)
+        return byte_sum(word, 0x01010101, 0, False, NATIVE).to(tl.float32) - carry_of(CODE)
 
 
 @triton.jit(do_not_specialize=("first", "stop", "total", "whole", "mask", "count"))

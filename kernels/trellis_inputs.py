@@ -22,6 +22,12 @@ def is_integer(code: str) -> bool:
     return code in ("mac", "twin", "sum")
 
 
+@triton.constexpr_function
+def ahead_of(code: str) -> int:
+    """Chunks of each warp of which `x` is in shared memory at a time."""
+    return 8 if code.endswith("_halves") else 16
+
+
 @triton.jit
 def _doubled(number):
     """A float32 as float16, in both halves."""
@@ -49,12 +55,15 @@ def rounded(number, scale):
 
 
 @triton.jit
-def _integers(words, COUNT: tl.constexpr, scale, KIND: tl.constexpr):
-    """COUNT words of two numbers as words of two integers."""
+def _scaled(words, scale, HALVES: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """Four words of two numbers as words of two integers, or HALVES: of two float16."""
     made = ()
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(4):
         low, high = numbers(words[i], KIND)
-        made = made + (rounded(low, scale) | rounded(high, scale) << 16,)
+        if HALVES:
+            made = made + (joined(low * scale, high * scale, NATIVE),)
+        else:
+            made = made + (rounded(low, scale) | rounded(high, scale) << 16,)
     return made
 
 
@@ -75,7 +84,7 @@ def places_of(g, CODE: tl.constexpr):
 
 @triton.jit
 def operand_integers(words, FIRST: tl.constexpr, where, NATIVE: tl.constexpr):
-    """Four columns of `_integers`, two words from FIRST on, as the right operands of a side: four words."""
+    """Four columns of integers, two words from FIRST on, as the right operands of a side: four words."""
     made = ()
     for i in tl.static_range(4):
         made = made + (permuted(words[FIRST + i // 2], 0, where[i % 2], NATIVE),)
@@ -83,11 +92,12 @@ def operand_integers(words, FIRST: tl.constexpr, where, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def leave_integers(
+def leave_inputs(
     x, start, places, scale, chunk, end, K, lanes,
-    ONE: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr, KIND: tl.constexpr,
+    ONE: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr, HALVES: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
-    """Puts the integers of COUNT chunks into shared memory, 64 bytes for a chunk and a token. Loaded from memory chunk
+    """Puts what `x` is multiplied as, of COUNT chunks into shared memory, 64 bytes for a chunk and a token. Loaded from memory chunk
     by chunk, `x` would come behind the weights that were asked for before it: loads return in order."""
     TURNS: tl.constexpr = 8 if ONE else 8 // EACH
     TOKENS: tl.constexpr = 1 if ONE else EACH * PARTS
@@ -100,16 +110,17 @@ def leave_integers(
             words = load_inputs(x + (places[part] + k), (chunk + mine < end) & (k + t * 8 < K), 4, False, True)
             token = 0 if ONE else part * EACH + g // TURNS
             at = start + ((mine * TOKENS + token) * 64 + t * 16).to(tl.uint32)
-            put(at, _integers(words, 4, scale[part], KIND))
+            put(at, _scaled(words, scale[part], HALVES, KIND, True))
     together(lanes)
 
 
 @triton.jit
-def integers_of(
+def inputs_of(
     x, start, place, scale, chunk, which, PART: tl.constexpr, K, lanes,
-    ONE: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
+    ONE: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr, KIND: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """The integers of a lane's eight columns of a chunk, which is number `which` in shared memory; four words. The
+    """What a lane's eight columns of a chunk are multiplied as, which is number `which` in shared memory; four words. The
     interpreter has no shared memory and makes them anew."""
     t = lanes % 4
     if NATIVE:
@@ -119,7 +130,7 @@ def integers_of(
         return get_four(start + ((which * TOKENS + token) * 64 + t * 16).to(tl.uint32))
     else:
         words = load_inputs(x + (place + chunk * 32), chunk * 32 + t * 8 < K, 4, False, False)
-        return _integers(words, 4, scale, KIND)
+        return _scaled(words, scale, HALVES, KIND, False)
 
 
 @triton.jit

@@ -36,7 +36,8 @@ MASK = 0x8FFF8FFF - (1 << 32)
 
 
 INTEGER = ("mac", "sum")
-"""Codes that are multiplied as integers, with two or four columns of a product to a token."""
+"""Codes whose values are sums of bytes. Of 1, 2 and 4 tokens a product, these bytes are multiplied, as integers, with
+two or four columns of a product to a token; of more they are added up first, for float16 products."""
 
 MOST = 16384
 """Columns of which a warp of such a code may sum 32 bits: `1020 * 127 * MOST < 2^31`."""
@@ -49,12 +50,9 @@ def choose(
     programs as run side by side, `resident` on a multiprocessor; 0: what was fastest on an H200 (`README.md`). A warp
     adds what it has to what the others of its program have through shared memory; only programs leave parts in memory
     for the last of them to add. `code`: as `compiled_code` names it."""
-    if code == "twin":
-        bm = next(size for size in (2, 4, 8) if tokens <= size or size == 8)
-    else:
-        bm = (4 if tokens <= 4 else 8) if code in INTEGER else 8 if tokens <= 8 or code == "hyb" else 16
-    integer = code == "twin" or code in INTEGER
-    large = bm == (8 if integer else 16)  # 8 warps have all registers
+    least = 2 if code == "twin" else 4 if code in INTEGER else 8
+    bm = next(size for size in (2, 4, 8, 16) if size >= least and (tokens <= size or size == 16 or code == "hyb"))
+    integer, large = bm < 8, bm > 8 or (bm == 8 and least < 8)  # large: 8 warps have all registers
     programs = -(-rows // (16 * UNIT)) * -(-tokens // bm)
     splits = max(1, processors * (resident or (2 if large else 1 if integer else 6)) // programs)
     enough = bm == 2 and chunks(columns) >= 12 * 16 * splits
@@ -64,9 +62,11 @@ def choose(
     return Config(bm, 16 * UNIT, warps, 1, even_splits(columns, splits, CHUNK * warps))
 
 
-def compiled_code(code: str, bits: int) -> str:
-    """What the kernels call a code: `mac` is `twin` where a state has two values."""
-    return "twin" if code == "mac" and bits <= 2 else code
+def compiled_code(code: str, bits: int, tokens: int = 1) -> str:
+    """What the kernels call a code of a product of so many tokens: `mac` is `twin` where a state has two values, and
+    bytes that are added up are `_halves`."""
+    name = "twin" if code == "mac" and bits <= 2 else code
+    return name + "_halves" if tokens >= 8 and code in INTEGER else name
 
 
 def candidates(tokens: int, rows: int, columns: int, processors: int, code: str = "twin") -> list[Config]:
@@ -209,7 +209,7 @@ def launch(
             weight if table is None else table.view(torch.int32), scale_table(x.device),
             out if bias is None else bias, out, partial, counters,
             tokens, rows, x.shape[1], x.stride(0), count, each, total, whole, MASK,
-            **constants(bits, window, code, table_bits, length, x.device),
+            **constants(bits, window, code, table_bits, length, x.device, config.bm),
             BM=config.bm, WARPS=config.warps, ONE=tokens == 1, SPLIT=config.splits > 1,
             EVEN=columns == CHUNK * each * config.splits * config.warps, BLOCK=0 if signs is None else block,
             STEPS=1 if signs is None else steps, BIAS=bias is not None,
@@ -231,9 +231,12 @@ def run(x: Tensor, arranged: ArrangedTrellis, config: Config, out: Tensor, turn:
     launch(x, *_held(arranged), None, out, *_sizes(arranged), config, turn.signs, turn.block)
 
 
-def constants(bits: int, window: int, code: str, table_bits: int, length: int, device: torch.device) -> dict[str, Any]:
-    """What the kernels are compiled for beside their blocks."""
-    known = {"BITS": bits, "WINDOW": window, "CODE": compiled_code(code, bits), "TABLE": table_bits, "LENGTH": length}
+def constants(
+    bits: int, window: int, code: str, table_bits: int, length: int, device: torch.device, tokens: int = 1
+) -> dict[str, Any]:
+    """What the kernels are compiled for beside their blocks; `tokens`: of a product."""
+    name = compiled_code(code, bits, tokens)
+    known = {"BITS": bits, "WINDOW": window, "CODE": name, "TABLE": table_bits, "LENGTH": length}
     return {**known, "NATIVE": device.type == "cuda"}
 
 

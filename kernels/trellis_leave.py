@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from quant.kernels.shared import get, put_one
-from quant.kernels.trellis_decode import row_scales, state_at
+from quant.kernels.trellis_decode import carry_of, is_halves, row_of, row_scales
 from quant.kernels.trellis_inputs import is_integer
 from quant.kernels.uniform import collected, stored
 from quant.kernels.warp import shuffled
@@ -25,7 +25,7 @@ def tokens_at_once(code: str) -> int:
 
 @triton.constexpr_function
 def products_of(code: str) -> int:
-    """Products of a unit with four columns: one for each state, of `hyb` for each row."""
+    """Products of a unit with four columns: one for each row, of `twin` for two."""
     return 8 if code == "twin" else 16
 
 
@@ -52,7 +52,7 @@ def finish(
 def carried(sums, lanes, CODE: tl.constexpr, PARTS: tl.constexpr, NATIVE: tl.constexpr):
     """What the two columns of a lane's results carry beside the values: `sums`, each lane's own of the bytes of `x` in
     its column, are of one column where lanes have the same `g`."""
-    BASE: tl.constexpr = (126 if CODE == "sum" else 510) // 2  # of two bytes: `x` stands in four, of `twin` in two
+    BASE: tl.constexpr = carry_of(CODE) // 2  # of two bytes: `x` stands in four, of `twin` in two
     at = lanes // 32 * 32 + lanes % 4 * 8
     made = ()
     for part in tl.static_range(PARTS):
@@ -67,7 +67,9 @@ def carried(sums, lanes, CODE: tl.constexpr, PARTS: tl.constexpr, NATIVE: tl.con
 @triton.jit
 def _value(mine, sums, down, lanes, HALF: tl.constexpr, TOKEN: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
     """One of a lane's results: of its unit HALF, and of codes that are not integers of its token TOKEN."""
-    if not is_integer(CODE):
+    if is_halves(CODE):
+        return (mine[2 * HALF + TOKEN] - sums[TOKEN]) * down[TOKEN] * 16777216.0
+    elif not is_integer(CODE):
         return mine[2 * HALF + TOKEN] * down[TOKEN]
     else:
         upper = (mine[2 * HALF] - sums[0]).to(tl.float32) * 256.0
@@ -94,7 +96,7 @@ def place_of(token, row, unit):
 def held_bytes(bm: int, one: bool, code: str, warps: int, steps: int, ahead: int) -> int:
     """Shared memory of a program: the integers of `x`, of `ahead` chunks of each warp or, rotated here, of `steps`
     times 8 and a number; later the values of a part."""
-    integers = ahead * 64 * (1 if one else bm) if is_integer(code) else 0
+    integers = ahead * 64 * (1 if one else bm) if is_integer(code) or is_halves(code) else 0
     if steps:
         integers = steps * 512 + 4
     return warps * max(integers, (1 if one else tokens_at_once(code)) * 280 * 4)
@@ -129,18 +131,18 @@ def leave(
     STEP: tl.constexpr = EACH * PITCH * 4
     SIZE: tl.constexpr = EACH * 256
     LANES: tl.constexpr = 32 * WARPS
-    ROWS: tl.constexpr = 16 // products_of(CODE)
     HELD: tl.constexpr = 1 if is_integer(CODE) or ONE else 2  # tokens of a lane
     for part in tl.static_range(PARTS):
         if NATIVE:
             tl.debug_barrier()
+        carries = (sums[2 * part], sums[2 * part + 1]) if is_halves(CODE) else sums[part]
         for j in tl.static_range(products_of(CODE)):
             for half in tl.static_range(2):
                 for i in tl.static_range(HELD):
-                    value = _value(acc[j * PARTS + part], sums[part], down[part], lanes, half, i, CODE, NATIVE)
+                    value = _value(acc[j * PARTS + part], carries, down[part], lanes, half, i, CODE, NATIVE)
                     lane = lanes if NATIVE else tl.arange(0, 32)
                     g, t = lane // 4 % 8, lane % 4
-                    unit, row = g + 8 * half, state_at(j, CODE, BITS, WINDOW) * ROWS
+                    unit, row = g + 8 * half, row_of(j, CODE, BITS, WINDOW)
                     token = t // 2 if CODE == "twin" else t if is_integer(CODE) else t * 2 + i
                     if CODE == "twin":
                         row = row + t % 2

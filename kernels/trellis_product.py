@@ -49,27 +49,29 @@ import triton.language as tl
 from quant.kernels.shared import reserved
 from quant.kernels.trellis_decode import (
     FLIP,
+    carry_of,
+    half_of,
     integer_word,
+    is_halves,
     neighbours,
     pieces,
     row_words,
     state_at,
     streams_of,
+    value_word,
 )
 from quant.kernels.trellis_inputs import (
+    ahead_of,
     is_integer,
-    leave_integers,
+    leave_inputs,
     operand_integers,
     operand_x,
     places_of,
 )
 from quant.kernels.trellis_leave import carried, finish, held_bytes, leave, products_of, tokens_at_once
-from quant.kernels.trellis_turn import chunk_integers, taken
+from quant.kernels.trellis_turn import chunk_inputs, taken
 from quant.kernels.uniform import is_last
 from quant.kernels.warp import byte_sum, fetch, load_inputs, load_words, nothing, permuted, product, waited
-
-AHEAD = tl.constexpr(16)
-"""Chunks of each warp of which the integers of `x` are in shared memory at a time."""
 
 FETCH = tl.constexpr(2)
 """Chunks that are asked for ahead of time, into the second-level cache."""
@@ -107,7 +109,7 @@ def _lines(weight, size, lanes, BITS: tl.constexpr):
 @triton.jit
 def _multiplied(made, inputs, acc, CODE: tl.constexpr, NATIVE: tl.constexpr):
     """`acc` and the product of one row of all units with four columns of each lane. `made`: 2 units x 4 columns."""
-    if CODE == "hyb":
+    if CODE == "hyb" or is_halves(CODE):
         a0, a1 = permuted(made[0], made[1], 0x5410, NATIVE), permuted(made[4], made[5], 0x5410, NATIVE)
         a2, a3 = permuted(made[2], made[3], 0x5410, NATIVE), permuted(made[6], made[7], 0x5410, NATIVE)
         return product(a0, a1, a2, a3, inputs[0], inputs[1], acc, "fp16", NATIVE)
@@ -132,14 +134,21 @@ def _side(
             streams = streams + (streams_of(words, (2 * SIDE + half) * WORDS, i, SIDE, BITS),)
             made = made + (mask,)
     fresh = ()
+    words = made
     for j in tl.static_range(products_of(CODE)):
         row = ()
         for i in tl.static_range(8):
-            if is_integer(CODE):
+            if is_halves(CODE):
+                row = row + (value_word(words[i], streams[i], j, BITS, WINDOW, CODE, NATIVE),)
+            elif is_integer(CODE):
                 row = row + (integer_word(streams[i], state_at(j, CODE, BITS, WINDOW), BITS, WINDOW, CODE, NATIVE),)
             else:
                 row = row + (row_words(made[i], streams[i], mask, flip, pairs, j, BITS, WINDOW, CODE, TABLE, NATIVE),)
-        made = row
+        made, words = row, row
+        if is_halves(CODE):
+            made = ()
+            for i in tl.static_range(8):
+                made = made + (half_of(words[i], j % 2 == 1, CODE, NATIVE),)
         for part in tl.static_range(PARTS):
             fresh = fresh + (_multiplied(made, inputs[part], acc[j * PARTS + part], CODE, NATIVE),)
     if is_integer(CODE):
@@ -150,6 +159,11 @@ def _side(
                 total = byte_sum(inputs[part][i], 0x01010101, total, True, NATIVE)
             added = added + (total,)
         sums = added
+    elif is_halves(CODE):
+        carry = tl.full(mask.shape, carry_of(CODE) * 0x10001, tl.uint32)  # two rows of it: the parts' in a lane's results
+        sums = product(carry, carry ^ carry, carry, carry ^ carry, inputs[0][0], inputs[0][1], sums, "fp16", NATIVE)
+        if PARTS == 2:
+            sums = product(carry ^ carry, carry, carry ^ carry, carry, inputs[1][0], inputs[1][1], sums, "fp16", NATIVE)
     return fresh, sums
 
 
@@ -158,11 +172,13 @@ def _operands(
     some, x, places, scale, where, chunk, SIDE: tl.constexpr, t, K, PARTS: tl.constexpr, KIND: tl.constexpr,
     CODE: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """The right operands of a side of a chunk, of each part. `some`: of integers, four words of each."""
+    """The right operands of a side of a chunk, of each part. `some`: four words of each that lay in shared memory."""
     inputs = ()
     for part in tl.static_range(PARTS):
         if is_integer(CODE):
             inputs = inputs + (operand_integers(some, 4 * part + 2 * SIDE, where, NATIVE),)
+        elif is_halves(CODE):
+            inputs = inputs + ((some[4 * part + 2 * SIDE], some[4 * part + 2 * SIDE + 1]),)
         else:
             k = chunk * 32 + SIDE * 4
             four = load_inputs(x + (places[part] + k), k + t * 8 < K, 2, EVEN, NATIVE)
@@ -179,6 +195,8 @@ def _summed(
 ):  # fmt: skip
     """The products with all chunks of a warp's part of K, and of integer codes the sums of `x`."""
     INTEGER: tl.constexpr = is_integer(CODE)
+    HALVES: tl.constexpr = is_halves(CODE)
+    AHEAD: tl.constexpr = ahead_of(CODE)
     EACH: tl.constexpr = tokens_at_once(CODE)
     PARTS: tl.constexpr = BM // EACH
     weight, size, held, after, lines, count = grid
@@ -187,20 +205,22 @@ def _summed(
     acc, sums = nothing(products_of(CODE) * PARTS, INTEGER, 32 * WARPS), ()
     for _ in tl.static_range(PARTS):
         sums = sums + (tl.zeros(lanes.shape, tl.int32),)
+    if HALVES:
+        sums = nothing(1, False, 32 * WARPS)[0]
     SEVERAL: tl.constexpr = 8 * STEPS if BLOCK > 0 else AHEAD
     for several in range(0, turns, SEVERAL):
-        if INTEGER and NATIVE and BLOCK == 0:
-            leave_integers(x, mine, places, scale, begin + several, end, K, lanes, ONE, EACH, PARTS, AHEAD, KIND)
+        if (INTEGER or HALVES) and NATIVE and BLOCK == 0:
+            leave_inputs(x, mine, places, scale, begin + several, end, K, lanes, ONE, EACH, PARTS, AHEAD, HALVES, KIND)
         for i in range(several, tl.minimum(several + SEVERAL, turns)):
             chunk = begin + i
             if fetches(BM, PARTS, NATIVE):
                 fetch(lines + tl.cast(tl.minimum(chunk + FETCH, count - 1), tl.int64) * (BITS * size))
             then = _chunk_words(weight, tl.minimum(chunk + 1, count - 1), size, held, after, t, BITS, NATIVE)
             some = ()
-            if INTEGER:
-                some = chunk_integers(
+            if INTEGER or HALVES:
+                some = chunk_inputs(
                     integers, x, mine, places, scale, chunk, i - several, lanes // 32 * each + i, K, lanes,
-                    BLOCK, STEPS, WARPS, ONE, EACH, PARTS, KIND, NATIVE,
+                    BLOCK, STEPS, WARPS, ONE, EACH, PARTS, HALVES, KIND, NATIVE,
                 )  # fmt: skip
             for side in tl.static_range(2):
                 inputs = _operands(some, x, places, scale, where, chunk, side, t, K, PARTS, KIND, CODE, EVEN, NATIVE)
@@ -229,6 +249,7 @@ def trellis_kernel(
     KIND: tl.constexpr = "bf16" if x.dtype.element_ty == tl.bfloat16 else "fp16"
     EACH: tl.constexpr = tokens_at_once(CODE)
     PARTS: tl.constexpr = BM // EACH
+    AHEAD: tl.constexpr = ahead_of(CODE)
     lanes = tl.arange(0, 32 * WARPS)
     g, t = lanes // 4 % 8, lanes % 4
     begin = tl.program_id(1) * each * WARPS

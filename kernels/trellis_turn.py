@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from quant.kernels.shared import get, put, put_one
-from quant.kernels.trellis_inputs import LEVELS, integers_of, rounded, tokens_of
+from quant.kernels.trellis_inputs import LEVELS, inputs_of, rounded, tokens_of
 from quant.kernels.warp import largest_of, load_inputs, numbers, shuffled
 
 
@@ -133,19 +133,20 @@ def taken(
 
 
 @triton.jit
-def chunk_integers(
+def chunk_inputs(
     integers, x, start, places, scale, chunk, which, inside, K, lanes,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, WARPS: tl.constexpr, ONE: tl.constexpr, EACH: tl.constexpr,
-    PARTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
+    PARTS: tl.constexpr, HALVES: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """The integers of a lane's eight columns of `x`, four words for each part. `which`: the chunk's number among its
+    """What a lane's eight columns of `x` are multiplied as, four words for each part. `which`: the chunk's number among its
     warp's in shared memory, `inside`: in the program's part of K."""
     if BLOCK > 0 and not NATIVE:
         return kept(integers, inside, lanes, STEPS, WARPS)
     else:
         some = ()
         for part in tl.static_range(PARTS):
-            some = some + integers_of(
-                x, start, places[part], scale[part], chunk, which, part, K, lanes, ONE, EACH, PARTS, KIND, NATIVE
-            )
+            some = some + inputs_of(
+                x, start, places[part], scale[part], chunk, which, part, K, lanes, ONE, EACH, PARTS, HALVES, KIND,
+                NATIVE,
+            )  # fmt: skip
         return some
