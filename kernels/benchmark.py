@@ -25,7 +25,7 @@ from quant.kernels.available import INTERPRET, runs_triton
 from quant.kernels.blocks import Config
 from quant.kernels.measure import HALVES, SHAPES, Case
 from quant.kernels.roofline import work
-from quant.kernels.spec import Codebook, Trellis, Uniform
+from quant.kernels.spec import Codebook, Trellis, Uniform, rounds_inputs
 
 TOKENS, BITS, GROUP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096), (4, 2, 3, 8), 128
 TRELLISES = (2, 3, 4)
@@ -82,11 +82,19 @@ def gate(apply: Callable[..., Iterator[Any]]) -> int:
         for tokens, group, kind in ((1, 128, "bf16"), (3, -1, "fp16"), (17, 32, "bf16"), (65, 16, "fp16"))
     ]
     cases += [
+        Case(tokens, *size, Uniform(bits=bits, group_size=group, symmetric=symmetric, activations=8), kind)
+        for tokens, bits, group, symmetric, kind in (
+            (1, 4, 128, False, "fp16"), (17, 8, -1, True, "fp16"), (5, 2, 32, True, "fp16"), (100, 4, 64, False, "fp16"),
+            (90, 8, 128, False, "fp16"),
+        )
+    ]  # fmt: skip
+    cases += [
         Case(tokens, *size, Trellis(bits=bits, window=window, code=code), kind)  # pyright: ignore[reportArgumentType]
         for tokens, bits, window, code, kind in (
             (1, 2, 12, "inst", "bf16"), (3, 1, 8, "sum", "fp16"),
             (17, 3, 16, "mac", "bf16"), (9, 4, 12, "inst", "fp16"), (1, 2, 13, "mac", "bf16"),
-            (2, 1, 16, "mac", "fp16"), (3, 2, 13, "mac", "fp16"), (17, 2, 12, "mac", "bf16"),
+            (2, 1, 16, "mac", "fp16"), (3, 2, 13, "mac", "fp16"), (17, 2, 12, "mac", "bf16"), (7, 2, 13, "mac", "bf16"),
+            (8, 4, 12, "sum", "fp16"),
         )
     ]  # fmt: skip
     cases += [
@@ -125,7 +133,8 @@ def rows(quick: bool) -> list[tuple[str, str, Case]]:
         for layer, rows, columns in layers
         for tokens in TOKENS
         for spec in (
-            *(Uniform(bits=b, group_size=GROUP) for b in BITS), *(Trellis(bits=b) for b in TRELLISES),
+            *(Uniform(bits=b, group_size=GROUP) for b in BITS), Uniform(bits=4, group_size=GROUP, activations=8),
+            *(Trellis(bits=b) for b in TRELLISES),
             *(Codebook(bits=b) for b in CODEBOOKS),
         )
     ]  # fmt: skip
@@ -172,7 +181,7 @@ def timed(case: Case, data: Mapping[str, Any], peers: dict[tuple[Any, ...], floa
     limit = need.limit(data["bytes/s copied"], data["flop/s bf16"])
     packed = measure.weights(N, K, spec, measure.copies(need.weight))
     seconds = ours(x, packed, limit)
-    code = spec.code if isinstance(spec, Trellis) else spec.layout
+    code = spec.code if isinstance(spec, Trellis) else spec.layout + ", 8-bit x" * rounds_inputs(spec)
     row: dict[str, Any] = {"N": N, "K": K, "M": M, "bits": spec.bits, "code": code, "us": seconds * 1e6}
     row |= {"GB/s": need.nbytes / seconds / 1e9, "limit us": limit * 1e6, "of limit": limit / seconds}
     if 64 <= M <= 1024:

@@ -20,19 +20,18 @@ class Config:
 
 
 def choose(
-    tokens: int, rows: int, columns: int, processors: int, bits: int = 4, kind: str = "fp16", narrow: bool = False,
-    skinny: bool = True,
-) -> Config:  # fmt: skip
+    tokens: int, rows: int, columns: int, processors: int, bits: int = 4, narrow: bool = False, skinny: bool = True
+) -> Config:
     """The configuration without a tuned one. `skinny`: whether `skinny.py`'s kernel takes the weight; it is the faster
     one for any number of tokens. Else as many rows per warp as its registers hold, and K split until every
     multiprocessor has about 8 warps. `narrow`: at most 32 rows from 32 tokens on. Triton 3.6 compiles no more for
     compute capability 10.0 ("Illegal shared layout"); Triton 3.9 does."""
-    if skinny and kind != "int8":
+    if skinny:
         return choose_skinny(tokens, rows, columns, processors, bits)
-    bm = max(16 if kind == "int8" else 8, next((size for size in (8, 16, 32) if tokens <= size), 64))
-    wide = 64 if kind != "int8" and bits <= 2 else 32
+    bm = next((size for size in (8, 16, 32) if tokens <= size), 64)
+    wide = 64 if bits <= 2 else 32
     many = {32: (32, 2), 64: (32, 4)} if narrow else {32: (64, 4), 64: (64, 4 if bits <= 4 else 8)}
-    bn, warps = ({8: (wide, 1), 16: (16 if kind == "int8" else 32, 1)} | many)[bm]
+    bn, warps = ({8: (wide, 1), 16: (32, 1)} | many)[bm]
     programs = -(-rows // bn) * -(-tokens // bm)
     return Config(bm, bn, warps, 1, even_splits(columns, min(16, processors * 8 // (programs * warps))))
 
@@ -50,9 +49,9 @@ def choose_skinny(
     return Config(bm, bn, 1, 1, even_splits(columns, wanted, step))
 
 
-def is_skinny(config: Config, kind: str) -> bool:
+def is_skinny(config: Config) -> bool:
     """Whether a configuration is one of `skinny.py`'s kernel."""
-    return kind != "int8" and config.bm <= 16 and config.warps == 1 and config.bn in (32, 64)
+    return config.bm <= 16 and config.warps == 1 and config.bn in (32, 64)
 
 
 def takes_skinny(rows: int, width: int, columns: int) -> bool:

@@ -48,17 +48,19 @@ def codebook_decode_kernel(
     FEW: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """`out` `[stop - first, K]`: these rows of the weight, as `PackedCodebook.dequantize` gives them bit for bit; one
-    program per row tile, from `tile` on, of `tiles` in the weight, and column tile, of `count`."""
-    tile += tl.program_id(0)
+    program per row tile, from `tile` on, of `tiles` in the weight, and column tile, of `count`, those of the same rows
+    one after the other."""
+    tile += tl.program_id(0) // count
+    column = tl.program_id(0) % count
     group, begin, left = rows_of(tile, per, LENGTH, GROUP)
-    lanes = tl.program_id(1) * 128 + tl.arange(0, 4) * 32
+    lanes = column * 128 + tl.arange(0, 4) * 32
     codebook += (tl.cast(group, tl.int64) << BITS) * WIDTH
     second += (tl.cast(group, tl.int64) << SECOND) * WIDTH
     columns += tl.cast(group, tl.int64) * (few + K) + few
     after = weight + tl.cast(tiles, tl.int64) * count * (64 * BITS)
     after += tl.cast(tile, tl.int64) * ((few + 127) // 128) * (64 * SECOND)
     peak = tl.load(peaks + group).to(tl.float32)
-    words = tile_words(weight + (tl.cast(tile, tl.int64) * count + tl.program_id(1)) * (64 * BITS), BITS)
+    words = tile_words(weight + (tl.cast(tile, tl.int64) * count + column) * (64 * BITS), BITS)
     for step in tl.static_range(4):
         base, fine = (), ()
         for i in tl.static_range(8):

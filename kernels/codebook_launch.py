@@ -242,7 +242,7 @@ def codebook_dequantize(
         tiles, per, count, _ = _tiles(rows, inputs, length, finer, group)
         first, last = (row // group * per + row % group // length // ROWS for row in (start, stop - 1))
         with torch.cuda.device_of(weight):
-            codebook_decode_kernel[(last - first + 1, count)](
+            codebook_decode_kernel[((last - first + 1) * count,)](
                 weight, codebook, codebook if second is None else second, weight if columns is None else columns,
                 scales, peaks, scale_table(weight.device), out, start, stop, inputs, first, tiles, count, finer, per,
                 **constants(bits, second_bits, length, group, columns is not None, weight.device),

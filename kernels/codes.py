@@ -5,7 +5,6 @@ a tensor core multiplies without a conversion:
 
 - float16: a code `c` in the low bits of a half is the subnormal number `c 2^-24`; nothing but a mask is needed.
 - bfloat16: `0x4300 | c` is `128 + c`, exactly; 8-bit codes are two planes of 4 bits, the high one `2048 + 16 c`.
-- int8: the code itself, or `c - 128` at 8 bits.
 """
 
 # pyright: basic, reportGeneralTypeIssues=false, reportCallIssue=false
@@ -118,35 +117,21 @@ def high_codes(words, CHUNK: tl.constexpr):
 def operand(codes, BN: tl.constexpr, KIND: tl.constexpr):
     """Two codes per int32 `[BN, 4, r, e]` as the operand `[BN, 32]` of a product, its columns in the order of
     `_inputs`."""
-    if KIND == "int8":
-        first, second = tl.split(codes)  # of e
-        word = first | second << 8
-        low = tl.join(word.to(tl.int8), (word >> 8).to(tl.int8))
-        high = tl.join((word >> 16).to(tl.int8), (word >> 24).to(tl.int8))
-        numbers = tl.permute(tl.join(low, high), (0, 2, 1, 4, 3))
-    elif KIND == "fp16":
-        low = codes.to(tl.int16)
-        high = (codes >> 16).to(tl.int16)
+    low = codes.to(tl.int16)
+    high = (codes >> 16).to(tl.int16)
+    if KIND == "fp16":
         numbers = tl.join(low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True))
-        numbers = tl.permute(numbers, (0, 2, 1, 3, 4))
     else:
-        low = codes.to(tl.int16)
-        high = (codes >> 16).to(tl.int16)
         numbers = tl.join(low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True))
-        numbers = tl.permute(numbers, (0, 2, 1, 3, 4))
-    return tl.reshape(numbers, (BN, 32))
+    return tl.reshape(tl.permute(numbers, (0, 2, 1, 3, 4)), (BN, 32))
 
 
 @triton.jit
-def inputs(some, BM: tl.constexpr, KIND: tl.constexpr):
-    """A chunk of `x` `[32, BM]` (lane, r, e, p) in the order (r, lane, e, p), of int8 (r, lane, p, e): four neighbours
-    of this order are the registers of one thread, and a register holds two halves or four bytes."""
+def inputs(some, BM: tl.constexpr):
+    """A chunk of `x` `[32, BM]` (lane, r, e, p) in the order (r, lane, e, p): four neighbours of this order are the
+    registers of one thread, and a register holds two halves."""
     some = tl.reshape(some, (4, 2, 2, 2, BM))
-    if KIND == "int8":
-        some = tl.permute(some, (1, 0, 3, 2, 4))
-    else:
-        some = tl.permute(some, (1, 0, 2, 3, 4))
-    return tl.reshape(some, (32, BM))
+    return tl.reshape(tl.permute(some, (1, 0, 2, 3, 4)), (32, BM))
 
 
 @triton.jit
@@ -172,10 +157,13 @@ def dequantize_kernel(
     weight, scales, zeros, out, first, stop, N, K,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """`out` `[stop - first, K]`: these rows of the weight, as `PackedUniform.dequantize` gives them bit for bit; one
-    program per BN rows and tile."""
-    rows = first + tl.program_id(0) * BN + tl.arange(0, BN)
-    tile = tl.program_id(1)
+    """`out` `[stop - first, K]`: these rows of the weight, as `PackedUniform.dequantize` gives them bit for bit, or, as
+    int8, the codes less their zero points, of 8 bits with zero points less 128; one program per BN rows and tile, the
+    tiles of the same rows one after the other, so that what is stored at a time lies together."""
+    INTEGER: tl.constexpr = out.dtype.element_ty == tl.int8
+    tiles = tl.cdiv(K, 256)
+    rows = first + tl.program_id(0) // tiles * BN + tl.arange(0, BN)
+    tile = tl.program_id(0) % tiles
     inside = rows < stop
     words = tile_words(weight, tile, N, rows, inside, BITS, BN)
     for chunk in tl.static_range(8):
@@ -186,14 +174,21 @@ def dequantize_kernel(
         values = tl.reshape(values, (BN, 32))
         k = tile * 256 + chunk * 32 + tl.arange(0, 32)
         here = inside[:, None] & (k < K)[None, :]
-        group = tl.zeros((32,), tl.int32)
-        if GROUP > 0:
-            group = k // GROUP
-        at = group[None, :] * N + rows[:, None]
-        scale = tl.load(scales + at, mask=here, other=0.0).to(tl.float32)
+        if GROUP % 32 > 0:
+            at = (k // GROUP)[None, :] * N + rows[:, None]
+            known = here
+        else:  # a chunk's columns share a group
+            at = rows[:, None]
+            if GROUP > 0:
+                at += tl.minimum(tile * 256 + chunk * 32, K - 1) // GROUP * N
+            known = inside[:, None]
         if ZERO >= 0:
-            zero = ZERO
+            values -= ZERO
+        elif INTEGER and BITS == 8:
+            values -= 128
         else:
-            zero = tl.load(zeros + at, mask=here, other=0).to(tl.float32)
+            values -= tl.load(zeros + at, mask=known, other=0).to(tl.float32)
+        if not INTEGER:
+            values *= tl.load(scales + at, mask=known, other=0.0).to(tl.float32)
         places = out + (rows - first)[:, None].to(tl.int64) * K + k[None, :]
-        tl.store(places, ((values - zero) * scale).to(out.dtype.element_ty), mask=here)
+        tl.store(places, values.to(out.dtype.element_ty), mask=here)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import codebook_launch, integer, launch, reference, trellis_launch
+from quant.kernels import codebook_launch, integer, integer_launch, launch, reference, trellis_launch
 from quant.kernels.available import missing
 from quant.kernels.codebook_order import ArrangedCodebook
 from quant.kernels.layouts import PackedUniform
@@ -76,7 +76,7 @@ def _row(kind: type[Any], refuses: Callable[[Tensor, Any], str | None]) -> Calla
 def _int8_refuses(x: Tensor, packed: Arranged) -> str | None:
     if not _rounds(packed) and os.environ.get(VARIABLE) != "triton-int8":
         return f"it rounds x to 8 bits, and runs only where {VARIABLE}=triton-int8 asks for it"
-    return launch.refuses_int8(x, packed)
+    return integer_launch.refuses(x, packed)
 
 
 def _disorder(x: Tensor, packed: Weight) -> str:
@@ -96,7 +96,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("triton-trellis", _row(ArrangedTrellis, trellis_launch.refuses), trellis_launch.matmul),
     Kernel("triton-codebook", _row(ArrangedCodebook, codebook_launch.refuses), codebook_launch.matmul),
     Kernel("torch", _torch_refuses, reference.matmul),
-    Kernel("triton-int8", _row(Arranged, _int8_refuses), launch.matmul_int8),
+    Kernel("triton-int8", _row(Arranged, _int8_refuses), integer_launch.matmul),
     Kernel("torch-int8", _torch_int8_refuses, integer.matmul),
 )
 

@@ -9,6 +9,7 @@ no guard on the number of tokens, and CUDA graphs record whatever ran.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,27 +18,27 @@ from torch import Tensor
 from quant.kernels.available import missing
 from quant.kernels.blocks import Config, choose, is_skinny, step_columns, takes_skinny
 from quant.kernels.counters import fresh_counters
-from quant.kernels.integer import round_tokens, span
+from quant.kernels.integer import LONGEST, part, span
 from quant.kernels.layouts import symmetric_zero
-from quant.kernels.order import CHUNK, TILE, Arranged, tiles
+from quant.kernels.order import TILE, Arranged, tiles
 from quant.kernels.reference import check_shape
 
-UNPACK_FROM = 144
-"""Tokens from which unpacking pays: at 128 the kernel takes 311 to 332 us of an H200 for 28672 x 8192 and unpacking 369
-to 380, at 256 it is 625 to 660 and 398 to 411 (2 and 4 bits)."""
+UNPACK_FROM = 128
+"""Tokens from which unpacking pays: at 96 the kernel takes 234 to 249 us of an H200 for 28672 x 8192 and unpacking 304
+to 317, at 128 it is 298 to 336 and 307 to 322 (2 and 4 bits)."""
 
-KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
+KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def refuses(x: Tensor, arranged: Arranged) -> str | None:
     """Why the kernels do not take these arguments; None where they do."""
-    reason = _refuses_place(x, arranged)
+    reason = refuses_place(x, arranged)
     if reason is None and x.dtype not in (torch.float16, torch.bfloat16):
         return f"x is {x.dtype}; the kernels multiply float16 and bfloat16"
     return reason
 
 
-def _refuses_place(x: Tensor, arranged: Arranged) -> str | None:
+def refuses_place(x: Tensor, arranged: Arranged) -> str | None:
     """As `refuses`, whatever the dtype."""
     reason = missing(x)
     if reason is not None:
@@ -50,16 +51,6 @@ def _refuses_place(x: Tensor, arranged: Arranged) -> str | None:
     return None
 
 
-def refuses_int8(x: Tensor, arranged: Arranged) -> str | None:
-    """As `refuses`, of `matmul_int8`, which takes float32 as well: what it multiplies are the codes."""
-    if x.requires_grad:
-        return "x requires a gradient, and rounding to 8 bits has none"
-    width = arranged.spec.group_width(arranged.shape[1])
-    if width % CHUNK and width != arranged.shape[1]:
-        return f"groups of {width}: the int8 kernel takes multiples of {CHUNK}"
-    return _refuses_place(x, arranged)
-
-
 def matmul(x: Tensor, arranged: Arranged, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """`x` `[..., K]` float16 or bfloat16 times the weight `[N, K]` transposed, plus `bias` `[N]` and `residual`
     `[..., N]`: `[..., N]` in `x`'s dtype, accumulated in float32. Differentiable with respect to these three. Raises
@@ -67,37 +58,26 @@ def matmul(x: Tensor, arranged: Arranged, bias: Tensor | None = None, residual: 
     check_shape(x, arranged)
     flat, rows = x.reshape(-1, x.shape[-1]), arranged.shape[0]
     out = torch.ops.bitwright.uniform_matmul(
-        flat, None, arranged.weight, arranged.scales, arranged.zeros, bias,
-        None if residual is None else residual.reshape(-1, rows), *_sizes(arranged), x.dtype,
+        flat, arranged.weight, arranged.scales, arranged.zeros, bias,
+        None if residual is None else residual.reshape(-1, rows), *sizes_of(arranged), x.dtype,
     )  # fmt: skip
     return out.view(*x.shape[:-1], rows)
 
 
-def matmul_int8(x: Tensor, arranged: Arranged, bias: Tensor | None = None) -> Tensor:
-    """As `matmul` with activations rounded to 8 bits, token by token: the product that `integer.py` defines, to the
-    last bit. `x` may be float32 too. The weight's groups hold multiples of 32 columns, or all of them."""
-    check_shape(x, arranged)
-    codes, scale = round_tokens(x.reshape(-1, x.shape[-1]))
-    out = torch.ops.bitwright.uniform_matmul(
-        codes, scale, arranged.weight, arranged.scales, arranged.zeros, bias, None, *_sizes(arranged), x.dtype
-    )
-    return out.view(*x.shape[:-1], arranged.shape[0])
-
-
-def _sizes(arranged: Arranged) -> tuple[int, int, int, int]:
+def sizes_of(arranged: Arranged) -> tuple[int, int, int, int]:
     """Rows, columns, bits and the width of a group, as the operators take them."""
     return *arranged.shape, arranged.spec.bits, arranged.spec.group_width(arranged.shape[1])
 
 
 @torch.library.custom_op("bitwright::uniform_matmul", mutates_args=())
 def uniform_matmul(
-    x: Tensor, x_scale: Tensor | None, weight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
-    residual: Tensor | None, rows: int, columns: int, bits: int, width: int, dtype: torch.dtype,
+    x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    rows: int, columns: int, bits: int, width: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """`x` `[M, columns]` times a weight in kernel order: `[M, rows]` of `dtype`. `width`: columns of a group."""
     out = torch.empty((len(x), rows), dtype=dtype, device=x.device)
-    if len(x) < UNPACK_FROM or x_scale is not None:
-        launch(x, x_scale, weight, scales, zeros, bias, residual, out, columns, bits, width, None)
+    if len(x) < UNPACK_FROM:
+        launch(x, None, weight, scales, zeros, bias, residual, out, columns, bits, width, None)
         return out
     held, sizes = (weight, scales, zeros), (rows, columns, bits, width)
     multiply_unpacked(x, out, columns, lambda *part: uniform_dequantize(*held, *sizes, dtype, *part))
@@ -129,20 +109,20 @@ def input_gradient(grad: Tensor, columns: int, unpack: Callable[[int, int], Tens
 
 @uniform_matmul.register_fake
 def _(x: Tensor, *rest: Any) -> Tensor:
-    rows, dtype = rest[6], rest[10]
+    rows, dtype = rest[5], rest[9]
     return x.new_empty((x.shape[0], rows), dtype=dtype)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[2:5])
-    ctx.sizes, ctx.bias = inputs[7:11], inputs[5] if inputs[5] is None else inputs[5].dtype
+    ctx.save_for_backward(*inputs[1:4])
+    ctx.sizes, ctx.bias = inputs[6:10], inputs[4] if inputs[4] is None else inputs[4].dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     unpack = lambda *part: uniform_dequantize(*ctx.saved_tensors, *ctx.sizes, grad.dtype, *part)  # noqa: E731
     x_grad = input_gradient(grad, ctx.sizes[1], unpack) if ctx.needs_input_grad[0] else None
-    bias_grad = grad.sum(0).to(ctx.bias) if ctx.needs_input_grad[5] else None
-    return (x_grad, *[None] * 4, bias_grad, grad if ctx.needs_input_grad[6] else None, *[None] * 5)
+    bias_grad = grad.sum(0).to(ctx.bias) if ctx.needs_input_grad[4] else None
+    return (x_grad, *[None] * 3, bias_grad, grad if ctx.needs_input_grad[5] else None, *[None] * 5)
 
 
 uniform_matmul.register_autograd(_backward, setup_context=_keep)
@@ -152,7 +132,8 @@ def launch(
     x: Tensor, x_scale: Tensor | None, weight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
     residual: Tensor | None, out: Tensor, columns: int, bits: int, width: int, config: Config | None,
 ) -> None:  # fmt: skip
-    """Fills `out` `[M, N]`. `config`: None for the default one."""
+    """Fills `out` `[M, N]`. `config`: None for the default one. `x_scale`: `x` are codes in float16 of tokens with
+    these scales, `takes_skinny` the weight, and K is split as `integer.py` says."""
     from quant.kernels.tune import tuned  # it needs this module
 
     tokens, rows = out.shape
@@ -161,12 +142,17 @@ def launch(
     x = x if x.stride(1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
     processors, narrow = processor(x.device)
     kind = KINDS[x.dtype]
-    skinny = kind != "int8" and takes_skinny(rows, width, columns)
+    skinny = takes_skinny(rows, width, columns)
     if config is None and skinny:
         config = tuned(x.device, tokens, rows, columns, bits, kind, step_columns(bits))
-    config = config or choose(tokens, rows, columns, processors, bits, kind, narrow, skinny)
-    skinny = skinny and is_skinny(config, kind)
-    count = -(-columns // (step_columns(bits) if skinny else TILE))
+    config = config or choose(tokens, rows, columns, processors, bits, narrow, skinny)
+    skinny = skinny and is_skinny(config)
+    step = step_columns(bits) if skinny else TILE
+    count = -(-columns // step)
+    each = -(-count // config.splits)
+    if x_scale is not None:
+        each = part(columns) // step
+        config = replace(config, splits=-(-count // each))
     grid = (-(-rows // config.bn), config.splits, -(-tokens // config.bm))
     partial, counters = out, out
     if config.splits > 1:
@@ -174,16 +160,20 @@ def launch(
         counters = fresh_counters(grid[0] * grid[2], x.device)
     parts = (scales, scales if zeros is None else zeros, out if bias is None else bias)
     parts += (out if residual is None else residual.contiguous(), out, partial, counters)
-    sizes = (tokens, rows, columns, -(-count // config.splits))
-    named = constants(bits, width, columns, zeros is not None, kind) | {"BM": config.bm, "SPLIT": config.splits > 1}
+    sizes = (tokens, rows, columns, each)
+    most = TILE if x_scale is None else LONGEST
+    named = constants(bits, width, columns, zeros is not None, kind, most)
+    named |= {"BM": config.bm, "SPLIT": config.splits > 1}
     named |= {"BIAS": bias is not None, "RESIDUAL": residual is not None}
     with torch.cuda.device_of(x):
-        run = _run_skinny if skinny else _run
-        run(grid, x, x_scale, weight, parts, count, sizes, named, config)
+        if skinny:
+            _run_skinny(grid, x, x_scale, weight, parts, count, sizes, named, config)
+        else:
+            _run(grid, x, weight, parts, count, sizes, named, config)
 
 
 def _run(
-    grid: tuple[int, ...], x: Tensor, x_scale: Tensor | None, weight: Tensor, parts: tuple[Tensor, ...], count: int,
+    grid: tuple[int, ...], x: Tensor, weight: Tensor, parts: tuple[Tensor, ...], count: int,
     sizes: tuple[int, ...], named: dict[str, Any], config: Config,
 ) -> None:  # fmt: skip
     from quant.kernels.uniform import matmul_kernel
@@ -191,9 +181,9 @@ def _run(
     tokens, rows, columns, each = sizes
     widen = x.device.type != "cuda" and x.dtype == torch.bfloat16
     matmul_kernel[grid](
-        x, x if x_scale is None else x_scale, weight, *parts, tokens, rows, columns, x.stride(0), count, each,
+        x, weight, *parts, tokens, rows, columns, x.stride(0), count, each,
         **named, BN=config.bn, EVEN=columns % TILE == 0, WIDEN=widen,
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=named["KIND"] != "int8",  # see integer.py
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -206,10 +196,11 @@ def _run_skinny(
     tokens, rows, columns, each = sizes
     x = aligned(x)
     skinny_kernel[grid](
-        x, weight, *parts, tokens, rows, x.shape[1], x.stride(0), count, each, 0x10001,
-        **named, TILES=config.bn // 16, EVEN=columns % step_columns(named["BITS"]) == 0,
+        x, x if x_scale is None else x_scale, weight, *parts,
+        tokens, rows, x.shape[1], x.stride(0), count, each, 0x10001,
+        **named, TILES=config.bn // 16, EVEN=columns % step_columns(named["BITS"]) == 0, ROUNDED=x_scale is not None,
         NATIVE=x.device.type == "cuda",
-        num_warps=1, num_stages=1, enable_fp_fusion=True,
+        num_warps=1, num_stages=1, enable_fp_fusion=x_scale is None,  # see integer.py
     )  # fmt: skip
 
 
@@ -231,21 +222,22 @@ def processor(device: torch.device) -> tuple[int, bool]:
     return properties.multi_processor_count, properties.major == 10
 
 
-def constants(bits: int, width: int, columns: int, asymmetric: bool, kind: str) -> dict[str, Any]:
-    """What the kernel is compiled for beside its blocks."""
+def constants(bits: int, width: int, columns: int, asymmetric: bool, kind: str, most: int = TILE) -> dict[str, Any]:
+    """What the kernel is compiled for beside its blocks. `most`: see `span`."""
     return {
         "BITS": bits,
         "GROUP": 0 if width >= columns else width,
-        "FLUSH": span(width, columns),
+        "FLUSH": span(width, columns, most),
         "ZERO": -1.0 if asymmetric else symmetric_zero(bits),
         "KIND": kind,
     }
 
 
 def dequantize(arranged: Arranged, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-    """Rows `start` to `stop` as a plain matrix, the values of `PackedUniform.dequantize` bit for bit."""
+    """Rows `start` to `stop` as a plain matrix, the values of `PackedUniform.dequantize` bit for bit; of int8 see
+    `codes.dequantize_kernel`."""
     held = arranged.weight, arranged.scales, arranged.zeros
-    return uniform_dequantize(*held, *_sizes(arranged), dtype, start, stop)
+    return uniform_dequantize(*held, *sizes_of(arranged), dtype, start, stop)
 
 
 @torch.library.custom_op("bitwright::uniform_dequantize", mutates_args=())
@@ -260,7 +252,7 @@ def uniform_dequantize(
     chosen = constants(bits, width, columns, zeros is not None, "fp16")
     if out.numel():
         with torch.cuda.device_of(weight):
-            dequantize_kernel[(-(-(stop - start) // 32), tiles(columns))](
+            dequantize_kernel[(-(-(stop - start) // 32) * tiles(columns),)](
                 weight, scales, scales if zeros is None else zeros, out, start, stop, rows, columns,
                 BITS=bits, GROUP=chosen["GROUP"], ZERO=chosen["ZERO"], BN=32, num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip

@@ -25,7 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import codebook_launch, codebook_order, launch, order, trellis_launch, trellis_order
+from quant.kernels import (
+    codebook_launch,
+    codebook_order,
+    integer,
+    integer_launch,
+    launch,
+    order,
+    trellis_launch,
+    trellis_order,
+)
 from quant.kernels.blocks import Config
 from quant.kernels.codebook import Codebook, PackedCodebook, codebook_for
 from quant.kernels.codebook_order import ArrangedCodebook
@@ -33,7 +42,7 @@ from quant.kernels.hadamard import random_signs
 from quant.kernels.layouts import PackedTrellis, PackedUniform
 from quant.kernels.order import Arranged, tiles
 from quant.kernels.rotated import IDENTITY, Rotation
-from quant.kernels.spec import DTYPES, Trellis, Uniform
+from quant.kernels.spec import DTYPES, Trellis, Uniform, rounds_inputs
 from quant.kernels.trellis_order import ArrangedTrellis, chunks, units
 
 Spec = Uniform | Trellis | Codebook
@@ -76,6 +85,9 @@ def wrong(case: Case, device: str = "cuda") -> str | None:
         found = multiply(x, arrange(packed), case.config, turn).double()
     except Exception as error:  # any, so that one configuration that does not compile does not end a run
         return f"{case}: {type(error).__name__}: {str(error)[:300]}"
+    if rounds_inputs(case.spec):
+        expected = integer.matmul(x, packed)  # pyright: ignore[reportArgumentType]  one of a grid
+        return None if torch.equal(found, expected.double()) else f"{case}: not the bits of integer.py"
     worst, x = 0.0, turn.apply(x.double())
     scales = packed.scales.double().abs().amax(1) if isinstance(packed, PackedUniform) else packed.row_scales().double()
     for start, stop in {(0, min(rows, PART)), (max(0, rows - PART), rows)}:
@@ -176,7 +188,9 @@ def module_of(arranged: Ordered) -> Any:
     """The module that launches its kernels."""
     if isinstance(arranged, ArrangedCodebook):
         return codebook_launch
-    return trellis_launch if isinstance(arranged, ArrangedTrellis) else launch
+    if isinstance(arranged, ArrangedTrellis):
+        return trellis_launch
+    return integer_launch if rounds_inputs(arranged.spec) else launch
 
 
 def run(x: Tensor, arranged: Ordered, config: Config, out: Tensor) -> None:

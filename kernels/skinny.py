@@ -12,6 +12,9 @@ here with k up to 2, so that `x` keeps its bits down to 2^-12. So two codes cost
 two) a shift more. A product with ones gives `sum x 2^-k` in its upper rows and, from `2^k` times that, `sum x` in its
 lower ones; with them 128 and zero points come off in float32 where a group ends.
 
+Inputs that are rounded to 8 bits (`integer.py`) come as float16: their codes, and all sums of their products with codes
+of a weight, are exact in it, so this is the product of integers, and few tokens are too few for integers to be faster.
+
 Up to four tokens go to every second column of the product, so half of what a lane accumulates is left out. Splits of K
 are gathered as in `uniform.py`.
 """
@@ -134,16 +137,17 @@ def _flush(
 
 @triton.jit(do_not_specialize=("M", "count", "each", "mask"))  # or 1 and multiples of 16 would be compiled once more
 def skinny_kernel(
-    x, weight, scales, zeros, bias, residual, out, partial, counters,
+    x, x_scale, weight, scales, zeros, bias, residual, out, partial, counters,
     M, N, K, stride, count, each, mask,
     BITS: tl.constexpr, GROUP: tl.constexpr, FLUSH: tl.constexpr, ZERO: tl.constexpr, KIND: tl.constexpr,
-    BM: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, ROUNDED: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """`x` `[M, K]` with rows `stride` apart, `K` and `stride` multiples of 8; `count` steps of K, `each` of them per
     split. BM: 4, 8 or 16 tokens; TILES: 2 or 4. `N` a multiple of 8. GROUP columns share a scale (0: all of them);
-    FLUSH: columns after which a group may end. `mask`: 0x00010001, an argument since an instruction holds one constant,
-    and of two the assembler would load one again for each."""
+    FLUSH: columns after which a group may end. ROUNDED: `x` are codes whose tokens have scales `x_scale`, float32.
+    `mask`: 0x00010001, an argument since an instruction holds one constant, and of two the assembler would load one
+    again for each."""
     PARTS: tl.constexpr = 2 if BM == 16 else 1
     EACH: tl.constexpr = 1 if BM == 4 else 2
     HALVES: tl.constexpr = 2 if BITS >= 4 else 1
@@ -187,17 +191,20 @@ def skinny_kernel(
                 dots, sums = nothing(TILES * PARTS, False), nothing(PARTS, False)
         words = then
     token = tl.program_id(2) * BM + (t if BM == 4 else t * 2)
-    _leave(acc, bias, residual, out, partial, row, inside, token, M, N, TILES, PARTS, EACH, SPLIT, BIAS, RESIDUAL)
+    _leave(
+        acc, x_scale, bias, residual, out, partial, row, inside, token, M, N,
+        TILES, PARTS, EACH, SPLIT, ROUNDED, BIAS, RESIDUAL,
+    )  # fmt: skip
     if SPLIT:
         if is_last(counters):
-            _finish(x, bias, residual, out, partial, M, N, 16 * TILES, BM, BIAS, RESIDUAL)
+            _finish(x_scale, bias, residual, out, partial, M, N, 16 * TILES, BM, ROUNDED, BIAS, RESIDUAL)
 
 
 @triton.jit
 def _leave(
-    acc, bias, residual, out, partial, row, inside, token, M, N,
-    TILES: tl.constexpr, PARTS: tl.constexpr, EACH: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    acc, x_scale, bias, residual, out, partial, row, inside, token, M, N,
+    TILES: tl.constexpr, PARTS: tl.constexpr, EACH: tl.constexpr, SPLIT: tl.constexpr, ROUNDED: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Stores what a lane has: as this program's part, or as the output."""
     for index in tl.static_range(2 * TILES * PARTS * EACH):
@@ -208,6 +215,8 @@ def _leave(
         if SPLIT:
             tl.store(partial + tl.program_id(1).to(tl.int64) * M * N + at, value, mask=here)
         else:
+            if ROUNDED:
+                value *= tl.load(x_scale + mine, mask=here, other=0.0)
             if BIAS:
                 value += tl.load(bias + row + index // (PARTS * EACH)).to(tl.float32)
             if RESIDUAL:
@@ -217,8 +226,8 @@ def _leave(
 
 @triton.jit
 def _finish(
-    x, bias, residual, out, partial, M, N,
-    BN: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    x_scale, bias, residual, out, partial, M, N,
+    BN: tl.constexpr, BM: tl.constexpr, ROUNDED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """The sum of all parts of this tile of the output, stored."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -226,4 +235,4 @@ def _finish(
     inside, live = rows < N, tokens < M
     at = tokens[None, :].to(tl.int64) * N + rows[:, None]
     total = collected(partial, at, inside[:, None] & live[None, :], M, N, 4)
-    stored(total, x, bias, residual, out, rows, tokens, inside, live, N, False, BIAS, RESIDUAL)
+    stored(total, x_scale, bias, residual, out, rows, tokens, inside, live, N, ROUNDED, BIAS, RESIDUAL)

@@ -97,8 +97,8 @@ def leave_inputs(
     ONE: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr, HALVES: tl.constexpr,
     KIND: tl.constexpr,
 ):  # fmt: skip
-    """Puts what `x` is multiplied as, of COUNT chunks into shared memory, 64 bytes for a chunk and a token. Loaded from memory chunk
-    by chunk, `x` would come behind the weights that were asked for before it: loads return in order."""
+    """Puts what COUNT chunks of `x` are multiplied as into shared memory, 64 bytes for a chunk and a token. Loaded from
+    memory chunk by chunk, `x` would come behind the weights that were asked for before it: loads return in order."""
     TURNS: tl.constexpr = 8 if ONE else 8 // EACH
     TOKENS: tl.constexpr = 1 if ONE else EACH * PARTS
     g, t = lanes // 4 % 8, lanes % 4
@@ -120,8 +120,8 @@ def inputs_of(
     ONE: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr, KIND: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """What a lane's eight columns of a chunk are multiplied as, which is number `which` in shared memory; four words. The
-    interpreter has no shared memory and makes them anew."""
+    """What a lane's eight columns of a chunk are multiplied as, which is number `which` in shared memory; four words.
+    The interpreter has no shared memory and makes them anew."""
     t = lanes % 4
     if NATIVE:
         TURNS: tl.constexpr = 8 if ONE else 8 // EACH

@@ -32,10 +32,10 @@ def products_of(code: str) -> int:
 @triton.jit
 def finish(
     x, scales, peaks, table, bias, out, partial, M, N,
-    BM: tl.constexpr, TAKEN: tl.constexpr, AHEAD: tl.constexpr, LENGTH: tl.constexpr, BIAS: tl.constexpr,
+    BM: tl.constexpr, TAKEN: tl.constexpr, LENGTH: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """The sums of all parts of this tile of the output, in their order, scaled and stored: TAKEN tokens at a time,
-    AHEAD parts of them on their way."""
+    eight parts of them on their way."""
     rows = tl.program_id(0) * 256 + tl.arange(0, 256)
     inside = rows < N
     scale = row_scales(scales, peaks, table, rows, inside, LENGTH)
@@ -44,7 +44,7 @@ def finish(
         tokens = start + tl.arange(0, TAKEN)
         live = tokens < M
         at = tokens[None, :].to(tl.int64) * N + rows[:, None]
-        total = collected(partial, at, inside[:, None] & live[None, :], M, N, AHEAD)
+        total = collected(partial, at, inside[:, None] & live[None, :], M, N, 8)
         stored(total * scale[:, None], x, bias, out, out, rows, tokens, inside, live, N, False, BIAS, False)
 
 

@@ -84,15 +84,17 @@ def fetches(bm: int, parts: int, native: bool) -> bool:
 
 
 @triton.jit
-def _chunk_words(weight, chunk, size, units, after, lane, BITS: tl.constexpr, NATIVE: tl.constexpr):
+def _chunk_words(
+    weight, chunk, size, units, after, lane, BITS: tl.constexpr, NATIVE: tl.constexpr, NOW: tl.constexpr = False
+):
     """All words of a chunk, per side and unit those of `pieces` and of the unit that comes after."""
     start = weight + chunk * (BITS * size)
     words = ()
     for side in tl.static_range(2):
         for half in tl.static_range(2):
-            words = words + pieces(start + units[half] * 16 + lane * 4, size, BITS, side, NATIVE)
+            words = words + pieces(start + units[half] * 16 + lane * 4, size, BITS, side, NATIVE, NOW)
             first = start + after[half] * 16 + lane * 4
-            words = words + load_words(first + (side * size if BITS > 1 else 0), 4, True, NATIVE)
+            words = words + load_words(first + (side * size if BITS > 1 else 0), 4, True, NATIVE, NOW)
     return words
 
 
@@ -160,10 +162,10 @@ def _side(
             added = added + (total,)
         sums = added
     elif is_halves(CODE):
-        carry = tl.full(mask.shape, carry_of(CODE) * 0x10001, tl.uint32)  # two rows of it: the parts' in a lane's results
-        sums = product(carry, carry ^ carry, carry, carry ^ carry, inputs[0][0], inputs[0][1], sums, "fp16", NATIVE)
-        if PARTS == 2:
-            sums = product(carry ^ carry, carry, carry ^ carry, carry, inputs[1][0], inputs[1][1], sums, "fp16", NATIVE)
+        carry, none = tl.full(mask.shape, carry_of(CODE) * 0x10001, tl.uint32), tl.full(mask.shape, 0, tl.uint32)
+        for part in tl.static_range(PARTS):  # the upper rows are the first part's, the lower ones the second's
+            upper, lower = (carry, none) if part == 0 else (none, carry)
+            sums = product(upper, lower, upper, lower, inputs[part][0], inputs[part][1], sums, "fp16", NATIVE)
     return fresh, sums
 
 
@@ -267,7 +269,7 @@ def trellis_kernel(
     unit = tl.program_id(0) * 16 + g + zero
     held = tl.minimum(unit, total - 1), tl.minimum(unit + 8, total - 1)  # what is not there is not stored
     after = neighbours(held[0], whole, total, LENGTH), neighbours(held[1], whole, total, LENGTH)
-    words = _chunk_words(weight, tl.minimum(begin, count - 1), size, held, after, t, BITS, NATIVE)
+    words = _chunk_words(weight, tl.minimum(begin, count - 1), size, held, after, t, BITS, NATIVE, BLOCK > 0)
     mask = tl.full(lanes.shape, 0, tl.uint32) + mask.to(tl.uint32, bitcast=True)
     first = tl.program_id(2) * BM
     start = lanes.to(tl.uint32)
@@ -292,4 +294,4 @@ def trellis_kernel(
     if SPLIT:
         if is_last(counters):
             TAKEN: tl.constexpr = 1 if ONE else 2 if BM == 2 else 4
-            finish(x, scales, peaks, table, bias, out, partial, M, N, BM, TAKEN, 8 if ONE else 2, LENGTH, BIAS)
+            finish(x, scales, peaks, table, bias, out, partial, M, N, BM, TAKEN, LENGTH, BIAS)

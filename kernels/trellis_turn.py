@@ -138,8 +138,8 @@ def chunk_inputs(
     BLOCK: tl.constexpr, STEPS: tl.constexpr, WARPS: tl.constexpr, ONE: tl.constexpr, EACH: tl.constexpr,
     PARTS: tl.constexpr, HALVES: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """What a lane's eight columns of `x` are multiplied as, four words for each part. `which`: the chunk's number among its
-    warp's in shared memory, `inside`: in the program's part of K."""
+    """What a lane's eight columns of `x` are multiplied as, four words for each part. `which`: the chunk's number among
+    its warp's in shared memory, `inside`: in the program's part of K."""
     if BLOCK > 0 and not NATIVE:
         return kept(integers, inside, lanes, STEPS, WARPS)
     else:

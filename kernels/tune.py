@@ -31,7 +31,7 @@ from quant.kernels.order import TILE
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHIPPED = Path(__file__).parent / "tuned"
-REVISION = 4
+REVISION = 5
 """Of the kernels: entries for others do not fit."""
 
 
@@ -39,7 +39,7 @@ REVISION = 4
 def tuned(
     device: torch.device, tokens: int, rows: int, columns: int, bits: int, kind: str, tile: int = TILE
 ) -> Config | None:
-    """The measured configuration for `x` `[tokens, columns]` of `kind` ("fp16", "bf16", "int8") times a weight `[rows,
+    """The measured configuration for `x` `[tokens, columns]` of `kind` ("fp16", "bf16") times a weight `[rows,
     columns]` of so many bits; None where this GPU has none. Compiles and measures nothing."""
     if device.type != "cuda":
         return None
@@ -185,7 +185,7 @@ def fastest(
         default = codebook_launch.choose(*sizes, chosen.length, count, shared)
         measured([default, *codebook_launch.candidates(*sizes, chosen.length, count, shared)])
     else:
-        default = blocks.choose(*sizes, count, bits, kind, launch.processor(x.device)[1])
+        default = blocks.choose(*sizes, count, bits, launch.processor(x.device)[1])
         measured([default, *candidates(*sizes, bits, count)])
     best = min(times, key=times.__getitem__)
     return best, times[best], times[default]

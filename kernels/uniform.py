@@ -1,14 +1,14 @@
 """The Triton kernel that multiplies by uniform weights in kernel order (`order.py`).
 
-It computes `out[M, N] = x[M, K] @ W[N, K]^T` for any M, wherever `skinny.py`'s kernel does not: for inputs of 8 bits,
-groups of fewer than 32 columns and rows whose number is no multiple of 8. Block sizes decide whether it reads every
+It computes `out[M, N] = x[M, K] @ W[N, K]^T` for any M, wherever `skinny.py`'s kernel does not: for groups of fewer
+than 32 columns and rows whose number is no multiple of 8. Block sizes decide whether it reads every
 weight byte once (BM 8 to 64, one warp, K split over programs) or is a tensor core GEMM (BM from 64, four or eight
 warps). What the codes are multiplied as is told in `codes.py`; what every code carries beyond itself (128 in
 bfloat16) and the unit of float16's subnormal numbers, `2^-24`, come off in float32 at the end of a group.
 
 Zero points come off once per group: `sum (c - z) x = sum c x - z sum x`, and the tensor core that idles computes
-`sum x` too, as a product with ones. Accumulation is in float32 (int32 for int8), group by group; a group's scale enters
-as one fused multiply-add. Groups of fewer than 32 columns have their scale put on the weight instead.
+`sum x` too, as a product with ones. Accumulation is in float32, group by group; a group's scale enters as one fused
+multiply-add. Groups of fewer than 32 columns have their scale put on the weight instead.
 
 With K split, each program leaves its float32 part in `partial`; the last one to arrive at a tile of the output, whoever
 it is, adds the parts in their order. So results do not depend on timing. It also puts the counter back to zero.
@@ -116,18 +116,19 @@ def _flush(
     scale, zero = _grid(scales, zeros, group, N, rows, inside, ZERO)
     BN: tl.constexpr = acc.shape[0]
     BM: tl.constexpr = acc.shape[1]
-    total = tl.broadcast_to(sums.to(tl.float32)[None], (BN // 16, 16, BM)).reshape(BN, BM)
-    return acc + (dots.to(tl.float32) * UNIT - (zero + BASE)[:, None] * total) * scale[:, None]
+    total = tl.broadcast_to(sums[None], (BN // 16, 16, BM)).reshape(BN, BM)
+    return acc + (dots * UNIT - (zero + BASE)[:, None] * total) * scale[:, None]
 
 
 @triton.jit
 def stored(
     acc, x_scale, bias, residual, out, rows, tokens, inside, live, N,
-    INTEGER: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    ROUNDED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
+    """`x_scale` of ROUNDED: the tokens' scales, float32."""
     at = tokens[None, :].to(tl.int64) * N + rows[:, None]
     here = inside[:, None] & live[None, :]
-    if INTEGER:
+    if ROUNDED:
         acc *= tl.load(x_scale + tokens, mask=live, other=0.0)[None, :]
     if BIAS:
         acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
@@ -138,7 +139,7 @@ def stored(
 
 @triton.jit(do_not_specialize=("M", "count", "each"))  # or 1 and multiples of 16 would be compiled once more
 def matmul_kernel(
-    x, x_scale, weight, scales, zeros, bias, residual, out, partial, counters,
+    x, weight, scales, zeros, bias, residual, out, partial, counters,
     M, N, K, stride, count, each,
     BITS: tl.constexpr, GROUP: tl.constexpr, FLUSH: tl.constexpr, ZERO: tl.constexpr, KIND: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
@@ -151,17 +152,13 @@ def matmul_kernel(
     split = tl.program_id(1)
     tokens = tl.program_id(2) * BM + tl.arange(0, BM)
     inside, live = rows < N, tokens < M
-    INTEGER: tl.constexpr = KIND == "int8"
-    SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
     UNIT: tl.constexpr = 16777216.0 if KIND == "fp16" else 1.0
     MAGIC: tl.constexpr = 0x43004300 if KIND == "bf16" else 0
-    ONE: tl.constexpr = 0x3C003C00 if KIND == "fp16" else (0x3F803F80 if KIND == "bf16" else 0x00010001)
-    BASE: tl.constexpr = (
-        (2176.0 if BITS == 8 else 128.0) if KIND == "bf16" else (-128.0 if INTEGER and BITS == 8 else 0)
-    )
+    ONE: tl.constexpr = 0x3C003C00 if KIND == "fp16" else 0x3F803F80
+    BASE: tl.constexpr = (2176.0 if BITS == 8 else 128.0) if KIND == "bf16" else 0
     acc = tl.zeros((BN, BM), tl.float32)
-    dots = tl.zeros((BN, BM), SUM)
-    sums = tl.zeros((16, BM), SUM)
+    dots = tl.zeros((BN, BM), tl.float32)
+    sums = tl.zeros((16, BM), tl.float32)
     places = x + tokens[None, :].to(tl.int64) * stride + tl.arange(0, 32)[:, None]
     for tile in range(split * each, tl.minimum(split * each + each, count)):
         words = tile_words(weight, tile, N, rows, inside, BITS, BN)
@@ -169,7 +166,7 @@ def matmul_kernel(
         for chunk in tl.static_range(8):
             k = tile * 256 + chunk * 32
             here = live[None, :] if EVEN else live[None, :] & (k + tl.arange(0, 32) < K)[:, None]
-            some = inputs(tl.load(places + k, mask=here, other=0.0), BM, KIND)
+            some = inputs(tl.load(places + k, mask=here, other=0.0), BM)
             codes = chunk_codes(words, chunk, BITS)
             if FLUSH == 0:  # a lane's 8 columns share a group: (c - z) s in the weight
                 if BITS == 8:
@@ -182,8 +179,6 @@ def matmul_kernel(
                         dots = dot(operand(high_codes(words, chunk) | 0x45004500, BN, KIND), some, dots, WIDEN)
                     else:
                         codes |= high_codes(words, chunk) << 4
-                        if INTEGER:
-                            codes ^= 0x00800080
                 dots = dot(operand(codes | MAGIC, BN, KIND), some, dots, WIDEN)
                 sums = dot(ones, some, sums, WIDEN)
                 if (chunk * 32 + 32) % FLUSH == 0:
@@ -191,12 +186,12 @@ def matmul_kernel(
                     if GROUP > 0:
                         group = tl.minimum((k + 32 - FLUSH) // GROUP, (K - 1) // GROUP)
                     acc = _flush(acc, dots, sums, scales, zeros, group, N, rows, inside, ZERO, BASE, UNIT)
-                    dots = tl.zeros((BN, BM), SUM)
-                    sums = tl.zeros((16, BM), SUM)
+                    dots = tl.zeros((BN, BM), tl.float32)
+                    sums = tl.zeros((16, BM), tl.float32)
     at = tokens[None, :].to(tl.int64) * N + rows[:, None]
     here = inside[:, None] & live[None, :]
     last = not SPLIT
     if SPLIT:
         acc, last = gathered(acc, partial, counters, at, here, M, N)
     if last:
-        stored(acc, x_scale, bias, residual, out, rows, tokens, inside, live, N, INTEGER, BIAS, RESIDUAL)
+        stored(acc, x, bias, residual, out, rows, tokens, inside, live, N, False, BIAS, RESIDUAL)

@@ -24,12 +24,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _read(at, COUNT: tl.constexpr, HOW: tl.constexpr):
+def _read(at, COUNT: tl.constexpr, HOW: tl.constexpr, PURE: tl.constexpr = True):
     """COUNT words uint32 (1, 2 or 4) from each lane's pointer; HOW: qualifiers of the instruction."""
     if COUNT == 4:
         return tl.inline_asm_elementwise(
             "ld.global" + HOW + ".v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at.to(tl.int64)],
-            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
+            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=PURE, pack=1,
         )  # fmt: skip
     elif COUNT == 2:
         return tl.inline_asm_elementwise(
@@ -44,10 +44,13 @@ def _read(at, COUNT: tl.constexpr, HOW: tl.constexpr):
 
 
 @triton.jit
-def load_words(at, COUNT: tl.constexpr, TWICE: tl.constexpr, NATIVE: tl.constexpr):
+def load_words(at, COUNT: tl.constexpr, TWICE: tl.constexpr, NATIVE: tl.constexpr, NOW: tl.constexpr = False):
     """COUNT words uint32 (1, 2 or 4) from each lane's pointer `at` to int32, aligned to as many. TWICE: they are read
-    once more soon; else they go past the first-level cache."""
-    if NATIVE:
+    once more soon; else they go past the first-level cache. NOW: four words, asked for before the next barrier; else
+    the assembler may ask for them as late as they are wanted."""
+    if NATIVE and NOW:
+        return _read(at, COUNT, ".L1::evict_first", False)
+    elif NATIVE:
         return _read(at, COUNT, ".nc.L1::evict_first" if TWICE else ".nc.L1::no_allocate")
     else:
         words = ()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant.calibration.statistics import Statistics
-from quant.kernels import blocks, dispatch, integer, launch
+from quant.kernels import dispatch, integer, integer_launch, launch
 from quant.kernels.arranged import checkpoint_order, kernel_order, weight_of
 from quant.kernels.layouts import LAYOUTS, LayoutError, PackedUniform
 from quant.kernels.order import arrange
@@ -29,6 +29,8 @@ from quant.kernels.spec import (
     spec_from_dict,
 )
 from quant.solvers.feedback import Feedback
+from tests.ahead import SHARED_LIMIT, compile_for
+from tests.guarded import guarded, intact
 from tests.rerun import rerun
 from tests.test_lowrank import trained as trained
 from tests.test_uniform_kernel import some, weight
@@ -43,18 +45,23 @@ def by_definition(x: Tensor, packed: PackedUniform) -> Tensor:
     codes, scale = integer.round_tokens(x)
     acc = torch.zeros((len(x), packed.shape[0]))
     width, columns = packed.spec.group_width(packed.shape[1]), packed.shape[1]
-    step = 256 if width >= columns else max(size for size in (256, 128, 64, 32) if width % size == 0)
+    step = 128 if width >= columns else max(size for size in (128, 64, 32) if width % size == 0)
+    tiles = -(-columns // 256)
+    part = -(-tiles // -(-tiles // 4)) * 256  # of K, at most 1024 columns
+    total = acc
     for begin in range(0, columns, step):
-        part, group = slice(begin, min(begin + step, columns)), begin // width
-        levels = packed.codes()[:, part].double() - packed.zero_points()[:, group, None].double()
-        whole = (codes[:, part].double() @ levels.T).float()
+        if begin % part == 0:
+            total, acc = total + acc, torch.zeros_like(acc)
+        some, group = slice(begin, min(begin + step, columns)), begin // width
+        levels = packed.codes()[:, some].double() - packed.zero_points()[:, group, None].double()
+        whole = (codes[:, some].double() @ levels.T).float()
         acc = acc + whole * packed.scales[:, group].float()
-    return acc * scale[:, None]
+    return (total + acc) * scale[:, None]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    tokens=st.integers(1, 20), rows=st.integers(1, 40), columns=st.integers(1, 700), bits=st.integers(1, 8),
+    tokens=st.integers(1, 20), rows=st.integers(1, 40), columns=st.integers(1, 2300), bits=st.integers(1, 8),
     symmetric=st.booleans(), group=st.sampled_from([32, 96, 128, 256, 384, -1]),
 )  # fmt: skip
 def test_the_product_is_what_its_definition_says(
@@ -153,27 +160,40 @@ def test_ahead_of_time() -> None:
     rerun(__file__, "compiled")
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(
-    tokens=st.sampled_from([1, 3, 16, 17, 65]), rows=st.integers(1, 48), columns=st.integers(1, 800),
+    tokens=st.sampled_from([1, 3, 9, 17]), rows=st.sampled_from([8, 40, 17, 64]), columns=st.integers(1, 2700),
     bits=st.integers(1, 8), symmetric=st.booleans(), group=st.sampled_from([32, 64, 96, 128, 256, -1]),
-    splits=st.sampled_from([1, 2, 3]), dtype=st.sampled_from([torch.float32, torch.float16]), biased=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16]), biased=st.booleans(),
 )  # fmt: skip
 def interpreted_bits_are_the_same(
-    tokens: int, rows: int, columns: int, bits: int, symmetric: bool, group: int, splits: int, dtype: torch.dtype,
-    biased: bool,
-) -> None:  # fmt: skip
+    tokens: int, rows: int, columns: int, bits: int, symmetric: bool, group: int, dtype: torch.dtype, biased: bool
+) -> None:
+    """Of both kernels, whatever shares K."""
     packed, x = weight(rows, columns, grid(bits, group, symmetric)), some(tokens, columns, dtype)
     bias = some(1, rows, dtype, 2)[0] if biased else None
-    arranged, (codes, scale) = arrange(packed), integer.round_tokens(x)
-    splits = blocks.even_splits(columns, splits)
-    out = torch.full((tokens, rows), torch.nan, dtype=dtype)
-    config = blocks.Config(16, 16, 1, 1, splits)
-    launch.launch(
-        codes, scale, arranged.weight, arranged.scales, arranged.zeros, bias, None, out, columns, bits,
-        packed.spec.group_width(columns), config,
-    )  # fmt: skip
-    assert torch.equal(out, integer.matmul(x, packed, bias, splits))
+    expected = integer.matmul(x, packed, bias)
+    for few in (0, 100):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(integer_launch, "UNPACK_FROM", few)
+            assert torch.equal(integer_launch.matmul(x, arrange(packed), bias), expected)
+
+
+def interpreted_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpacked a few rows at a time; what lies around the output stays as it was."""
+    packed, x = weight(150, 100, grid(8, 32)), some(20, 100, torch.float32)
+    monkeypatch.setattr(integer_launch, "UNPACK_FROM", 0)
+    monkeypatch.setattr(integer_launch, "slices", lambda rows, columns: [(0, 64), (64, 128), (128, rows)])
+    held, (codes, scale) = arrange(packed), integer.round_tokens(x)
+    assert torch.equal(integer_launch.matmul(x, held), integer.matmul(x, packed))
+    out, buffer = guarded((20, 150), torch.float32)
+    unpacked = launch.dequantize(held, torch.int8, 64, 128)
+    assert torch.equal(unpacked, (packed.codes(64, 128).int() - 128).to(torch.int8))
+    integer_launch.multiply(codes, scale, unpacked, held.scales, held.zeros, None, out, 64, 8, 32)
+    assert torch.equal(out[:, 64:128], integer.matmul(x, packed)[:, 64:128])
+    assert torch.isnan(out[:, :64]).all()
+    assert torch.isnan(out[:, 128:]).all()
+    assert intact(buffer)
 
 
 def interpreted_module() -> None:
@@ -195,22 +215,51 @@ def interpreted_module() -> None:
         assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in tensors.items())
 
 
+TYPES = {"x_scale": "*fp32", "scales": "*fp16", "zeros": "*u8", "bias": "*fp16", "out": "*fp16", "M": "i32", "N": "i32"}
+
+
 def compiled_without_fused_steps() -> None:
     """Each step of the definition is rounded once on a GPU too."""
-    from quant.kernels.uniform import matmul_kernel
-    from tests.ahead import compile_for
+    from quant.kernels.skinny import skinny_kernel
 
-    config = blocks.choose(16, 8192, 8192, 132, 4, "int8")
-    types = {"x": "*i8", "x_scale": "*fp32", "weight": "*i32", "scales": "*fp16", "zeros": "*u8", "bias": "*fp16"}
-    types |= {"residual": "*fp16", "out": "*fp16", "partial": "*fp32", "counters": "*i32"}
-    types |= dict.fromkeys(("M", "N", "K", "stride", "count", "each"), "i32")
-    constants = launch.constants(4, 128, 8192, True, "int8") | {
-        "BM": config.bm, "BN": config.bn, "SPLIT": config.splits > 1, "EVEN": True, "BIAS": True, "RESIDUAL": True,
-        "WIDEN": False,
+    types = {**TYPES, "x": "*fp16", "weight": "*i32", "residual": "*fp16", "partial": "*fp32", "counters": "*i32"}
+    types |= dict.fromkeys(("K", "stride", "count", "each", "mask"), "i32")
+    constants = launch.constants(4, 128, 8192, True, "fp16", integer.LONGEST) | {
+        "BM": 16, "TILES": 2, "SPLIT": True, "EVEN": True, "ROUNDED": True, "BIAS": True, "RESIDUAL": False,
+        "NATIVE": True,
     }  # fmt: skip
-    fused = compile_for(90, matmul_kernel, types, constants, config.warps, config.stages)
-    alone = compile_for(90, matmul_kernel, types, constants, config.warps, config.stages, fusion=False)
+    fused, alone = (compile_for(90, skinny_kernel, types, constants, 1, 1, fusion) for fusion in (True, False))
     assert any(op.startswith("FFMA") for op in fused.ops)
     assert not any(op.startswith("FFMA") for op in alone.ops)
-    assert any(op.startswith("IMMA") for op in alone.ops)
+    assert any(op.startswith("HMMA") for op in alone.ops)
     assert alone.fits()
+
+
+@pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
+@pytest.mark.parametrize("tokens", [16, 4096])
+@pytest.mark.parametrize("carried", [False, True])
+def compiled_for(capability: int, tokens: int, carried: bool) -> None:
+    from quant.kernels.integer_product import integer_kernel
+
+    bm, bn, warps = integer_launch.blocks(tokens)
+    types = {**TYPES, "x": "*i8", "sums": "*i32" if carried else "*i8", "weight": "*i8"}
+    types |= dict.fromkeys(("K", "first", "count"), "i32")
+    constants = {"GROUP": 128, "SPAN": 128, "PART": 1024, "SUMS": carried, "BIAS": True, "BM": bm, "BN": bn}
+    made = compile_for(capability, integer_kernel, types, constants, warps, integer_launch.STAGES, fusion=False)
+    assert made.fits(), (made.registers, made.spilled, made.shared)
+    assert not any(op.startswith("FFMA") for op in made.ops)
+    assert any("MMA" in op and not op.startswith("HMMA") for op in made.ops), made.ops
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [1, 5, 17, 100, 300])
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric"), [(4, 128, False), (8, 64, False), (8, -1, True), (3, 32, True)]
+)
+def test_the_bits_of_the_cpu(tokens: int, bits: int, group: int, symmetric: bool) -> None:
+    packed = weight(264, 2144, grid(bits, group, symmetric))
+    x, bias = some(tokens, 2144, torch.float32), some(1, 264, torch.float32, 2)[0]
+    there = PackedUniform.from_tensors(packed.spec, packed.shape, {k: v.cuda() for k, v in packed.tensors().items()})
+    found = integer_launch.matmul(x.cuda(), arrange(there), bias.cuda())
+    assert torch.equal(found.cpu(), integer.matmul(x, packed, bias))

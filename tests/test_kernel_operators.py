@@ -14,7 +14,7 @@ from torch.library import opcheck
 from torch.nn.functional import linear
 
 import quant
-from quant.kernels import available, counters, dispatch, launch
+from quant.kernels import available, counters, dispatch, integer, integer_launch, launch
 from quant.kernels.dispatch import KernelError, explain, matmul
 from quant.kernels.hadamard import hadamard, random_signs
 from quant.kernels.layouts import PackedUniform
@@ -161,9 +161,11 @@ def interpreted_operators_pass_torchs_own_checks() -> None:
     bias, residual = torch.randn(24).half(), torch.randn(5, 24).half()
     sizes = (24, COLUMNS, 4, 32)
     for extra in ((None, None), (bias, residual)):
-        opcheck(torch.ops.bitwright.uniform_matmul, (x, None, w.weight, w.scales, w.zeros, *extra, *sizes, x.dtype))
+        opcheck(torch.ops.bitwright.uniform_matmul, (x, w.weight, w.scales, w.zeros, *extra, *sizes, x.dtype))
     x.requires_grad_()
-    opcheck(torch.ops.bitwright.uniform_matmul, (x, None, w.weight, w.scales, w.zeros, None, None, *sizes, x.dtype))
+    opcheck(torch.ops.bitwright.uniform_matmul, (x, w.weight, w.scales, w.zeros, None, None, *sizes, x.dtype))
+    codes, scale = integer.round_tokens(x.detach())
+    opcheck(torch.ops.bitwright.rounded_matmul, (codes, scale, w.weight, w.scales, w.zeros, None, *sizes, x.dtype))
     opcheck(torch.ops.bitwright.uniform_dequantize, (w.weight, w.scales, w.zeros, *sizes, x.dtype, 3, 20))
 
 
@@ -216,7 +218,7 @@ def interpreted_autocast_reaches_the_kernel() -> None:
 
 def interpreted_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x, w = half()
-    for call in (module, lambda x: launch.matmul_int8(x, w)):
+    for call in (module, lambda x: integer_launch.matmul(x, w)):
         with pytest.raises(ValueError, match=r"x has shape \[5, 63\]; its last dimension must be 64"):
             call(x[:, 1:])
     assert "torch: refuses, x is torch.int64, not floating-point" in explain(x.long(), w)
@@ -232,7 +234,7 @@ def interpreted_int8_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch)
     module, x, w = half()
     assert "triton-int8: refuses, it rounds x to 8 bits, and runs only where" in explain(x, w)
     monkeypatch.setenv(dispatch.VARIABLE, "triton-int8")
-    assert torch.equal(matmul(x, w), launch.matmul_int8(x, w))
+    assert torch.equal(matmul(x, w), integer_launch.matmul(x, w))
     assert matmul(x[:0], w).shape == (0, 24)
     assert torch.equal(matmul(x.T.contiguous().T.view(1, 5, -1), w)[0], matmul(x, w))
     with pytest.raises(KernelError, match="rounding to 8 bits has none"):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant.kernels import blocks, launch, reference
+from quant.kernels import blocks, integer_launch, launch, reference
 from quant.kernels.blocks import Config
 from quant.kernels.dispatch import explain
 from quant.kernels.layouts import PackedUniform
@@ -112,7 +112,7 @@ def test_operators_have_shape_rules() -> None:
     with FakeTensorMode():
         x = torch.empty((5, 512), dtype=torch.float16)
         made = torch.empty(8 * 4 * 96 * 2, dtype=torch.int32), torch.empty((4, 96), dtype=torch.float16)
-        out = torch.ops.bitwright.uniform_matmul(x, None, *made, None, None, None, 96, 512, 4, 128, torch.float16)
+        out = torch.ops.bitwright.uniform_matmul(x, *made, None, None, None, 96, 512, 4, 128, torch.float16)
         assert (out.shape, out.dtype) == ((5, 96), torch.float16)
         whole = torch.ops.bitwright.uniform_dequantize(*made, None, 96, 512, 4, 128, torch.bfloat16, 8, 40)
         assert (whole.shape, whole.dtype) == ((32, 512), torch.bfloat16)
@@ -196,7 +196,7 @@ def interpreted_int8(bits: int) -> None:
         scale = x.float().abs().amax(1, keepdim=True) / 127
         rounded = (x.float() / scale).round() * scale  # int32 sums are exact: only the scales' products round
         exact = rounded.double() @ packed.dequantize(torch.float64).T
-        found = launch.matmul_int8(x, arrange(packed))
+        found = integer_launch.matmul(x, arrange(packed))
         allowed = bound(x, arrange(packed), exact)
         assert bool(((found.double() - exact).abs() <= allowed).all())
 
@@ -242,7 +242,7 @@ def interpreted_module() -> None:
     assert torch.equal(module.unpack(torch.float32).weight, packed.dequantize())
 
 
-CHECKED = [(2, "fp16", 1), (3, "bf16", 16), (8, "bf16", 5), (4, "int8", 16)]
+CHECKED = [(2, "fp16", 1), (3, "bf16", 16), (8, "bf16", 5)]
 HOPPER = [(bits, ("fp16", "bf16")[bits % 2], tokens) for bits in range(1, 9) for tokens in (1, (8, 16)[bits % 2])]
 
 
@@ -251,15 +251,14 @@ HOPPER = [(bits, ("fp16", "bf16")[bits % 2], tokens) for bits in range(1, 9) for
 def compiled_for(capability: int, bits: int, kind: str, tokens: int) -> None:
     made = compiled(capability, bits, kind, tokens)
     assert made.fits(), (made.registers, made.spilled, made.shared)
-    loads = "NA" if kind != "int8" else "EF"  # past the first-level cache, or first to leave it
-    assert any(op.startswith(("LDG", "LDGSTS")) and loads in op and "128" in op for op in made.ops), made.ops
+    assert any(op.startswith("LDG") and "NA" in op and "128" in op for op in made.ops)  # past the first-level cache
 
 
 @pytest.mark.parametrize(("bits", "kind", "tokens"), HOPPER)
 def compiled_for_hopper(bits: int, kind: str, tokens: int) -> None:
     made = compiled(90, bits, kind, tokens)
     assert made.fits(), (made.registers, made.spilled, made.shared)
-    config = blocks.choose(tokens, 8192, 8192, 132, bits, kind)
+    config = blocks.choose(tokens, 8192, 8192, 132, bits)
     parts, tiles = 2 if config.bm == 16 else 1, config.bn // 16
     each = parts + parts * tiles * (2 if bits == 8 and kind == "bf16" else 1)
     products = sum(count for op, count in made.ops.items() if op.startswith("HMMA"))
@@ -270,21 +269,14 @@ def compiled_for_hopper(bits: int, kind: str, tokens: int) -> None:
 def compiled(capability: int, bits: int, kind: str, tokens: int) -> Compiled:
     """The default configuration for a matrix of 8192 x 8192 in groups of 128."""
     from quant.kernels.skinny import skinny_kernel
-    from quant.kernels.uniform import matmul_kernel
 
-    config = blocks.choose(tokens, 8192, 8192, 132, bits, kind, capability == 100)
-    skinny = blocks.is_skinny(config, kind)
+    config = blocks.choose(tokens, 8192, 8192, 132, bits)
     half = "*bf16" if kind == "bf16" else "*fp16"
-    types = {"x": "*i8" if kind == "int8" else half, "weight": "*i32", "scales": "*fp16"}
+    types = {"x": half, "x_scale": "*fp32", "weight": "*i32", "scales": "*fp16", "mask": "i32"}
     types |= {"zeros": "*u8", "bias": half, "residual": half, "out": half, "partial": "*fp32", "counters": "*i32"}
     types |= dict.fromkeys(("M", "N", "K", "stride", "count", "each"), "i32")
     constants = launch.constants(bits, 128, 8192, True, kind) | {
-        "BM": config.bm, "SPLIT": config.splits > 1, "EVEN": True, "BIAS": True, "RESIDUAL": True,
+        "BM": config.bm, "SPLIT": config.splits > 1, "EVEN": True, "BIAS": True, "RESIDUAL": True, "ROUNDED": False,
+        "TILES": config.bn // 16, "NATIVE": True,
     }  # fmt: skip
-    if skinny:
-        types["mask"] = "i32"
-        constants |= {"TILES": config.bn // 16, "NATIVE": True}
-        return compile_for(capability, skinny_kernel, types, constants, 1, 1)
-    types["x_scale"] = "*fp32"
-    constants |= {"BN": config.bn, "WIDEN": False}
-    return compile_for(capability, matmul_kernel, types, constants, config.warps, config.stages)
+    return compile_for(capability, skinny_kernel, types, constants, 1, 1)
