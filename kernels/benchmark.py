@@ -84,8 +84,8 @@ def gate(apply: Callable[..., Iterator[Any]]) -> int:
     cases += [
         Case(tokens, *size, Uniform(bits=bits, group_size=group, symmetric=symmetric, activations=8), kind)
         for tokens, bits, group, symmetric, kind in (
-            (1, 4, 128, False, "fp16"), (17, 8, -1, True, "fp16"), (5, 2, 32, True, "fp16"), (100, 4, 64, False, "fp16"),
-            (90, 8, 128, False, "fp16"),
+            (1, 4, 128, False, "fp16"), (17, 8, -1, True, "fp16"), (5, 2, 32, True, "fp16"),
+            (100, 4, 64, False, "fp16"), (90, 8, 128, False, "fp16"),
         )
     ]  # fmt: skip
     cases += [
