@@ -58,6 +58,8 @@ def choose(
     enough = bm == 2 and chunks(columns) >= 12 * 16 * splits
     most = 16 if bm == 2 else 4 if large else 8 if integer or tokens == 1 else 4
     warps = min(most, warps or (16 if enough else 8 if integer or large else 2))
+    if large:  # or the sums of parts took longer than the parts
+        splits = min(splits, max(1, chunks(columns) // (4 * warps)))
     splits = max(splits, -(-columns // (MOST * warps)))
     return Config(bm, 16 * UNIT, warps, 1, even_splits(columns, splits, CHUNK * warps))
 

@@ -160,9 +160,9 @@ def test_ahead_of_time() -> None:
     rerun(__file__, "compiled")
 
 
-@settings(max_examples=16, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
-    tokens=st.sampled_from([1, 3, 9, 17]), rows=st.sampled_from([8, 40, 17, 64]), columns=st.integers(1, 2700),
+    tokens=st.sampled_from([1, 3, 9]), rows=st.sampled_from([8, 40, 17]), columns=st.integers(1, 1400),
     bits=st.integers(1, 8), symmetric=st.booleans(), group=st.sampled_from([32, 64, 96, 128, 256, -1]),
     dtype=st.sampled_from([torch.float32, torch.float16]), biased=st.booleans(),
 )  # fmt: skip
@@ -241,7 +241,7 @@ def compiled_without_fused_steps() -> None:
 def compiled_for(capability: int, tokens: int, carried: bool) -> None:
     from quant.kernels.integer_product import integer_kernel
 
-    bm, bn, warps = integer_launch.blocks(tokens)
+    bm, bn, warps = integer_launch.blocks(tokens, capability == 90)
     types = {**TYPES, "x": "*i8", "sums": "*i32" if carried else "*i8", "weight": "*i8"}
     types |= dict.fromkeys(("K", "first", "count"), "i32")
     constants = {"GROUP": 128, "SPAN": 128, "PART": 1024, "SUMS": carried, "BIAS": True, "BM": bm, "BN": bn}

@@ -266,6 +266,25 @@ def compiled_for_hopper(bits: int, kind: str, tokens: int) -> None:
     assert made.shared <= 1024  # no operand is exchanged through it
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("bits", "kind", "tokens", "group"), [(4, "fp16", 1, 16), (3, "bf16", 20, 128)])
+def compiled_what_others_refuse(capability: int, bits: int, kind: str, tokens: int, group: int) -> None:
+    """Small groups; and rows of any number."""
+    from quant.kernels.uniform import matmul_kernel
+
+    config = blocks.choose(tokens, 8190, 8192, 132, bits, capability == 100, skinny=False)
+    half = "*bf16" if kind == "bf16" else "*fp16"
+    types = {"x": half, "weight": "*i32", "scales": "*fp16", "zeros": "*u8", "bias": half, "residual": half}
+    types |= {"out": half, "partial": "*fp32", "counters": "*i32"}
+    types |= dict.fromkeys(("M", "N", "K", "stride", "count", "each"), "i32")
+    constants = launch.constants(bits, group, 8192, True, kind) | {
+        "BM": config.bm, "BN": config.bn, "SPLIT": config.splits > 1, "EVEN": True, "BIAS": True, "RESIDUAL": True,
+        "WIDEN": False,
+    }  # fmt: skip
+    made = compile_for(capability, matmul_kernel, types, constants, config.warps, config.stages)
+    assert made.fits(), (made.registers, made.spilled, made.shared)
+
+
 def compiled(capability: int, bits: int, kind: str, tokens: int) -> Compiled:
     """The default configuration for a matrix of 8192 x 8192 in groups of 128."""
     from quant.kernels.skinny import skinny_kernel
