@@ -46,8 +46,7 @@ def _read(at, COUNT: tl.constexpr, HOW: tl.constexpr, PURE: tl.constexpr = True)
 @triton.jit
 def load_words(at, COUNT: tl.constexpr, TWICE: tl.constexpr, NATIVE: tl.constexpr, NOW: tl.constexpr = False):
     """COUNT words uint32 (1, 2 or 4) from each lane's pointer `at` to int32, aligned to as many. TWICE: they are read
-    once more soon; else they go past the first-level cache. NOW: four words, asked for before the next barrier; else
-    the assembler may ask for them as late as they are wanted."""
+    once more soon; else they go past the first-level cache. NOW: four words, and before the next barrier."""
     if NATIVE and NOW:
         return _read(at, COUNT, ".L1::evict_first", False)
     elif NATIVE:
