@@ -82,10 +82,10 @@ def gate(apply: Callable[..., Iterator[Any]]) -> int:
         for tokens, group, kind in ((1, 128, "bf16"), (3, -1, "fp16"), (17, 32, "bf16"), (65, 16, "fp16"))
     ]
     cases += [
-        Case(tokens, *size, Uniform(bits=bits, group_size=group, symmetric=symmetric, activations=8), kind)
-        for tokens, bits, group, symmetric, kind in (
-            (1, 4, 128, False, "fp16"), (17, 8, -1, True, "fp16"), (5, 2, 32, True, "fp16"),
-            (100, 4, 64, False, "fp16"), (90, 8, 128, False, "fp16"),
+        Case(tokens, size[0] & ~7, size[1], Uniform(bits, group, symmetric=symmetric, activations=8), "fp16")
+        for tokens, bits, group, symmetric in (
+            (1, 4, 128, False), (17, 8, -1, True), (5, 2, 32, True), (100, 4, 64, False), (90, 8, 128, False),
+            (90, 1, 128, True),
         )
     ]  # fmt: skip
     cases += [
@@ -104,6 +104,7 @@ def gate(apply: Callable[..., Iterator[Any]]) -> int:
             (3, 256, 2, 64, "bf16"),
         )
     ]  # fmt: skip
+    cases.append(Case(16, *size, Trellis(bits=2), "bf16", Config(16, 256, 1, 1, 1)))  # many chunks of one warp
     wide = (Config(2, 256, warps, 1, splits) for warps, splits in ((16, 1), (8, 2), (16, 2)) * cuda)
     cases += [Case(1, size[0], 8192, Trellis(bits=2), "bf16", config, block=128) for config in wide]
     cases += [

@@ -158,8 +158,9 @@ def dequantize_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """`out` `[stop - first, K]`: these rows of the weight, as `PackedUniform.dequantize` gives them bit for bit, or, as
-    int8, the codes less their zero points, of 8 bits with zero points less 128; one program per BN rows and tile, the
-    tiles of the same rows one after the other, so that what is stored at a time lies together."""
+    int8, the codes less their zero points (of 8 bits that have some less 128, of 1 bit without them twice that); one
+    program per BN rows and tile, the tiles of the same rows one after the other, so that what is stored at a time lies
+    together."""
     INTEGER: tl.constexpr = out.dtype.element_ty == tl.int8
     tiles = tl.cdiv(K, 256)
     rows = first + tl.program_id(0) // tiles * BN + tl.arange(0, BN)
@@ -184,6 +185,8 @@ def dequantize_kernel(
             known = inside[:, None]
         if ZERO >= 0:
             values -= ZERO
+            if INTEGER and BITS == 1:
+                values *= 2
         elif INTEGER and BITS == 8:
             values -= 128
         else:

@@ -1,7 +1,8 @@
 """Running products with activations rounded to 8 bits on a GPU: what `integer.py` defines, to the last bit.
 
 Few tokens are multiplied by `skinny.py`'s kernel, where bytes decide and integers would win nothing; from `UNPACK_FROM`
-on the weight is unpacked to int8, in slices of bounded size, and multiplied by `integer_product.py`'s.
+on, or where rows are no multiple of 8, the weight is unpacked to int8, in slices of bounded size, and multiplied by
+`integer_product.py`'s.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quant.kernels.blocks import choose_skinny, takes_skinny
+from quant.kernels.blocks import Config, takes_skinny
 from quant.kernels.integer import LONGEST, part, round_tokens, span
 from quant.kernels.launch import launch, refuses_place, sizes_of, slices, uniform_dequantize
 from quant.kernels.order import CHUNK, Arranged
@@ -58,10 +59,11 @@ def rounded_matmul(
     out = torch.empty((len(x), rows), dtype=dtype, device=x.device)
     if not out.numel():
         return out
+    x = x.contiguous()
     if bias is not None:
         bias = bias.expand(rows).contiguous()
     if len(x) < UNPACK_FROM and takes_skinny(rows, width, columns):
-        config = choose_skinny(len(x), rows, columns, 132, bits, bn=32)
+        config = Config(next(size for size in (4, 8, 16) if len(x) <= size or size == 16), 32, 1, 1, 1)
         launch(x.half(), x_scale, weight, scales, zeros, bias, None, out, columns, bits, width, config)
         return out
     for start, stop in slices(rows, columns):
@@ -76,6 +78,18 @@ def _(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((x.shape[0], rows), dtype=dtype)
 
 
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.bias = inputs[5] if inputs[5] is None else inputs[5].dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    bias_grad = grad.sum(0).to(ctx.bias) if ctx.needs_input_grad[5] else None
+    return (*[None] * 5, bias_grad, *[None] * 5)
+
+
+rounded_matmul.register_autograd(_backward, setup_context=_keep)
+
+
 def multiply(
     x: Tensor, x_scale: Tensor, unpacked: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None,
     out: Tensor, start: int, bits: int, width: int,
@@ -86,13 +100,14 @@ def multiply(
     (tokens, rows), (count, columns) = out.shape, unpacked.shape
     step = span(width, columns, LONGEST)
     carried = zeros is not None and bits == 8
+    unit = 0.5 if zeros is None and bits == 1 else 1.0
     hopper = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] == 9
     bm, bn, warps = blocks(tokens, hopper)
     with torch.cuda.device_of(x):
         integer_kernel[(-(-tokens // bm), -(-count // bn))](
             x, x_scale, sums(x, step) if carried else x, unpacked, scales, scales if zeros is None else zeros,
             out if bias is None else bias, out, tokens, rows, columns, start, count,
-            GROUP=0 if width >= columns else width, SPAN=step, PART=part(columns), SUMS=carried,
+            GROUP=0 if width >= columns else width, SPAN=step, PART=part(columns), SUMS=carried, UNIT=unit,
             BIAS=bias is not None, BM=bm, BN=bn, num_warps=warps, num_stages=STAGES, enable_fp_fusion=False,
         )  # fmt: skip
 

@@ -17,13 +17,13 @@ import triton.language as tl
 @triton.jit(do_not_specialize=("M", "first", "count"))
 def integer_kernel(
     x, x_scale, sums, weight, scales, zeros, bias, out, M, N, K, first, count,
-    GROUP: tl.constexpr, SPAN: tl.constexpr, PART: tl.constexpr, SUMS: tl.constexpr, BIAS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, PART: tl.constexpr, SUMS: tl.constexpr, UNIT: tl.constexpr,
+    BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """`out` `[M, N]`, its columns `first` to `first + count`: `x` int8 `[M, K]` times `weight` int8 `[count, K]`
     transposed. `scales` and `zeros` `[groups, N]`; GROUP columns share one (0: all of them), SPAN columns are summed as
     integers, PART by themselves. SUMS: the weight carries 128 less its zero points, and `sums` int32 `[spans, M]` are
-    those of `x`."""
+    those of `x`. UNIT: what the weight counts, a power of two."""
     tokens = tl.program_id(0) * BM + tl.arange(0, BM)
     mine = tl.program_id(1) * BN + tl.arange(0, BN)
     row, k = first + mine, tl.arange(0, SPAN)
@@ -37,7 +37,7 @@ def integer_kernel(
             here = begin + k < K
             left = tl.load(some + begin, mask=here[None, :], other=0)
             right = tl.load(codes + begin, mask=here[:, None], other=0)
-            value = tl.dot(left, right, out_dtype=tl.int32).to(tl.float32)
+            value = tl.dot(left, right, out_dtype=tl.int32).to(tl.float32) * UNIT
             group = begin // GROUP if GROUP > 0 else 0
             if SUMS:
                 zero = tl.load(zeros + group * N + row, mask=inside, other=0).to(tl.float32) - 128.0

@@ -68,7 +68,7 @@ def carried(sums, lanes, CODE: tl.constexpr, PARTS: tl.constexpr, NATIVE: tl.con
 def _value(mine, sums, down, lanes, HALF: tl.constexpr, TOKEN: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
     """One of a lane's results: of its unit HALF, and of codes that are not integers of its token TOKEN."""
     if is_halves(CODE):
-        return (mine[2 * HALF + TOKEN] - sums[TOKEN]) * down[TOKEN] * 16777216.0
+        return (mine[2 * HALF + TOKEN] - sums[TOKEN]) * 16777216.0 * down[TOKEN]
     elif not is_integer(CODE):
         return mine[2 * HALF + TOKEN] * down[TOKEN]
     else:
@@ -94,8 +94,8 @@ def place_of(token, row, unit):
 
 @triton.constexpr_function
 def held_bytes(bm: int, one: bool, code: str, warps: int, steps: int, ahead: int) -> int:
-    """Shared memory of a program: the integers of `x`, of `ahead` chunks of each warp or, rotated here, of `steps`
-    times 8 and a number; later the values of a part."""
+    """Shared memory of a program: what `x` is multiplied as, of `ahead` chunks of each warp or, rotated here, of
+    `steps` times 8 and a number; later the values of a part."""
     integers = ahead * 64 * (1 if one else bm) if is_integer(code) or is_halves(code) else 0
     if steps:
         integers = steps * 512 + 4
@@ -135,11 +135,10 @@ def leave(
     for part in tl.static_range(PARTS):
         if NATIVE:
             tl.debug_barrier()
-        carries = (sums[2 * part], sums[2 * part + 1]) if is_halves(CODE) else sums[part]
         for j in tl.static_range(products_of(CODE)):
             for half in tl.static_range(2):
                 for i in tl.static_range(HELD):
-                    value = _value(acc[j * PARTS + part], carries, down[part], lanes, half, i, CODE, NATIVE)
+                    value = _value(acc[j * PARTS + part], sums[part], down[part], lanes, half, i, CODE, NATIVE)
                     lane = lanes if NATIVE else tl.arange(0, 32)
                     g, t = lane // 4 % 8, lane % 4
                     unit, row = g + 8 * half, row_of(j, CODE, BITS, WINDOW)

@@ -18,6 +18,8 @@ A value is one or two instructions from its state (SASS, sm_90):
            Where a state has two values (`twin`, the kernels' name for it), the sum of its bytes 0 and 2 and that of its
            bytes 1 and 3 are columns of their own: `x` stands in two places of four. Their sum and their difference are
            the rows' values, so one multiply-add and half of a tensor core's instruction make two weights
+           Of 8 and 16 tokens (`_halves`) bytes are added up first, 1.5 instructions for each weight: the sum is a
+           subnormal float16, `x` is scaled as for other codes, and a token has one column
     sum    the same with a mask first
     hyb    one multiply-add, two for the place in the table, one lookup of 4 bytes, in a table of 2 KB that stays in the
            first-level cache, and one for the sign, for two weights: two rows' values lie side by side
@@ -26,13 +28,13 @@ Between a register and a state stand a shift and a mask, but states share their 
 is a multiple of 8, so that a state may lie up to 3 bits from where its register begins (`integer_word`): of 2 bits and
 two values, 12 of them for 16 weights.
 
-The two bytes of `x` wait in shared memory, 16 chunks at a time. Loaded when they are wanted they would come behind the
-weights of the next chunk, which were asked for before them: loads return in order (measured: 28.8 us for 31.0).
+What codes of bytes take of `x` waits in shared memory, 16 chunks at a time, of halves 8. Loaded when it is wanted it
+would come behind the next chunk's weights, which were asked for before: loads return in order (28.8 us for 31.0).
 
-What integers carry beside the value, 510 or 126, comes off as an integer, with the sum of all `x`; the scale of a row
-comes on at the end. A left shift may be written as a multiplication: shifts and masks share one half of a
-multiprocessor's units, and integer products go to the other. The first mask of `inst` is an argument and the second a
-product with it; an instruction holds one constant, and the assembler would load the other again and again.
+What sums of bytes carry beside the value, 510 or 126, comes off with the sum of all `x`, an integer or a product; the
+scale of a row comes on at the end. A left shift may be written as a multiplication: shifts and masks share one half of
+a multiprocessor's units, and integer products go to the other. The first mask of `inst` is an argument and the second
+a product with it; an instruction holds one constant, and the assembler would load the other again and again.
 
 The tensor core takes float16 of the other codes only. A bfloat16 `x` is scaled by a power of two, per token and
 warp, so that the largest is between 2^14 and 2^15; that is exact for all that are not `2^29` times smaller.
@@ -162,10 +164,12 @@ def _side(
             added = added + (total,)
         sums = added
     elif is_halves(CODE):
-        carry, none = tl.full(mask.shape, carry_of(CODE) * 0x10001, tl.uint32), tl.full(mask.shape, 0, tl.uint32)
-        for part in tl.static_range(PARTS):  # the upper rows are the first part's, the lower ones the second's
-            upper, lower = (carry, none) if part == 0 else (none, carry)
-            sums = product(upper, lower, upper, lower, inputs[part][0], inputs[part][1], sums, "fp16", NATIVE)
+        added = ()
+        carry = tl.full(mask.shape, carry_of(CODE) * 0x10001, tl.uint32)
+        for part in tl.static_range(PARTS):
+            carries = product(carry, carry, carry, carry, inputs[part][0], inputs[part][1], sums[part], "fp16", NATIVE)
+            added = added + (carries,)
+        sums = added
     return fresh, sums
 
 
@@ -207,8 +211,7 @@ def _summed(
     acc, sums = nothing(products_of(CODE) * PARTS, INTEGER, 32 * WARPS), ()
     for _ in tl.static_range(PARTS):
         sums = sums + (tl.zeros(lanes.shape, tl.int32),)
-    if HALVES:
-        sums = nothing(1, False, 32 * WARPS)[0]
+    sums = nothing(PARTS, False, 32 * WARPS) if HALVES else sums
     SEVERAL: tl.constexpr = 8 * STEPS if BLOCK > 0 else AHEAD
     for several in range(0, turns, SEVERAL):
         if (INTEGER or HALVES) and NATIVE and BLOCK == 0:
@@ -243,7 +246,7 @@ def trellis_kernel(
     BIAS: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`x` `[M, K]` with rows `stride` apart, `K` and `stride` multiples of 8; `count` chunks of K, `each` of them per
-    warp; `total` units, `whole` of them of whole sequences. BM: 8 or 16 tokens, 4 or 8 of integer codes, 2 to 8 of
+    warp; `total` units, `whole` of them of whole sequences. BM: 8 or 16 tokens, 4 of integer codes, 2 or 4 of
     `twin`. ONE: M is 1. EVEN: every warp has `each` whole chunks. BLOCK: what `x` is rotated in, with `signs`; 0: it is
     not. STEPS times 8 are `each` at least. EARLY: see `warp.waited`. NATIVE: not in the interpreter, which has no
     assembler."""

@@ -183,7 +183,7 @@ def interpreted_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unpacked a few rows at a time; what lies around the output stays as it was."""
     packed, x = weight(150, 100, grid(8, 32)), some(20, 100, torch.float32)
     monkeypatch.setattr(integer_launch, "UNPACK_FROM", 0)
-    monkeypatch.setattr(integer_launch, "slices", lambda rows, columns: [(0, 64), (64, 128), (128, rows)])
+    monkeypatch.setattr(integer_launch, "slices", lambda rows, _: [(n, min(rows, n + 64)) for n in range(0, rows, 64)])
     held, (codes, scale) = arrange(packed), integer.round_tokens(x)
     assert torch.equal(integer_launch.matmul(x, held), integer.matmul(x, packed))
     out, buffer = guarded((20, 150), torch.float32)
@@ -194,6 +194,10 @@ def interpreted_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.isnan(out[:, :64]).all()
     assert torch.isnan(out[:, 128:]).all()
     assert intact(buffer)
+    turned = x.T.contiguous().T  # columns apart
+    assert torch.equal(integer_launch.matmul(turned, held), integer.matmul(x, packed))
+    single = weight(9, 100, grid(1, 32, symmetric=True))  # whose zero point is a half
+    assert torch.equal(integer_launch.matmul(x, arrange(single)), integer.matmul(x, single))
 
 
 def interpreted_module() -> None:
@@ -244,7 +248,16 @@ def compiled_for(capability: int, tokens: int, carried: bool) -> None:
     bm, bn, warps = integer_launch.blocks(tokens, capability == 90)
     types = {**TYPES, "x": "*i8", "sums": "*i32" if carried else "*i8", "weight": "*i8"}
     types |= dict.fromkeys(("K", "first", "count"), "i32")
-    constants = {"GROUP": 128, "SPAN": 128, "PART": 1024, "SUMS": carried, "BIAS": True, "BM": bm, "BN": bn}
+    constants = {
+        "GROUP": 128,
+        "SPAN": 128,
+        "PART": 1024,
+        "SUMS": carried,
+        "UNIT": 1.0,
+        "BIAS": True,
+        "BM": bm,
+        "BN": bn,
+    }
     made = compile_for(capability, integer_kernel, types, constants, warps, integer_launch.STAGES, fusion=False)
     assert made.fits(), (made.registers, made.spilled, made.shared)
     assert not any(op.startswith("FFMA") for op in made.ops)

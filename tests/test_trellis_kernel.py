@@ -178,7 +178,7 @@ CASES = [
     (3, 33, 70, 64, 12, "hyb", torch.float16, Config(8, 256, 4, 1, 1)),
     (3, 40, 70, 32, 13, "mac", torch.bfloat16, Config(2, 256, 2, 1, 2)),
     (16, 40, 70, 32, 13, "mac", torch.bfloat16, Config(16, 256, 1, 1, 1)),
-    (9, 33, 40, 32, 8, "sum", torch.float16, Config(16, 256, 2, 1, 1)),
+    (9, 33, 70, 32, 8, "sum", torch.float16, Config(16, 256, 1, 1, 2)),
 ]
 LONG = (1, 20, 530, 32, 13, "mac", torch.bfloat16, Config(2, 256, 1, 1, 1))  # more than the integers kept at a time
 
@@ -203,7 +203,7 @@ def interpreted_matmul(bits: int, case: tuple[Any, ...]) -> None:
         assert bool((error <= allowed + 2 * torch.finfo(dtype).eps * expected.abs()).all()), float(error.max())
         assert intact(buffer)
         found.append(out)
-    assert torch.equal(found[0], found[-1])
+    assert len(found) == 1 or torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize(
@@ -281,6 +281,15 @@ def interpreted_bfloat16_of_any_size() -> None:
     small = 2.0**-126  # results below are flushed or rounded coarsely
     assert bool(((found.double() - exact).abs()[:4] <= (bound(x, packed, exact, False) + small)[:4]).all())
     assert not torch.isfinite(found[4, 1:7]).any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def interpreted_tokens_are_alone() -> None:
+    """What is not finite stays with its token, of those that share a product and of those that share a program."""
+    packed, x = weight(20, 32, Trellis(length=32)), some(12, 32, torch.float16)
+    x[2, 3], x[11, 7] = torch.nan, torch.inf
+    found = trellis_launch.matmul(x, arrange(packed))
+    assert torch.isfinite(found).all(1).tolist() == [number not in (2, 11) for number in range(12)]
 
 
 def interpreted_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
