@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quant.kernels.blocks import Config, takes_skinny
+from quant.kernels.blocks import takes_skinny
 from quant.kernels.integer import LONGEST, part, round_tokens, span
 from quant.kernels.launch import launch, refuses_place, sizes_of, slices, uniform_dequantize
 from quant.kernels.order import CHUNK, Arranged
@@ -63,8 +63,7 @@ def rounded_matmul(
     if bias is not None:
         bias = bias.expand(rows).contiguous()
     if len(x) < UNPACK_FROM and takes_skinny(rows, width, columns):
-        config = Config(next(size for size in (4, 8, 16) if len(x) <= size or size == 16), 32, 1, 1, 1)
-        launch(x.half(), x_scale, weight, scales, zeros, bias, None, out, columns, bits, width, config)
+        launch(x.half(), x_scale, weight, scales, zeros, bias, None, out, columns, bits, width, None)
         return out
     for start, stop in slices(rows, columns):
         unpacked = uniform_dequantize(weight, scales, zeros, rows, columns, bits, width, torch.int8, start, stop)

@@ -186,7 +186,7 @@ def _word(
 ):  # fmt: skip
     """What a code makes of state J of a unit: the two halves of `inst`, the two values of `hyb` (`pairs`: its table,
     2^TABLE words), else the integer."""
-    if CODE == "mac" or CODE == "twin" or CODE == "sum":
+    if CODE != "inst" and CODE != "hyb":
         return integer_word(streams, J, BITS, WINDOW, CODE, NATIVE)
     else:
         BIT: tl.constexpr = J * BITS * vector_of(CODE)
@@ -219,32 +219,19 @@ def row_words(
         return _word(streams, mask, flip, pairs, J // vector_of(CODE), BITS, WINDOW, CODE, TABLE, NATIVE)
 
 
-@triton.jit
-def value_word(
-    before, streams, J: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr
-):
-    """The integer that product J's value is made of; `before`: that of the product before it, which may have the same
-    state."""
-    if J % vector_of(CODE) == 1:
-        return before
-    else:
-        return integer_word(streams, state_at(J // vector_of(CODE), CODE, BITS, WINDOW), BITS, WINDOW, CODE, NATIVE)
-
-
-@triton.jit
-def half_of(word, ODD: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
-    """The value that a code makes of an integer's bytes, and `carry_of` it, a subnormal float16: times 2^-24."""
-    if ODD and vector_of(CODE) == 2:
-        total = byte_sum(word, 0xFF01FF01, carry_of(CODE), False, NATIVE)
-    else:
-        total = byte_sum(word, 0x01010101, 0, False, NATIVE)
-    return total.to(tl.uint32, bitcast=True)
-
-
 @triton.constexpr_function
 def carry_of(code: str) -> int:
     """What the sum of an integer's bytes is more than its value."""
     return 126 if plain_code(code) == "sum" else 510
+
+
+@triton.jit
+def value_of(word, ODD: tl.constexpr, MORE: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
+    """The value that a code makes of an integer's bytes, and MORE: int32. ODD: of a row with an odd number."""
+    if ODD and vector_of(CODE) == 2:
+        return byte_sum(word, 0xFF01FF01, MORE, False, NATIVE)
+    else:
+        return byte_sum(word, 0x01010101, MORE - carry_of(CODE), False, NATIVE)
 
 
 @triton.jit

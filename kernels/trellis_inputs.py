@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from quant.kernels.shared import get_four, put, together
+from quant.kernels.trellis_decode import is_halves
 from quant.kernels.uniform import inverse, power
 from quant.kernels.warp import joined, largest_of, load_inputs, numbers, permuted, shuffled
 
@@ -25,7 +26,7 @@ def is_integer(code: str) -> bool:
 @triton.constexpr_function
 def ahead_of(code: str) -> int:
     """Chunks of each warp of which `x` is in shared memory at a time."""
-    return 8 if code.endswith("_halves") else 16
+    return 8 if is_halves(code) else 16
 
 
 @triton.jit

@@ -52,15 +52,15 @@ from quant.kernels.shared import reserved
 from quant.kernels.trellis_decode import (
     FLIP,
     carry_of,
-    half_of,
     integer_word,
     is_halves,
     neighbours,
     pieces,
+    row_of,
     row_words,
     state_at,
     streams_of,
-    value_word,
+    value_of,
 )
 from quant.kernels.trellis_inputs import (
     ahead_of,
@@ -131,28 +131,28 @@ def _side(
 ):  # fmt: skip
     """The products of all rows of the units with one side of a chunk."""
     WORDS: tl.constexpr = 8 if BITS <= 2 else 12
-    made = ()
-    streams = ()
+    streams, last, fresh = (), (), ()
     for half in tl.static_range(2):
         for i in tl.static_range(4):
             streams = streams + (streams_of(words, (2 * SIDE + half) * WORDS, i, SIDE, BITS),)
-            made = made + (mask,)
-    fresh = ()
-    words = made
+            last = last + (mask,)
     for j in tl.static_range(products_of(CODE)):
         row = ()
         for i in tl.static_range(8):
-            if is_halves(CODE):
-                row = row + (value_word(words[i], streams[i], j, BITS, WINDOW, CODE, NATIVE),)
-            elif is_integer(CODE):
-                row = row + (integer_word(streams[i], state_at(j, CODE, BITS, WINDOW), BITS, WINDOW, CODE, NATIVE),)
+            if is_integer(CODE):
+                word = integer_word(streams[i], state_at(j, CODE, BITS, WINDOW), BITS, WINDOW, CODE, NATIVE)
             else:
-                row = row + (row_words(made[i], streams[i], mask, flip, pairs, j, BITS, WINDOW, CODE, TABLE, NATIVE),)
-        made, words = row, row
+                word = row_words(
+                    last[i], streams[i], mask, flip, pairs, row_of(j, CODE, BITS, WINDOW),
+                    BITS, WINDOW, CODE, TABLE, NATIVE,
+                )  # fmt: skip
+            row = row + (word,)
+        made, last = row, row
         if is_halves(CODE):
             made = ()
             for i in tl.static_range(8):
-                made = made + (half_of(words[i], j % 2 == 1, CODE, NATIVE),)
+                value = value_of(last[i], j % 2 == 1, carry_of(CODE), CODE, NATIVE)  # a subnormal float16
+                made = made + (value.to(tl.uint32, bitcast=True),)
         for part in tl.static_range(PARTS):
             fresh = fresh + (_multiplied(made, inputs[part], acc[j * PARTS + part], CODE, NATIVE),)
     if is_integer(CODE):

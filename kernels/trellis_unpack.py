@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant.kernels.trellis_decode import FLIP, carry_of, neighbours, pieces, row_scales, row_words, streams_of
-from quant.kernels.warp import byte_sum, load_words
+from quant.kernels.trellis_decode import FLIP, neighbours, pieces, row_scales, row_words, streams_of, value_of
+from quant.kernels.warp import load_words
 
 
 @triton.jit
@@ -21,10 +21,8 @@ def _number(word, ODD: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):
         low = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         high = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         return (low + high).to(tl.float16).to(tl.float32)
-    elif CODE == "twin" and ODD:
-        return byte_sum(word, 0xFF01FF01, 0, False, NATIVE).to(tl.float32)
     else:
-        return byte_sum(word, 0x01010101, 0, False, NATIVE).to(tl.float32) - carry_of(CODE)
+        return value_of(word, ODD, 0, CODE, NATIVE).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=("first", "stop", "total", "whole", "mask", "count"))

@@ -181,12 +181,12 @@ def interpreted_bits_are_the_same(
 
 def interpreted_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unpacked a few rows at a time; what lies around the output stays as it was."""
-    packed, x = weight(150, 100, grid(8, 32)), some(20, 100, torch.float32)
+    packed, x = weight(150, 100, grid(8, 32)), some(70, 100, torch.float32)
     monkeypatch.setattr(integer_launch, "UNPACK_FROM", 0)
     monkeypatch.setattr(integer_launch, "slices", lambda rows, _: [(n, min(rows, n + 64)) for n in range(0, rows, 64)])
     held, (codes, scale) = arrange(packed), integer.round_tokens(x)
     assert torch.equal(integer_launch.matmul(x, held), integer.matmul(x, packed))
-    out, buffer = guarded((20, 150), torch.float32)
+    out, buffer = guarded((70, 150), torch.float32)
     unpacked = launch.dequantize(held, torch.int8, 64, 128)
     assert torch.equal(unpacked, (packed.codes(64, 128).int() - 128).to(torch.int8))
     integer_launch.multiply(codes, scale, unpacked, held.scales, held.zeros, None, out, 64, 8, 32)
@@ -249,15 +249,8 @@ def compiled_for(capability: int, tokens: int, carried: bool) -> None:
     types = {**TYPES, "x": "*i8", "sums": "*i32" if carried else "*i8", "weight": "*i8"}
     types |= dict.fromkeys(("K", "first", "count"), "i32")
     constants = {
-        "GROUP": 128,
-        "SPAN": 128,
-        "PART": 1024,
-        "SUMS": carried,
-        "UNIT": 1.0,
-        "BIAS": True,
-        "BM": bm,
-        "BN": bn,
-    }
+        "GROUP": 128, "SPAN": 128, "PART": 1024, "SUMS": carried, "UNIT": 1.0, "BIAS": True, "BM": bm, "BN": bn,
+    }  # fmt: skip
     made = compile_for(capability, integer_kernel, types, constants, warps, integer_launch.STAGES, fusion=False)
     assert made.fits(), (made.registers, made.spilled, made.shared)
     assert not any(op.startswith("FFMA") for op in made.ops)
