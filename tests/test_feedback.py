@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quant.calibration.statistics import HessianCollector, Statistics
 from quant.kernels.layouts import Packed, PackedUniform
-from quant.kernels.spec import Uniform
+from quant.kernels.spec import Rotated, Uniform
 from quant.solvers.descent import descend
 from quant.solvers.factor import Factor, Order, column_order, factorise
 from quant.solvers.feedback import Feedback, blocks, feed
@@ -348,6 +348,29 @@ def test_matching_the_float_path_undoes_earlier_errors() -> None:
     same = HessianCollector(32, cross=True)
     same.update(x, reference=x)
     torch.testing.assert_close(factorise(same.finish(), "gar", 0.01, 16, 1).match, torch.eye(32), rtol=0, atol=1e-4)
+
+
+def test_the_basis_is_chosen_by_what_the_solver_aims_at() -> None:
+    """Among several weights there are some where the basis that loses less of the layer's own output is the wrong
+    one."""
+    fooled = 0
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        x_float = torch.randn((512, 32), generator=generator) @ torch.randn((32, 32), generator=generator)
+        x = x_float + 1.5 * torch.randn((512, 32), generator=generator) * x_float.std(0)
+        collector = HessianCollector(32, cross=True)
+        collector.update(x, reference=x_float)
+        weight, stats, spec = torch.randn((24, 32), generator=generator), collector.finish(), Rotated(Uniform(bits=3))
+        always = replace(spec, measured=False)
+        target = x_float @ weight.T
+        chosen = Feedback().solve(weight, stats, spec)
+        plain, turned = Feedback().solve(weight, stats, spec.base), Feedback().solve(weight, stats, always)
+        far = [float((x @ one.weight.T - target).square().mean()) for one in (plain, turned, chosen)]
+        assert far[2] == min(far)
+        scale = float((x @ weight.T).square().mean())
+        assert plain.missed - turned.missed == pytest.approx((far[0] - far[1]) / scale, rel=1e-3, abs=1e-6)
+        fooled += (plain.error < turned.error) != (far[0] < far[1])
+    assert fooled
 
 
 @pytest.fixture(scope="module")

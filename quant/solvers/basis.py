@@ -26,7 +26,7 @@ def solve_rotated(solver: Solver, weight: Tensor, statistics: Statistics, spec: 
     if spec.measured:
         bases.insert(0, (IDENTITY, IDENTITY))
     found = [(_in_basis(solver, weight, statistics, spec, *basis), basis) for basis in bases]
-    best, basis = min(found, key=lambda pair: pair[0].error)  # the first of equal ones
+    best, basis = min(found, key=lambda pair: pair[0].missed)  # the first of equal ones
     return solution(PackedRotated.around(spec, best.packed, *basis), weight, statistics, best.notes, best.noise)
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -77,7 +77,7 @@ class Feedback:
         factor = factorise(of_rounded(statistics, spec), self.order, self.damp, rounder.span, rounder.granularity)
         if isinstance(factor, str):
             nearest = Nearest(search=self.search).solve(weight, statistics, spec)
-            return Solution(nearest.packed, nearest.weight, nearest.error, (f"{factor}; rounded to nearest",))
+            return replace(nearest, notes=(f"{factor}; rounded to nearest",))
         target = weight.float() if factor.match is None else weight.float() @ factor.match
         static = self.static_groups or self.order == "act"
         quantized = feed(target, factor, rounder, factor.hessian.diagonal(), self.block, static)

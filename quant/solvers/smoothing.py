@@ -40,10 +40,10 @@ def solve_smoothed(solver: Solver, weight: Tensor, statistics: Statistics, spec:
 
     rough: Solver = Nearest() if isinstance(spec.core, Uniform) else solver
     tried = factors(weight.float(), statistics.peaks.mean(0), spec.points)
-    best = min(tried, key=lambda m: _solve(rough, weight, statistics, spec, m).error)  # the first of equal ones
+    best = min(tried, key=lambda m: _solve(rough, weight, statistics, spec, m).missed)  # the first of equal ones
     plain = torch.ones_like(best)
     found = [_solve(solver, weight, statistics, spec, m) for m in (plain, best)]
-    return min(found, key=lambda one: one.error)
+    return min(found, key=lambda one: one.missed)
 
 
 def factors(weight: Tensor, peaks: Tensor, points: int) -> list[Tensor]:
