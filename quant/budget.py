@@ -38,8 +38,9 @@ def seconds(text: str) -> float:
 
 def within(
     budget: str, recipe: Callable[[str], Recipe], prepared: Callable[[Recipe], Prepared], say: Callable[[str], None]
-) -> Prepared:
-    """The first of `RECIPES` that is predicted to fit. `recipe(name)`: with the user's settings; `say`: what was found.
+) -> tuple[str, Prepared]:
+    """The first of `RECIPES` that is predicted to fit, with its name. `recipe(name)`: with the user's settings; `say`:
+    what was found.
 
     Raises:
         SettingsError: none fits, with what the fastest would take.
@@ -52,7 +53,7 @@ def within(
         predicted = estimate(ready).seconds
         if predicted <= limit:
             say(f"recipe {name}: about {predicted:.0f} s of the {limit:.0f} s allowed")
-            return prepared(recipe(name))  # anew: the rehearsal has used the model
+            return name, prepared(recipe(name))  # anew: the rehearsal has used the model
     raise SettingsError(
         f"--time-budget {budget}: recipe {RECIPES[-1]} alone takes about {predicted:.0f} s here; give more time, fewer "
         "--samples, or --recipe rtn, which reads no text"

@@ -65,6 +65,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 INTERRUPTED, TERMINATED = 130, 143
+PICKED: list[str] = []  # the recipe that a time budget has picked: for the command that goes on
 
 
 class Terminated(BaseException):
@@ -114,7 +115,12 @@ def quantize(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
 ) -> None:
+    PICKED.clear()
     _exclude(resume, restart, recipe, time_budget, components, bits, size)
+    if bits is not None and not 1 <= bits <= 8:
+        raise SettingsError(f"--bits is {bits:g}; give a number from 1 to 8, for example 2, 2.33 or 4")
+    if time_budget and (bits is None or bits > 4):
+        raise SettingsError("--time-budget picks among recipes of 1 to 4 bits; give --bits too, for example --bits 2")
     values = {"text": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
     grid = group_size, symmetric, activations
     make = lambda name, b=bits: _with(_recipe(name, b, *grid), settings, values, only, skip)  # noqa: E731
@@ -122,8 +128,10 @@ def quantize(
     with Display(console) if not quiet else _Silent() as shown:
         ready = lambda made, part="": prepare(model, made, place, shown, part)  # noqa: E731
         names = [name.strip() for name in (components or "").split(",")]
-        chosen = within(time_budget, make, ready, shown.step) if time_budget else None
-        chosen = sized(size, lambda b: make(recipe, b), ready, shown.step) if size else chosen
+        chosen = sized(size, lambda b: make(recipe, b), ready, shown.step) if size else None
+        if time_budget:
+            name, chosen = within(time_budget, make, ready, shown.step)
+            PICKED.append(name)
         parts = [chosen] if chosen else [ready(make(recipe), name) for name in names]
         mode: Mode = "resume" if resume else "restart" if restart else "new"
         predicted = _rehearse(parts, shown) if dry_run else []
@@ -201,6 +209,17 @@ def _with(
     return replace(recipe, only=tuple(only or recipe.only), skip=tuple(skip or recipe.skip))
 
 
+def _again(arguments: Sequence[str]) -> list[str]:
+    """The arguments without those that say how to begin, and with the recipe that a time budget has picked."""
+    kept, rest = list[str](), iter(arguments)
+    for argument in rest:
+        if argument == "--time-budget":
+            next(rest, None)
+        elif argument not in ("--resume", "--restart") and not argument.startswith("--time-budget="):
+            kept.append(argument)
+    return [*kept, *(part for name in PICKED for part in ("--recipe", name))]
+
+
 def _terminate(*_: object) -> None:
     raise Terminated
 
@@ -220,8 +239,7 @@ def main() -> None:
         sys.exit(error.exit_code if isinstance(error, BitwrightError) else SettingsError.exit_code)
     except (KeyboardInterrupt, Terminated, typer.Abort) as stop:
         code = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
-        again = [arg for arg in sys.argv[1:] if arg not in ("--resume", "--restart")]
-        command = shlex.join(["quantize", *again, "--resume"])
+        command = shlex.join(["quantize", *_again(sys.argv[1:]), "--resume"])
         error_console.print(f"stopped; finished blocks are kept. Continue with:\n  {escape(command)}", soft_wrap=True)
         sys.exit(code)
     except typer.Exit as done:

@@ -8,6 +8,7 @@ activations, which are counted; the times scale with the number of batches and w
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,7 @@ from quant.models.stream import Forward, outside_blocks
 from quant.planning import probes, weighed
 from quant.prepare import Prepared, skeleton_of
 from quant.recovery.block import task
+from quant.recovery.tunable import training_bytes
 from quant.recovery.tuning import REHEARSED, BlockTuning
 from quant.threads import threads
 
@@ -114,8 +116,8 @@ def estimate(prepared: Prepared) -> Estimate:
 
 
 def _distillation(prepared: Prepared, seen: _Rehearsal, weights: int, batches: int) -> tuple[float, int]:
-    """Seconds of the end-to-end tuning, and the bytes it adds to the peak of solving: the whole float model, the codes'
-    values, the outputs between the blocks, and the logits with their gradients."""
+    """Seconds of the end-to-end tuning, and the bytes it adds to the peak of solving: the whole float model, what is
+    trained of the codes, the outputs between the blocks, and the logits with their gradients."""
     recipe, model = prepared.recipe, prepared.skeleton.model
     if recipe.distillation is None:
         return 0.0, 0
@@ -129,7 +131,11 @@ def _distillation(prepared: Prepared, seen: _Rehearsal, weights: int, batches: i
     passes = 4 * batches * seen.advance * share  # teacher and student, before and after
     parameters = sum(parameter.numel() for parameter in model.parameters())
     width = getattr(torch, prepared.settings.dtype).itemsize
-    more = parameters * width + 2 * weights + int(seen.stored * mixed) * len(prepared.walk.chain) + logits
+    trained = recipe.distillation.codes > 0 and not prepared.source.is_diffusion
+    held = sum(
+        training_bytes(spec, trained) * math.prod(site.shape) for site, spec in quantized_sites(prepared).values()
+    )
+    more = parameters * width + int(held) + int(seen.stored * mixed) * len(prepared.walk.chain) + logits
     return recipe.distillation.steps * step + passes, more
 
 

@@ -75,7 +75,8 @@ def make_plan(
 
 
 def spread(recipe: Recipe, found: Walk) -> dict[str, Spec]:
-    """Every site at the recipe's bits or one bit more, so that all together have at most `recipe.average` bits per
+    """Every site at the recipe's bits or one bit more (trellis codes, whose overhead may need it, also one bit fewer
+    or that many), so that all together have at most `recipe.average` bits per
     weight, overhead included. The extra bits are spread evenly over the depth of the model: a site gets one as soon as
     the sites up to it have room for it.
 
@@ -87,6 +88,8 @@ def spread(recipe: Recipe, found: Walk) -> dict[str, Spec]:
     pairs = {s.name: (s, raised(recipe, low, s), raised(recipe, respec(low, bits=bits + 1), s)) for s in found.sites}
     weights = sum(math.prod(site.shape) for site, _, _ in pairs.values())
     least = sum(8 * spec.nbytes(site.shape) for site, spec, _ in pairs.values())
+    if least > average * weights and bits > 1 and isinstance(low.core, Trellis):
+        return spread(replace(recipe, spec=respec(low, bits=bits - 1)), found)
     if least > average * weights:
         raise SettingsError(
             f"{average:g} bits on average: {bits}-bit codes take {least / weights:.4f} with their overhead; give more"

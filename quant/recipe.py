@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -28,9 +29,12 @@ from quant.recovery.tuning import BlockTuning
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
 
-SOLVERS: tuple[type[Any], ...] = (Feedback, Nearest)
-RECOVERIES: tuple[type[Any], ...] = (BlockTuning, Assignments)
-IMPORTANCES: tuple[type[Any], ...] = (Attention,)
+CHOICES: dict[str, tuple[type[Any], ...]] = {
+    "solver": (Feedback, Nearest),
+    "recovery": (BlockTuning, Assignments),
+    "importance": (Attention,),
+}
+OPTIONAL = ("recovery", "importance", "distillation", "folding", "calibration")
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,12 @@ class Recipe:
             raise SettingsError("recovery trains on the calibration text, and this recipe has no calibration; give one")
         if self.distillation is not None and self.calibration is None:
             raise SettingsError("distillation trains on the calibration text, and this recipe has none; give one")
-        if self.importance is not None and not isinstance(self.importance, IMPORTANCES):
+        if self.importance is not None and not isinstance(self.importance, CHOICES["importance"]):
             raise SettingsError(f"importance is {self.importance!r}; give an Attention() in a recipe file, or null")
         if self.importance is not None and self.calibration is None:
             raise SettingsError("importance weighs the calibration text's tokens, and this recipe has none; give one")
+        if self.average is not None and not 0 < self.average < math.inf:
+            raise SettingsError(f"average is {self.average} bits per weight; give a number from 1 to 8")
         if any(not 1 <= width <= 8 for width in self.widths or ()):
             raise SettingsError(f"widths are {list(self.widths or ())}; give numbers of bits from 1 to 8")
 
@@ -113,9 +119,8 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
             values["spec"] = spec_from_dict(values["spec"])
     except SpecError as error:
         raise SettingsError(f"recipe: {error}") from None
-    for name, known in (("solver", SOLVERS), ("recovery", RECOVERIES), ("importance", IMPORTANCES)):
-        if name in values and (name == "solver" or values[name] is not None):
-            values[name] = _chosen(known, _mapping(values[name], name), name)
+    for name in CHOICES.keys() & values.keys():
+        values[name] = _chosen(values[name], name)
     parts = {"calibration": Calibration, "trajectory": Trajectory, "distillation": Distillation, "experts": Experts}
     parts |= {"folding": Folding}
     for name, kind in parts.items():
@@ -124,9 +129,11 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     return _build(Recipe, values, "recipe")
 
 
-def _chosen(known: Sequence[type[Any]], data: Mapping[str, Any], name: str) -> Any:
-    """An object of the kind that `data` names."""
-    kinds = {kind.__name__: kind for kind in known}
+def _chosen(given: Any, name: str) -> Any:
+    """An object of the kind that `given` names; None where there may be none."""
+    if given is None and name != "solver":
+        return None
+    kinds, data = {kind.__name__: kind for kind in CHOICES[name]}, _mapping(given, name)
     kind = data.get("kind")
     if kind not in kinds:
         raise SettingsError(f"recipe: {name} kind {kind!r} is unknown; this version has {', '.join(sorted(kinds))}")
@@ -187,7 +194,7 @@ def _replace_at(owner: Any, path: list[str], text: str, setting: str) -> Any:
         if not is_dataclass(old):
             raise SettingsError(f"--set {setting}: {path[0]} is {old!r}, which has no parts")
         value = _replace_at(old, path[1:], text, setting)
-    elif is_dataclass(old):
+    elif is_dataclass(old) and not (text == "null" and path[0] in OPTIONAL):
         raise SettingsError(
             f"--set {setting}: {path[0]} has parts; set one of them, for example {path[0]}.{fields(old)[0].name}"
         )
@@ -196,6 +203,8 @@ def _replace_at(owner: Any, path: list[str], text: str, setting: str) -> Any:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
+        if isinstance(owner, Recipe) and path[0] in CHOICES:
+            value = _chosen(value, path[0])
     return _build(type(owner), {**{n: getattr(owner, n) for n in names}, path[0]: value}, f"--set {setting}")
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from quant import budget, cli
 from quant.errors import SettingsError
+from quant.recipe import load_recipe, override
+from quant.recovery.tuning import BlockTuning
 
 MODEL = str(Path(__file__).parent.parent / "demo" / "model")
 FEW = ("--samples", "4", "--sequence-length", "64")
@@ -89,7 +91,8 @@ def test_dry_run_table(quantize) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (("--bits", 2.01), 2, "2-bit codes take"),
+        (("--bits", 1.01), 2, "1-bit codes take"),
+        (("--bits", 2.01, "--group-size", 64), 2, "2-bit codes take"),
         (("--bits", 9), 2, "from 1 to 8"),
         (("--bits", 0), 2, "from 1 to 8"),
         (("--group-size", 0), 2, "group_size"),
@@ -100,7 +103,13 @@ def test_dry_run_table(quantize) -> None:
         (("--recipe", "rtn", "--samples", 3), 2, "reads no text"),
         (("--dtype", "int4"), 2, "float32, float16 or bfloat16"),
         (("--resume", "--restart"), 2, "exclude"),
-        (("--time-budget", "soon"), 2, "30m"),
+        (("--bits", "nan"), 2, "from 1 to 8"),
+        (("--set", "average=NaN"), 2, "from 1 to 8"),
+        (("--set", "recovery=foo"), 2, "expected a JSON object"),
+        (("--set", 'recovery={"kind": "Magic"}'), 2, "this version has Assignments, BlockTuning"),
+        (("--set", "solver=null"), 2, "has parts"),
+        (("--time-budget", "1h"), 2, "give --bits too"),
+        (("--time-budget", "soon", "--bits", 2), 2, "30m"),
         (("--time-budget", "1h", "--recipe", "rtn"), 2, "picks a recipe"),
         (("--size", "much"), 2, "write it as 5GiB"),
         (("--size", "300kB"), 2, "narrowest codes make 383,640 bytes"),
@@ -150,6 +159,10 @@ def test_interrupted_says_how_to_go_on(quantize, tmp_path: Path, monkeypatch: py
     assert code == 130
     assert "--resume" in err
     assert f"--out '{tmp_path}/a b'" in err
+    monkeypatch.setattr(cli, "within", lambda *_: ("balanced", None))
+    code, _, err = quantize("--model", MODEL, "--bits", 2, "--time-budget", "2h", "--restart", "--out", tmp_path / "q")
+    assert code == 130
+    assert err.split("\n")[-2].endswith(f"--bits 2 --out {tmp_path}/q --recipe balanced --resume")
 
 
 def test_recipe_json_reruns_to_the_same_bytes(quantize, tmp_path: Path) -> None:
@@ -182,6 +195,13 @@ def test_a_time_budget_picks_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None
     taken = {"best": 100.0, "balanced": 10.0, "fast": 1.0}
     monkeypatch.setattr(budget, "estimate", lambda recipe: SimpleNamespace(seconds=taken[recipe]))
     for limit, name in (("2m", "best"), ("1m30s", "balanced"), ("5s", "fast")):
-        assert budget.within(limit, cast(Any, str), cast(Any, str), lambda _: None) == name
+        assert budget.within(limit, cast(Any, str), cast(Any, str), lambda _: None) == (name, name)
     with pytest.raises(SettingsError, match="give more time"):
         budget.within("0.5s", cast(Any, str), cast(Any, str), lambda _: None)
+
+
+def test_parts_of_a_recipe_are_set_whole_and_taken_away() -> None:
+    made = override(load_recipe("best"), ["distillation=null", 'recovery={"kind": "BlockTuning", "steps": 3}'])
+    assert made.distillation is None
+    assert made.recovery == BlockTuning(steps=3)
+    assert override(made, ["recovery=null"]).recovery is None

@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from quant import Recipe, quantize
+from quant.calibration.statistics import Statistics
 from quant.errors import CheckpointError, SettingsError
 from quant.estimate import estimate
+from quant.kernels.packed import Packed
 from quant.kernels.spec import Codebook, Rotated, Smoothed, Spec, Trellis, Uniform
 from quant.prepare import prepare
 from quant.progress import Progress
 from quant.recipe import override, recipe_from_dict
 from quant.recovery.distillation import Distillation
+from quant.recovery.tunable import training_bytes, tunable
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
 from tests import tiny
@@ -181,6 +185,38 @@ def test_a_dry_run_counts_it(llama: Path, words: Path) -> None:
     long = estimate(prepare(str(llama), replace(recipe, distillation=Distillation(steps=100_000))))
     assert long.seconds > without.seconds + 10
     assert long.weight_files == without.weight_files
+
+
+@pytest.mark.parametrize("codes", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "spec",
+    [Trellis(code="inst", window=12), Trellis(), Codebook(length=4, index_bits=8), Uniform(bits=2, group_size=64)],
+)
+def test_a_dry_run_counts_what_is_trained(spec: Spec, codes: float, trained: tuple[Tensor, Statistics]) -> None:
+    """The tensors that are held for a trained matrix, and gradients as large as its codes' places."""
+    weight = trained[0].repeat(2, 3)
+    statistics = Statistics.identity(weight.shape[1])
+    solved = Feedback(sweeps=0).solve(weight, statistics, spec)
+    one = tunable(solved.packed, weight, codes > 0)
+    seen, found = set[int](), 0
+
+    def count(value: Any) -> None:
+        nonlocal found
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                found += storage.nbytes()
+        elif isinstance(value, list | tuple):
+            for part in value:
+                count(part)
+        elif hasattr(value, "__dict__") and not isinstance(value, Packed | Spec):
+            for part in vars(value).values():
+                count(part)
+
+    count(one)
+    found += sum(place.untyped_storage().nbytes() for place in one.codes())
+    assert training_bytes(spec, codes > 0) == pytest.approx(found / weight.numel(), rel=0.15)
 
 
 BAD = [{"steps": 0}, {"samples": -1}, {"rate": -1.0}, {"rate": float("nan")}, {"rate": 0.0}]

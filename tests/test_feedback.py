@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quant.calibration.statistics import HessianCollector, Statistics
 from quant.kernels.layouts import Packed, PackedUniform
-from quant.kernels.spec import Rotated, Uniform
+from quant.kernels.spec import Binary, Codebook, Rotated, Spec, Trellis, Uniform
 from quant.solvers.descent import descend
 from quant.solvers.factor import Factor, Order, column_order, factorise
 from quant.solvers.feedback import Feedback, blocks, feed
 from quant.solvers.grid import SEARCH, encode
 from quant.solvers.nearest import Nearest
 from quant.solvers.rounder import Rehearsal, UniformRounder
-from quant.solvers.solution import Solution
+from quant.solvers.solution import Solution, relative_error
 
 ORDERS: tuple[Order, ...] = ("gar", "act", "none")
 PLAIN = Feedback(sweeps=0)  # no descent after it
@@ -331,6 +331,26 @@ def test_bad_hessians_are_damped_then_rounded_and_never_silently() -> None:
     unseen = Feedback().solve(weight, HessianCollector(20).finish(), spec)
     assert unseen.notes == ("Hessian is zero (0 tokens seen); rounded to nearest",)
     assert torch.equal(unseen.weight, Nearest().solve(weight, Statistics.identity(20), spec).weight)
+
+
+@pytest.mark.parametrize("spec", [Trellis(window=8), Rotated(Trellis(window=8)), Codebook(bits=2), Binary()])
+@pytest.mark.parametrize("usable", ["zero", "not definite"])
+def test_codes_without_a_usable_hessian_are_still_near(spec: Spec, usable: str) -> None:
+    weight = some_weight(64, 64)
+    away = torch.zeros(64, 64) if usable == "zero" else 1001 * torch.eye(64) - 1e3
+    solved = Feedback().solve(weight, Statistics(away, 9), spec)
+    assert len(solved.notes) == 1
+    assert solved.notes[0].startswith("Hessian " + ("is zero" if usable == "zero" else "not positive definite"))
+    assert solved.notes[0].endswith("rounded to nearest")
+    assert relative_error(weight, solved.packed.dequantize(), torch.eye(64)) < 0.4
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-8])
+def test_weights_however_small_are_not_lost(size: float) -> None:
+    """What a trellis code of bytes stores of them is beyond float16's normal numbers."""
+    weight = size * some_weight(64, 64)
+    solved = Feedback(sweeps=0).solve(weight, Statistics.identity(64), Trellis(window=8))
+    assert solved.error < 0.15
 
 
 def test_matching_the_float_path_undoes_earlier_errors() -> None:

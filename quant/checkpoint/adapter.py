@@ -6,8 +6,8 @@ tools made for adapters. PEFT need not be installed to write one:
     adapter_config.json          `lora_alpha` equals the rank (the scale is their quotient), ranks that differ by site
     adapter_model.safetensors    base_model.model.<site>.lora_A.weight [r, in], .lora_B.weight [out, r]
 
-The checkpoint keeps its branches, so the adapter belongs on `detach(quant.load(folder)).dequantize()`, not on the model
-as loaded, which would have every branch twice.
+The checkpoint keeps its branches, so the adapter belongs on `detach(quant.load(folder))`, not on the model as loaded,
+which would have every branch twice. So it names no base model: what opens one by an adapter would take the checkpoint.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def save_adapter(checkpoint: str | Path, out: str | Path) -> int:
         tensors[key] = tensors[key].float() * factors.float()
     ranks = {name: tensors[f"base_model.model.{name}.lora_A.weight"].shape[0] for name in sites}
     turned = {site.transposed for site in sites.values()}
-    config = adapter_config(str(folder), ranks, turned == {True})
+    config = adapter_config(ranks, turned == {True})
     try:
         out.mkdir(parents=True, exist_ok=True)
         save_file(dict(sorted(tensors.items())), out / "adapter_model.safetensors", {"format": "pt"})
@@ -76,13 +76,13 @@ def _has_branch(spec: Spec) -> bool:
     return isinstance(spec.base if isinstance(spec, Smoothed) else spec, LowRank)
 
 
-def adapter_config(base: str, ranks: dict[str, int], transposed: bool) -> dict[str, Any]:
+def adapter_config(ranks: dict[str, int], transposed: bool) -> dict[str, Any]:
     """PEFT's `LoraConfig` for branches of these ranks by site name, as it lies in adapter_config.json."""
     usual = Counter(ranks.values()).most_common(1)[0][0]
     other = {name: rank for name, rank in sorted(ranks.items()) if rank != usual}
     return {
         "peft_type": "LORA",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": None,
         "inference_mode": True,
         "r": usual,
         "lora_alpha": usual,

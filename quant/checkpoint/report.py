@@ -19,6 +19,8 @@ MOST_ROWS = 2000  # of the table of sites
 MOST_NAMES = 200  # of a list
 MEASURED = "Lost share of each output's energy on the calibration inputs: tr(D H DT) / tr(W H WT), D = W - Q."
 DATA_FREE = "Lost share of the energy of each site's weight, tr(D DT) / tr(W WT), D = W - Q; no text was read."
+AIMED = " This recipe aims at the float path's outputs instead, and leaves these on purpose."
+UNTUNED = " Before tuning: what tuning has changed is judged at the output, not site by site."
 COLUMNS = ("site", ">shape", "spec", ">bits per weight", ">bytes", ">error", ">tokens", ">seconds", "notes")
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5d6878; --page: #fff; --card: #f4f6f9; --line: #d8dee6;
@@ -46,7 +48,10 @@ th, td { text-align: left; vertical-align: top; padding: .25rem .7rem .25rem 0; 
 def render(report: Report) -> str:
     """The page for the content of report.json."""
     name = _text(report["model"]["name"])
-    meaning = DATA_FREE if report["recipe"]["calibration"] is None else MEASURED
+    recipe = report["recipe"]
+    meaning = DATA_FREE if recipe["calibration"] is None else MEASURED
+    meaning += AIMED if recipe["match"] == "float" else ""
+    meaning += UNTUNED if recipe["recovery"] or recipe["distillation"] else ""
     error_plot = plots.over_depth(report, "error", "relative output error", log=True)
     bits_plot = plots.over_depth(report, "bits_per_weight", "bits per weight", log=False)
     return f"""<!doctype html>
@@ -86,7 +91,7 @@ def _headline(report: Report) -> str:
     after = sum(report["files"].values())
     gpu = f", {human(report['peak_gpu_bytes'])} on the GPU" if report["peak_gpu_bytes"] else ""
     resumed = f", {report['resumed_blocks']} from an earlier run" if report["resumed_blocks"] else ""
-    asked = words.code_bits(report["recipe"]["spec"]) or "mixed"
+    asked = report["recipe"]["average"] or words.code_bits(report["recipe"]["spec"]) or "mixed"
     smaller = f"{source['bytes'] / max(1, after):.2f} times smaller than {human(source['bytes'])}"
     cards = [
         (f"{bits['measured']:.5g} bits", f"per weight on disk; asked {asked}, promised {bits['promised']:.5g} in all"),

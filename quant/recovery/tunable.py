@@ -20,7 +20,7 @@ from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.packed import Packed
 from quant.kernels.rotated import PackedRotated
 from quant.kernels.smoothed import PackedSmoothed
-from quant.kernels.spec import DTYPES, Spec, rounds_inputs
+from quant.kernels.spec import DTYPES, Codebook, Spec, Trellis, rounds_inputs
 from quant.kernels.trellis import PackedTrellis
 from quant.recovery.trainable import Tunable, through
 from quant.recovery.tunable_codebook import TunableCodebook
@@ -168,6 +168,17 @@ def tunable(packed: Packed, weight: Tensor, train_codes: bool) -> Tunable:
     """Raises `SettingsError` for a layout that has nothing to train."""
     check_tunable(packed.spec)
     return KINDS[type(packed)](packed, weight, train_codes)
+
+
+def training_bytes(spec: Spec, train_codes: bool) -> float:
+    """Bytes for each weight that `Tunable`s of a spec hold in training, gradients included."""
+    core = spec.core
+    place = 8.0 if train_codes else 0.0
+    if isinstance(core, Trellis):
+        return 2 + place + (4 / core.vector if train_codes else 0)  # values as float16, states
+    if isinstance(core, Codebook):
+        return place + 16 / core.length  # two indices of 8 bytes
+    return max(place, 4.0)
 
 
 def check_tunable(spec: Spec) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from quant.calibration.statistics import Statistics
 from quant.errors import SettingsError
-from quant.kernels.spec import Spec
+from quant.kernels.spec import Spec, Uniform
 from quant.solvers.around import solve_around
 from quant.solvers.descent import descend
 from quant.solvers.factor import Factor, factorise
@@ -76,8 +76,7 @@ class Feedback:
         rounder = rounder_for(spec, (weight.shape[0], weight.shape[1]), weight.device, self.search)
         factor = factorise(of_rounded(statistics, spec), self.order, self.damp, rounder.span, rounder.granularity)
         if isinstance(factor, str):
-            nearest = Nearest(search=self.search).solve(weight, statistics, spec)
-            return replace(nearest, notes=(f"{factor}; rounded to nearest",))
+            return self._without_feedback(weight, statistics, spec, f"{factor}; rounded to nearest")
         target = weight.float() if factor.match is None else weight.float() @ factor.match
         static = self.static_groups or self.order == "act"
         quantized = feed(target, factor, rounder, factor.hessian.diagonal(), self.block, static)
@@ -86,6 +85,14 @@ class Feedback:
                 quantized = descend(target, quantized, factor.hessian, factor.order, rounder, self.block)
                 quantized = rounder.refit(target, factor.hessian)
         return solution(rounder.pack(), weight, statistics, factor.notes)
+
+    def _without_feedback(self, weight: Tensor, statistics: Statistics, spec: Spec, note: str) -> Solution:
+        """A grid by `Nearest`; of other codes what is nearest where all inputs count alike."""
+        if isinstance(spec, Uniform):
+            return replace(Nearest(search=self.search).solve(weight, statistics, spec), notes=(note,))
+        alike = Statistics.identity(statistics.features, weight.device)
+        nearest = replace(self, sweeps=0).solve(weight, alike, spec)
+        return solution(nearest.packed, weight, statistics, (note,))
 
 
 def feed(weight: Tensor, factor: Factor, rounder: Rounder, importance: Tensor, block: int, static: bool) -> Tensor:

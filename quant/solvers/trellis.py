@@ -19,6 +19,7 @@ from quant.kernels.packed import Packed
 from quant.kernels.spec import Trellis
 from quant.kernels.trellis import PackedTrellis, deviation, read, scale_codes, scale_values, state_values
 from quant.kernels.viterbi import improve, search
+from quant.solvers.grid import storable
 from quant.solvers.kmeans import MOST, kmeans
 from quant.solvers.rounder import Rehearsal
 
@@ -63,7 +64,7 @@ class TrellisRounder:
         spread = ((weight.float().square() @ importance) / importance.sum().clamp_min(1e-30)).sqrt()
         scales = spread * (WIDER / deviation(self.values))
         top = torch.zeros_like(self.peaks, dtype=torch.float32).scatter_reduce_(0, self.sequence, scales, "amax")
-        self.peaks = (top * HEADROOM).clamp_max(torch.finfo(torch.float16).max).half()
+        self.peaks = storable(top * HEADROOM, torch.float16).half()
         self.codes = scale_codes(scales, self.peaks[self.sequence])
 
     def round(self, columns: Tensor, values: Tensor) -> Tensor:
