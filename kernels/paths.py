@@ -21,12 +21,12 @@ APART = 4  # bits from which the states of a group are rows
 
 def searcher(bits: int) -> Any:
     """`run(x [n, T V], weight [n, T V], seam int32 [n], states int32 [n, T], values [V, 2^L])` fills `states`."""
-    arrive, apart = _ARRIVE[bits - 1], bits >= APART
+    ways, apart = 1 << bits, bits >= APART
 
-    @njit(**SETTINGS)
+    @njit(**SETTINGS)  # of numbers alone: a process would not know a function in its closure that another has compiled
     def run(x: Any, weight: Any, seam: Any, states: Any, values: Any) -> None:
         vector, count = values.shape
-        groups, ways, length = count >> bits, 1 << bits, x.shape[1] // vector
+        groups, length = count >> bits, x.shape[1] // vector
         # a state's cost is that of what leads to it, `source[a, c]`, and its own, at `[a, b, c]`
         shape = (ways, groups // max(1, groups >> bits), max(1, groups >> bits)) if apart else (1, ways, groups)
         known = np.empty((vector, count), np.float32)
@@ -44,8 +44,10 @@ def searcher(bits: int) -> Any:
             if seam[i] >= 0:
                 least[seam[i]] = np.float32(0)
             for t in range(length):
-                if t:
-                    arrive(cost, least, came[t])
+                if t and apart:
+                    _arrive_apart(cost, least, came[t], ways)
+                elif t:
+                    _arrive(cost, least, came[t], ways)
                 if apart:
                     for a in range(ways):
                         for c in range(shape[2]):
@@ -86,34 +88,25 @@ def _leave(cost: Any, source: Any, first: Any, second: Any, x: Any, weight: Any)
                     cost[a, b, c] = source[a, c] + w0 * (off * off) + w1 * (more * more)
 
 
-def _arrival(ways: int) -> Any:
-    if ways >= 1 << APART:
-
-        @njit(**SETTINGS)
-        def arrive(cost: Any, least: Any, came: Any) -> None:
-            groups = len(least)
-            rows = cost.reshape(ways, groups)
-            least[:], came[:] = rows[0], np.uint8(0)
-            for k in range(1, ways):
-                for u in range(groups):
-                    best, way, other = least[u], came[u], rows[k, u]
-                    nearer = other < best
-                    least[u] = other if nearer else best
-                    came[u] = np.uint8(k) if nearer else way
-
-        return arrive
-
-    @njit(**SETTINGS)
-    def arrive(cost: Any, least: Any, came: Any) -> None:
-        for u in range(len(least)):
-            best, way = cost[ways * u], np.uint8(0)
-            for k in range(1, ways):
-                other = cost[ways * u + k]
-                if other < best:
-                    best, way = other, np.uint8(k)
-            least[u], came[u] = best, way
-
-    return arrive
+@njit(inline="always")
+def _arrive(cost: Any, least: Any, came: Any, ways: int) -> None:
+    for u in range(len(least)):
+        best, way = cost[ways * u], np.uint8(0)
+        for k in range(1, ways):
+            other = cost[ways * u + k]
+            if other < best:
+                best, way = other, np.uint8(k)
+        least[u], came[u] = best, way
 
 
-_ARRIVE = tuple(_arrival(1 << bits) for bits in range(1, 9))
+@njit(inline="always")
+def _arrive_apart(cost: Any, least: Any, came: Any, ways: int) -> None:
+    groups = len(least)
+    rows = cost.reshape(ways, groups)
+    least[:], came[:] = rows[0], np.uint8(0)
+    for k in range(1, ways):
+        for u in range(groups):
+            best, way, other = least[u], came[u], rows[k, u]
+            nearer = other < best
+            least[u] = other if nearer else best
+            came[u] = np.uint8(k) if nearer else way

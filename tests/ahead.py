@@ -1,7 +1,6 @@
 """Compiles a Triton kernel for GPUs that are not here and reads what the assembler says of it.
 
-No driver is needed: ptxas and nvdisasm come with Triton. It runs in a process of its own, since the tests' own process
-interprets its kernels.
+No driver is needed: ptxas and nvdisasm come with Triton.
 """
 
 from __future__ import annotations

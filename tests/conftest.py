@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # the default, but unset it warns
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,11 @@ from torch import Tensor
 
 import quant
 from quant.calibration.statistics import Statistics
-from tests import tiny
+from tests import interpreter, sketches, tiny
 from tests.processes import Children, Start
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.hasten()
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,6 +31,12 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of reports become SVG, see `sketches`."""
+    monkeypatch.setattr("quant.checkpoint.plots.rendered", sketches.RENDERED)
 
 
 @pytest.fixture

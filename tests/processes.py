@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["quant.cli", "quant.checkpoint.plots", "transformers.models.gemma3.modeling_gemma3"])
+FORK.set_forkserver_preload(["quant.cli", "tests.sketches", "transformers.models.gemma3.modeling_gemma3"])
 PATIENCE = 120  # seconds that a child may take on a busy machine
 
 Start = Callable[..., Any]

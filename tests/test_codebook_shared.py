@@ -42,12 +42,7 @@ def test_configurations() -> None:
 
 @pytest.mark.slow
 def test_under_the_interpreter() -> None:
-    rerun(__file__, "interpreted")
-
-
-@pytest.mark.slow
-def test_ahead_of_time() -> None:
-    rerun(__file__, "compiled")
+    rerun(__file__)
 
 
 CASES = [

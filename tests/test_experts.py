@@ -77,7 +77,7 @@ def test_a_stack_is_the_float_parameter_to_its_module(transposed: bool) -> None:
 
 
 def test_under_the_interpreter() -> None:
-    rerun(__file__, "interpreted")
+    rerun(__file__)
 
 
 def arranged(module: Any) -> list[bool]:
@@ -124,7 +124,7 @@ def interpreted_mixtral_is_the_same_through_the_kernels(monkeypatch: pytest.Monk
             filled(layer.mlp.experts, leaf, spec, site)
         assert isinstance(layer.mlp.experts, PackedExperts)
     assert all(arranged(model))
-    ids, real = batch(1, 3), launch.matmul
+    ids, real = batch(1, 2), launch.matmul
 
     def counted(x: Tensor, *rest: Any) -> Tensor:
         calls.append(len(x))
@@ -139,6 +139,6 @@ def interpreted_mixtral_is_the_same_through_the_kernels(monkeypatch: pytest.Monk
             found[kernel] = model(**ids).logits.double()
             monkeypatch.delenv(INTERPRET, raising=False)  # unpacking is slow under the interpreter
         exact = model.float()(**ids).logits.double()
-    assert sum(calls) == 2 * 2 * 2 * 3  # layers, stacks, experts of a token, tokens
+    assert sum(calls) == 2 * 2 * 2 * 2  # layers, stacks, experts of a token, tokens
     wrong = {kernel: float((logits - exact).abs().max()) for kernel, logits in found.items()}
     assert 0 < wrong["triton"] <= 2 * wrong["torch"]  # one rounding to float16 for each product either way

@@ -146,7 +146,7 @@ def test_a_hadamard_is_one_operator() -> None:
 
 
 def test_under_the_interpreter() -> None:
-    rerun(__file__, "interpreted")
+    rerun(__file__)
 
 
 def half(bits: int = 4) -> tuple[PackedLinear, Tensor, Arranged]:

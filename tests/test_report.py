@@ -33,6 +33,8 @@ from quant.models.walk import Site
 from quant.recipe import override, shipped_recipes, with_spec
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("rendered")
+
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>`|$\\frac{--># [a](b)\x1b[31m\x00\n\u202e\u4e2d'
 
 

@@ -130,7 +130,7 @@ def test_tuned_finds_nearby_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_under_the_interpreter() -> None:
-    rerun(__file__, "interpreted")
+    rerun(__file__)
 
 
 def interpreted_gate(monkeypatch: pytest.MonkeyPatch) -> None:

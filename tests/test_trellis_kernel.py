@@ -155,12 +155,7 @@ def test_operators_have_shape_rules() -> None:
 
 @pytest.mark.slow
 def test_under_the_interpreter() -> None:
-    rerun(__file__, "interpreted")
-
-
-@pytest.mark.slow
-def test_ahead_of_time() -> None:
-    rerun(__file__, "compiled")
+    rerun(__file__)
 
 
 CASES = [
@@ -194,7 +189,7 @@ def interpreted_matmul(bits: int, case: tuple[Any, ...]) -> None:
     exact = x.double() @ packed.dequantize(torch.float64).T
     allowed = bound(x, packed, exact, config.bm < 8)
     found = list[Tensor]()
-    for extra in (None, bias, None) if config.splits > 2 else (bias if rows % 2 else None,):
+    for extra in (bias if rows % 2 else None,) * (2 if config.splits > 2 else 1):
         out, buffer = guarded((tokens, rows), dtype)
         parts = held.weight, held.scales, held.peaks, held.table, extra, out
         trellis_launch.launch(x, *parts, rows, columns, bits, window, code, 7, length, config)
@@ -203,7 +198,7 @@ def interpreted_matmul(bits: int, case: tuple[Any, ...]) -> None:
         assert bool((error <= allowed + 2 * torch.finfo(dtype).eps * expected.abs()).all()), float(error.max())
         assert intact(buffer)
         found.append(out)
-    assert len(found) == 1 or torch.equal(found[0], found[2])
+    assert torch.equal(found[0], found[-1])  # splits leave their counters as they found them
 
 
 @pytest.mark.parametrize(

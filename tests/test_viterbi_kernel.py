@@ -12,12 +12,7 @@ from tests.rerun import rerun
 
 @pytest.mark.slow
 def test_under_the_interpreter() -> None:
-    rerun(__file__, "interpreted")
-
-
-@pytest.mark.slow
-def test_ahead_of_time() -> None:
-    rerun(__file__, "compiled")
+    rerun(__file__)
 
 
 @pytest.mark.parametrize("largest", [13, 3])

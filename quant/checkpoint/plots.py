@@ -105,10 +105,14 @@ def _picture(title: str, draw: Callable[[Any], None], height: float = 3.4) -> st
         handles, labels = axes.get_legend_handles_labels()
         if handles:
             figure.legend(handles[:MOST_KINDS], labels[:MOST_KINDS], loc="outside lower center", ncols=4)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", transparent=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
+        data = base64.b64encode(rendered(figure)).decode()
     return f'<img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}">'
+
+
+def rendered(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    return buffer.getvalue()
 
 
 def _label(name: str) -> str:
