@@ -10,7 +10,7 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,12 +115,7 @@ def quantize(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
 ) -> None:
-    PICKED.clear()
-    _exclude(resume, restart, recipe, time_budget, components, bits, size)
-    if bits is not None and not 1 <= bits <= 8:
-        raise SettingsError(f"--bits is {bits:g}; give a number from 1 to 8, for example 2, 2.33 or 4")
-    if time_budget and (bits is None or bits > 4):
-        raise SettingsError("--time-budget picks among recipes of 1 to 4 bits; give --bits too, for example --bits 2")
+    _check(resume, restart, recipe, time_budget, components, bits, size)
     values = {"text": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
     grid = group_size, symmetric, activations
     make = lambda name, b=bits: _with(_recipe(name, b, *grid), settings, values, only, skip)  # noqa: E731
@@ -128,10 +123,8 @@ def quantize(
     with Display(console) if not quiet else _Silent() as shown:
         ready = lambda made, part="": prepare(model, made, place, shown, part)  # noqa: E731
         names = [name.strip() for name in (components or "").split(",")]
-        chosen = sized(size, lambda b: make(recipe, b), ready, shown.step) if size else None
-        if time_budget:
-            name, chosen = within(time_budget, make, ready, shown.step)
-            PICKED.append(name)
+        chosen = _within(time_budget, make, ready, shown) if time_budget else None
+        chosen = sized(size, lambda b: make(recipe, b), ready, shown.step) if size else chosen
         parts = [chosen] if chosen else [ready(make(recipe), name) for name in names]
         mode: Mode = "resume" if resume else "restart" if restart else "new"
         predicted = _rehearse(parts, shown) if dry_run else []
@@ -140,6 +133,14 @@ def quantize(
         show_estimates(parts, predicted, as_json, quiet)
     if result is not None:
         show_results(parts, result, console, as_json)
+
+
+def _within(
+    budget: str, make: Callable[[str], Recipe], ready: Callable[[Recipe], Prepared], shown: Progress
+) -> Prepared:
+    name, chosen = within(budget, make, ready, shown.step)
+    PICKED.append(name)
+    return chosen
 
 
 def _rehearse(parts: Sequence[Prepared], shown: Progress) -> list[Estimate]:
@@ -176,10 +177,11 @@ def _folder(prepared: Prepared) -> Path:
     return Path(f"{Path(prepared.source.name).name}-{bits}bit")
 
 
-def _exclude(
+def _check(
     resume: bool, restart: bool, recipe: str | None, time_budget: str | None, components: str | None,
     bits: float | None, size: str | None,
 ) -> None:  # fmt: skip
+    PICKED.clear()
     if size and (bits is not None or time_budget or components):
         raise SettingsError("--size picks the bits of one model; leave out --bits, --time-budget and --components")
     if time_budget and components:
@@ -191,6 +193,10 @@ def _exclude(
             "--time-budget picks a recipe, so it goes neither with --recipe nor with --resume; to resume give --recipe "
             "with the name that was picked"
         )
+    if bits is not None and not 1 <= bits <= 8:
+        raise SettingsError(f"--bits is {bits:g}; give a number from 1 to 8, for example 2, 2.33 or 4")
+    if time_budget and (bits is None or bits > 4):
+        raise SettingsError("--time-budget picks among recipes of 1 to 4 bits; give --bits too, for example --bits 2")
 
 
 def _with(
