@@ -380,8 +380,11 @@ def test_a_fraction_of_a_bit_is_spread_over_the_sites(llama: Path, words: Path, 
     bits = {site["spec"]["base"]["bits"] for site in report["sites"]}
     assert bits == {2, 3}
     assert 2.6 < report["bits"]["measured"] <= 2.9
-    with pytest.raises(SettingsError, match="with their overhead"):
-        quant.quantize(str(llama), tmp_path / "none", override(recipe, ["average=2.001"]))
+    few = quant.quantize(str(llama), tmp_path / "few", override(recipe, ["average=2.001"])).report
+    assert {site["spec"]["base"]["bits"] for site in few["sites"]} == {1, 2}  # 2 bits and what they carry are more
+    assert 1.7 < few["bits"]["measured"] <= 2.001
+    with pytest.raises(SettingsError, match=r"1-bit codes take .* with their overhead"):
+        quant.quantize(str(llama), tmp_path / "none", override(recipe, ["spec.base.bits=1", "average=1.001"]))
 
 
 @pytest.mark.parametrize("code", ["inst", "hyb"])
