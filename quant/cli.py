@@ -22,7 +22,7 @@ from rich.markup import escape
 
 from quant.budget import sized, within
 from quant.checkpoint.journal import Mode
-from quant.checkpoint.words import code_bits
+from quant.checkpoint.words import asked_bits
 from quant.display import Display
 from quant.errors import BitwrightError, SettingsError
 from quant.estimate import Estimate, estimate
@@ -173,8 +173,7 @@ def _place(device: str | None, dtype: str | None, plan: Path | None, threads: in
 
 def _folder(prepared: Prepared) -> Path:
     """Where a run goes that was not told where."""
-    bits = prepared.recipe.average or code_bits(prepared.recipe.spec.to_dict()) or "mixed"
-    return Path(f"{Path(prepared.source.name).name}-{bits}bit")
+    return Path(f"{Path(prepared.source.name).name}-{asked_bits(prepared.recipe.to_dict())}bit")
 
 
 def _check(

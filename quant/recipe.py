@@ -119,8 +119,9 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
             values["spec"] = spec_from_dict(values["spec"])
     except SpecError as error:
         raise SettingsError(f"recipe: {error}") from None
-    for name in CHOICES.keys() & values.keys():
-        values[name] = _chosen(values[name], name)
+    for name in CHOICES:
+        if name in values:
+            values[name] = _chosen(values[name], name)
     parts = {"calibration": Calibration, "trajectory": Trajectory, "distillation": Distillation, "experts": Experts}
     parts |= {"folding": Folding}
     for name, kind in parts.items():

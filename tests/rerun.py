@@ -31,8 +31,7 @@ def rerun(file: str) -> None:
 @cache
 def _served() -> Any:
     """It ends with this process, which closes its input."""
-    # fusion on is the default, but unset it warns
-    settings = {"TRITON_INTERPRET": "1", "BITWRIGHT_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+    settings = {"TRITON_INTERPRET": "1", "BITWRIGHT_INTERPRET": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", "from tests import rerun; rerun.serve()"],
         cwd=ROOT, env=os.environ | settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

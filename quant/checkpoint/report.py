@@ -91,7 +91,7 @@ def _headline(report: Report) -> str:
     after = sum(report["files"].values())
     gpu = f", {human(report['peak_gpu_bytes'])} on the GPU" if report["peak_gpu_bytes"] else ""
     resumed = f", {report['resumed_blocks']} from an earlier run" if report["resumed_blocks"] else ""
-    asked = report["recipe"]["average"] or words.code_bits(report["recipe"]["spec"]) or "mixed"
+    asked = words.asked_bits(report["recipe"])
     smaller = f"{source['bytes'] / max(1, after):.2f} times smaller than {human(source['bytes'])}"
     cards = [
         (f"{bits['measured']:.5g} bits", f"per weight on disk; asked {asked}, promised {bits['promised']:.5g} in all"),

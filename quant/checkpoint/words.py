@@ -99,6 +99,11 @@ def _settings(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} ({_settings(v)})" if isinstance(v, dict) else f"{k} {v}" for k, v in values.items())
 
 
+def asked_bits(recipe: Mapping[str, Any]) -> float | str:
+    """Bits per weight that a recipe, as in report.json, asks for."""
+    return recipe["average"] or code_bits(recipe["spec"]) or "mixed"
+
+
 def code_bits(spec: Mapping[str, Any]) -> int | None:
     """Bits of each code, where the layout has such a thing."""
     return code_bits(spec["base"]) if "base" in spec else spec.get("bits")

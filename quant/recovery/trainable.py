@@ -21,6 +21,12 @@ class Tunable(ABC):
     def __init__(self, packed: Packed, weight: Tensor, train_codes: bool) -> None:
         """`weight` float32 `[out, in]`: the float one. `train_codes`: whether the codes will be."""
 
+    @classmethod
+    def held_bytes(cls, spec: Any, train_codes: bool) -> float:
+        """Bytes for each weight that training holds of a matrix of `spec`, gradients included; wrappers add next to
+        none to their base's."""
+        return 0.0
+
     def codes(self) -> list[Tensor]:
         """Parameters that decide the codes; a step of 1 is about one level."""
         return []

@@ -20,7 +20,7 @@ from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.packed import Packed
 from quant.kernels.rotated import PackedRotated
 from quant.kernels.smoothed import PackedSmoothed
-from quant.kernels.spec import DTYPES, Codebook, Spec, Trellis, rounds_inputs
+from quant.kernels.spec import DTYPES, Spec, rounds_inputs
 from quant.kernels.trellis import PackedTrellis
 from quant.recovery.trainable import Tunable, through
 from quant.recovery.tunable_codebook import TunableCodebook
@@ -46,6 +46,10 @@ class TunableUniform(Tunable):
         lies = weight / torch.where(self.start == 0, 1.0, self.start)[:, self.group] + self.zeros[:, self.group]
         self.place = (codes + (lies - codes).clamp_(-LEAN, LEAN)).requires_grad_(train_codes)
         self.gain = torch.zeros_like(self.start, requires_grad=True)
+
+    @classmethod
+    def held_bytes(cls, spec: Spec, train_codes: bool) -> float:
+        return 8.0 if train_codes else 4.0  # places, their gradients
 
     def codes(self) -> list[Tensor]:
         return [self.place] if self.place.requires_grad else []
@@ -172,13 +176,8 @@ def tunable(packed: Packed, weight: Tensor, train_codes: bool) -> Tunable:
 
 def training_bytes(spec: Spec, train_codes: bool) -> float:
     """Bytes for each weight that `Tunable`s of a spec hold in training, gradients included."""
-    core = spec.core
-    place = 8.0 if train_codes else 0.0
-    if isinstance(core, Trellis):
-        return 2 + place + (4 / core.vector if train_codes else 0)  # values as float16, states
-    if isinstance(core, Codebook):
-        return place + 16 / core.length  # two indices of 8 bytes
-    return max(place, 4.0)
+    kinds = {packed.layout: kind for packed, kind in KINDS.items()}
+    return kinds[spec.core.layout].held_bytes(spec.core, train_codes)
 
 
 def check_tunable(spec: Spec) -> None:

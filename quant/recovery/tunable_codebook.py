@@ -10,6 +10,7 @@ from torch import Tensor
 from quant.kernels.codebook import PackedCodebook
 from quant.kernels.packed import Packed
 from quant.kernels.scales import scale_codes, scale_values
+from quant.kernels.spec import Codebook
 from quant.recovery.trainable import EVERY, MOST, Tunable, through
 from quant.solvers.codebook import CodebookRounder
 from quant.solvers.kmeans import nearest, nearest_pair
@@ -38,6 +39,10 @@ class TunableCodebook(Tunable):
             wanted = weight / torch.where(self.start > 0, self.start, torch.inf)[:, None]
             self.unit = levels.square().mean().sqrt().clamp_min(1e-30)
             self.place = (torch.lerp(levels, wanted, LEAN_CODEBOOK) / self.unit).requires_grad_()
+
+    @classmethod
+    def held_bytes(cls, spec: Codebook, train_codes: bool) -> float:
+        return 16 / spec.length + (8 if train_codes else 0)  # two indices of 8 bytes; places, their gradients
 
     def codes(self) -> list[Tensor]:
         return [] if self.place is None else [self.place]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels.packed import Packed
+from quant.kernels.spec import Trellis
 from quant.kernels.trellis import PackedTrellis, deviation, read, scale_codes, scale_values, state_values
 from quant.kernels.viterbi import improve
 from quant.recovery.trainable import EVERY, MOST, Tunable, through
@@ -46,6 +47,10 @@ class TunableTrellis(Tunable):
             self.table.requires_grad_()
         elif not train_codes:
             self.states = []
+
+    @classmethod
+    def held_bytes(cls, spec: Trellis, train_codes: bool) -> float:
+        return 10 + 4 / spec.vector if train_codes else 2.0  # levels; places, their gradients, states
 
     def codes(self) -> list[Tensor]:
         return [] if self.place is None else [self.place]

@@ -58,8 +58,12 @@ def solution(
     codes inside, for a spec that lies around them."""
     quantized = packed.dequantize()
     noise = noise_energy(quantized, statistics, packed.spec) if noise is None else noise
-    error = relative_error(weight, quantized, statistics.hessian, noise)
-    missed = error + _aside(weight.float(), quantized, statistics)
+    target = weight.float()
+    D, whole = target - quantized, _energy(target, statistics.hessian)
+    error = missed = _share(_energy(D, statistics.hessian) + noise, whole)
+    if statistics.cross is not None and whole > 0:
+        away = target @ (statistics.hessian - statistics.cross)
+        missed -= 2 * float(D.mul_(away).sum(dtype=torch.float64)) / whole
     return Solution(packed, quantized, error, missed, notes, noise)
 
 
@@ -68,18 +72,7 @@ def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor, noise: fl
     something was.
     """
     target = weight.float()
-    lost, whole = (_energy(matrix, hessian) for matrix in (target - quantized, target))
-    lost += noise
-    return lost / whole if whole > 0 else 0.0 if lost <= 0 else float("inf")
-
-
-def _aside(weight: Tensor, quantized: Tensor, statistics: Statistics) -> float:
-    """What `missed` has beside `error`, but for the constant."""
-    whole = _energy(weight, statistics.hessian)
-    if statistics.cross is None or not whole > 0:
-        return 0.0
-    away = weight @ (statistics.hessian - statistics.cross)
-    return -2 * float((weight - quantized).mul_(away).sum(dtype=torch.float64)) / whole
+    return _share(_energy(target - quantized, hessian) + noise, _energy(target, hessian))
 
 
 def check(weight: Tensor, statistics: Statistics) -> None:
@@ -96,6 +89,10 @@ def check(weight: Tensor, statistics: Statistics) -> None:
                 f"{count} of {tensor.numel()} values of the {name} are not finite; "
                 "check the checkpoint, or calibrate in float32"
             )
+
+
+def _share(lost: float, whole: float) -> float:
+    return lost / whole if whole > 0 else 0.0 if lost <= 0 else float("inf")
 
 
 def _energy(matrix: Tensor, hessian: Tensor) -> float:
