@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from quant.estimate import estimate
 from quant.plan import make_plan
 from quant.planning import measured
 from quant.prepare import Prepared
+from quant.progress import Progress
 from quant.recipe import Recipe
 
 RECIPES = ("best", "balanced", "fast")
@@ -37,27 +39,35 @@ def seconds(text: str) -> float:
 
 
 def within(
-    budget: str, recipe: Callable[[str], Recipe], prepared: Callable[[Recipe], Prepared], say: Callable[[str], None]
+    budget: str, recipe: Callable[[str], Recipe], prepared: Callable[[Recipe], Prepared], progress: Progress
 ) -> tuple[str, Prepared]:
-    """The first of `RECIPES` that is predicted to fit, with its name. `recipe(name)`: with the user's settings; `say`:
-    what was found.
+    """The first of `RECIPES` that is predicted to fit, with its name. What the rehearsals take comes off the budget.
+    `recipe(name)`: with the user's settings.
 
     Raises:
         SettingsError: none fits, with what the fastest would take.
     """
-    limit = seconds(budget)
+    limit, began = seconds(budget), time.perf_counter()
     predicted = 0.0
     for name in RECIPES:
-        say(f"rehearsing recipe {name}")
-        ready = prepared(recipe(name))
-        predicted = estimate(ready).seconds
-        if predicted <= limit:
-            say(f"recipe {name}: about {predicted:.0f} s of the {limit:.0f} s allowed")
+        progress.step(f"rehearsing recipe {name}")
+        predicted = estimate(prepared(recipe(name))).seconds
+        left = limit - (time.perf_counter() - began)
+        if predicted <= left:
+            progress.say(f"recipe {name}: about {_seconds(predicted)} of the {_seconds(left)} left of {budget}")
             return name, prepared(recipe(name))  # anew: the rehearsal has used the model
+        progress.say(
+            f"not recipe {name}: about {_seconds(predicted)}, and {_seconds(max(0.0, left))} are left of {budget}"
+        )
     raise SettingsError(
-        f"--time-budget {budget}: recipe {RECIPES[-1]} alone takes about {predicted:.0f} s here; give more time, fewer "
-        "--samples, or --recipe rtn, which reads no text"
+        f"--time-budget {budget}: recipe {RECIPES[-1]} alone takes about {_seconds(predicted)} here, after "
+        f"{_seconds(time.perf_counter() - began)} to find that out; give more time, fewer --samples, or --recipe rtn, "
+        "which reads no text"
     )
+
+
+def _seconds(count: float) -> str:
+    return f"{count:.0f} s" if count >= 10 else f"{count:.1f} s"
 
 
 def nbytes(text: str) -> int:
@@ -70,7 +80,7 @@ def nbytes(text: str) -> int:
 
 
 def sized(
-    size: str, recipe: Callable[[float], Recipe], prepared: Callable[[Recipe], Prepared], say: Callable[[str], None]
+    size: str, recipe: Callable[[float], Recipe], prepared: Callable[[Recipe], Prepared], progress: Progress
 ) -> Prepared:
     """The most bits per weight whose weight files, all that stays float included, have at most `size` bytes.
     `recipe(bits)`: with the user's settings; raises `SettingsError` where its codes have no such width.
@@ -99,7 +109,7 @@ def sized(
         except SettingsError:
             fits = False  # no codes of one bit more
         chosen = finer if fits and bits < MOST else made
-        say(f"--size {size}: {average if chosen is finer else bits:g} bits per weight")
+        progress.say(f"--size {size}: {average if chosen is finer else bits:g} bits per weight")
         return prepared(chosen)
     raise SettingsError(
         f"--size {size}: the narrowest codes make {least:,} bytes, embeddings and all that stays float included; give "

@@ -7,7 +7,6 @@ another run; 8 disk or memory; 130 interrupted, 143 terminated (both leave a fol
 from __future__ import annotations
 
 import json
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -20,19 +19,21 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from quant.budget import sized, within
-from quant.checkpoint.journal import Mode
-from quant.checkpoint.words import asked_bits
+from quant.budget import RECIPES, sized, within
+from quant.checkpoint.journal import Mode, check_place
+from quant.checkpoint.words import asked_bits, spec_words
 from quant.display import Display
 from quant.errors import BitwrightError, SettingsError
 from quant.estimate import Estimate, estimate
 from quant.kernels.spec import SpecError
 from quant.memory import map_large
+from quant.models.source import COMPONENT
 from quant.outcome import show_estimates, show_results
-from quant.pipeline import run_all
+from quant.pipeline import Result, run_all
 from quant.prepare import Prepared, Settings, prepare
 from quant.progress import Progress
 from quant.recipe import Recipe, load_recipe, override, shipped_recipes, with_spec
+from quant.stopped import BEGUN, INTERRUPTED, TERMINATED, Terminated, terminate
 
 HELP = f"""Turn a float model into a packed low-bit checkpoint.
 
@@ -62,14 +63,6 @@ Exit codes: 0 done, 2 settings, 3 model, 4 calibration, 5 solver, 6 checkpoint, 
 """
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-INTERRUPTED, TERMINATED = 130, 143
-PICKED: list[str] = []  # the recipe that a time budget has picked: for the command that goes on
-
-
-class Terminated(BaseException):
-    """SIGTERM, raised like KeyboardInterrupt, so that files are closed and the lock is given back."""
 
 
 @app.command(help=HELP)
@@ -115,35 +108,49 @@ def quantize(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
 ) -> None:
-    _check(resume, restart, recipe, time_budget, components, bits, size)
+    mode = _mode(resume, restart, recipe, time_budget, components, bits, size, threads)
     values = {"text": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
     grid = group_size, symmetric, activations
     make = lambda name, b=bits: _with(_recipe(name, b, *grid), settings, values, only, skip)  # noqa: E731
     place, console = _place(device, dtype, plan, threads), Console(stderr=True, quiet=quiet)
+    names = [name.strip() for name in (components or "").split(",")]
+    out = out or (None if size else _folder(model, make(RECIPES[0] if time_budget else recipe)))
+    if out and not dry_run:
+        check_place(out, [name or COMPONENT for name in names], mode)
     with Display(console) if not quiet else _Silent() as shown:
         ready = lambda made, part="": prepare(model, made, place, shown, part)  # noqa: E731
-        names = [name.strip() for name in (components or "").split(",")]
-        chosen = _within(time_budget, make, ready, shown) if time_budget else None
-        chosen = sized(size, lambda b: make(recipe, b), ready, shown.step) if size else chosen
-        parts = [chosen] if chosen else [ready(make(recipe), name) for name in names]
-        mode: Mode = "resume" if resume else "restart" if restart else "new"
-        predicted = _rehearse(parts, shown) if dry_run else []
-        result = None if dry_run else run_all(parts, out or _folder(parts[0]), mode, shown)
-    if predicted:
-        show_estimates(parts, predicted, as_json, quiet)
-    if result is not None:
-        show_results(parts, result, console, as_json)
+        parts = _prepared(names, recipe, time_budget, size, make, ready, shown)
+        shown.say(_said(parts[0].recipe, BEGUN.recipe or recipe, bits, *grid))
+        work = _rehearse if dry_run else _run
+        done = work(parts, out or _folder(model, parts[0].recipe), mode, shown)
+    if isinstance(done, Result):
+        show_results(parts, done, console, as_json)
+    else:
+        show_estimates(parts, done, as_json, quiet)
 
 
-def _within(
-    budget: str, make: Callable[[str], Recipe], ready: Callable[[Recipe], Prepared], shown: Progress
-) -> Prepared:
-    name, chosen = within(budget, make, ready, shown.step)
-    PICKED.append(name)
-    return chosen
+def _prepared(
+    names: Sequence[str], recipe: str | None, budget: str | None, size: str | None, make: Callable[..., Recipe],
+    ready: Callable[..., Prepared], shown: Progress,
+) -> list[Prepared]:  # fmt: skip
+    if budget:
+        BEGUN.recipe, chosen = within(budget, make, ready, shown)
+        return [chosen]
+    if size:
+        return [sized(size, lambda bits: make(recipe, bits), ready, shown)]
+    return [ready(make(recipe), name) for name in names]
 
 
-def _rehearse(parts: Sequence[Prepared], shown: Progress) -> list[Estimate]:
+def _run(parts: Sequence[Prepared], out: Path, mode: Mode, shown: Progress) -> Result:
+    BEGUN.places = [out / part.source.inside for part in parts]
+    return run_all(parts, out, mode, shown)
+
+
+def _rehearse(parts: Sequence[Prepared], out: Path, mode: Mode, shown: Progress) -> list[Estimate]:
+    try:
+        check_place(out, [part.source.inside for part in parts], mode)
+    except BitwrightError as error:
+        shown.say(f"[yellow]note[/yellow] the run itself would be refused: {escape(str(error))}")
     shown.step("rehearsing the largest block")
     return [estimate(part) for part in parts]
 
@@ -155,14 +162,27 @@ class _Silent(Progress):
     def __exit__(self, *_: object) -> None: ...
 
 
+def _named(
+    name: str | None, bits: float | None, group_size: int | None, symmetric: bool | None, activations: int | None
+) -> str:
+    """The recipe's name: trellis codes where grids lose much and no flag of a grid was given."""
+    grid = group_size is not None or symmetric is not None or activations == 8
+    return name or ("balanced" if bits is not None and 1 <= bits < 4 and not grid else "gptq")
+
+
+def _said(recipe: Recipe, name: str | None, bits: float | None, *grid: Any) -> str:
+    """What a run is going to do, in a line."""
+    asked = asked_bits(recipe.to_dict())
+    name = _named(name, bits or (asked if isinstance(asked, float | int) else None), *grid)
+    average = f", {recipe.average:g} bits on average" if recipe.average else ""
+    return f"recipe {name}: {spec_words(recipe.spec.to_dict())}{average}"
+
+
 def _recipe(
     name: str | None, bits: float | None, group_size: int | None, symmetric: bool | None, activations: int | None
 ) -> Recipe:
-    """The named recipe, or trellis codes where grids lose much and no flag of a grid was given."""
-    grid = group_size is not None or symmetric is not None or activations == 8
-    name = name or ("balanced" if bits is not None and 1 <= bits < 4 and not grid else "gptq")
     changes = {"bits": bits and int(bits), "group_size": group_size, "symmetric": symmetric, "activations": activations}
-    chosen = with_spec(load_recipe(name), **changes)
+    chosen = with_spec(load_recipe(_named(name, bits, group_size, symmetric, activations)), **changes)
     return replace(chosen, average=bits if bits and bits % 1 else chosen.average)
 
 
@@ -171,16 +191,19 @@ def _place(device: str | None, dtype: str | None, plan: Path | None, threads: in
     return Settings(device, dtype or ("float32" if device == "cpu" else "bfloat16"), plan, threads=threads or 0)
 
 
-def _folder(prepared: Prepared) -> Path:
+def _folder(model: str, recipe: Recipe) -> Path:
     """Where a run goes that was not told where."""
-    return Path(f"{Path(prepared.source.name).name}-{asked_bits(prepared.recipe.to_dict())}bit")
+    return Path(f"{Path(model).absolute().name}-{asked_bits(recipe.to_dict())}bit")
 
 
-def _check(
+def _mode(
     resume: bool, restart: bool, recipe: str | None, time_budget: str | None, components: str | None,
-    bits: float | None, size: str | None,
-) -> None:  # fmt: skip
-    PICKED.clear()
+    bits: float | None, size: str | None, threads: int | None,
+) -> Mode:  # fmt: skip
+    """How a run begins. Raises `SettingsError` for flags that exclude each other and numbers that cannot be."""
+    BEGUN.clear()
+    if threads is not None and threads < 1:
+        raise SettingsError(f"--threads is {threads}; give at least 1, or leave it out")
     if size and (bits is not None or time_budget or components):
         raise SettingsError("--size picks the bits of one model; leave out --bits, --time-budget and --components")
     if time_budget and components:
@@ -196,6 +219,7 @@ def _check(
         raise SettingsError(f"--bits is {bits:g}; give a number from 1 to 8, for example 2, 2.33 or 4")
     if time_budget and (bits is None or bits > 4):
         raise SettingsError("--time-budget picks among recipes of 1 to 4 bits; give --bits too, for example --bits 2")
+    return "resume" if resume else "restart" if restart else "new"
 
 
 def _with(
@@ -214,24 +238,9 @@ def _with(
     return replace(recipe, only=tuple(only or recipe.only), skip=tuple(skip or recipe.skip))
 
 
-def _again(arguments: Sequence[str]) -> list[str]:
-    """The arguments without those that say how to begin, and with the recipe that a time budget has picked."""
-    kept, rest = list[str](), iter(arguments)
-    for argument in rest:
-        if argument == "--time-budget":
-            next(rest, None)
-        elif argument not in ("--resume", "--restart") and not argument.startswith("--time-budget="):
-            kept.append(argument)
-    return [*kept, *(part for name in PICKED for part in ("--recipe", name))]
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated
-
-
 def main() -> None:
     """The console entry point: one sentence for every error that has one."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     map_large()
     error_console = Console(stderr=True)
     try:
@@ -244,8 +253,7 @@ def main() -> None:
         sys.exit(error.exit_code if isinstance(error, BitwrightError) else SettingsError.exit_code)
     except (KeyboardInterrupt, Terminated, typer.Abort) as stop:
         code = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
-        command = shlex.join(["quantize", *_again(sys.argv[1:]), "--resume"])
-        error_console.print(f"stopped; finished blocks are kept. Continue with:\n  {escape(command)}", soft_wrap=True)
+        error_console.print(escape(BEGUN.told(sys.argv[1:])), soft_wrap=True)
         sys.exit(code)
     except typer.Exit as done:
         sys.exit(done.exit_code)

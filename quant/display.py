@@ -8,31 +8,37 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 
 from quant.blocks import Solved
 from quant.progress import Progress
 
+WIDE = 110  # columns
+
 
 class Display(Progress):
-    """Block k of n, site, error, ETA, memory. The ETA counts weights: blocks may differ in size."""
+    """Block k of n, site, error, ETA, memory. The ETA counts weights: blocks may differ in size. A narrow terminal has
+    no room for a bar and the time that has passed."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        wide = console.width >= WIDE
         self.bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[site]}", style="cyan"),
-            TextColumn("{task.fields[error]}"),
-            TextColumn("{task.fields[eta]}", style="green"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[memory]}", style="magenta"),
+            _column("description"),
+            *([BarColumn(bar_width=24)] if wide else []),
+            TextColumn("{task.percentage:>3.0f}%", table_column=Column(no_wrap=True)),
+            _column("fields[site]", "cyan", Column(no_wrap=True, overflow="ellipsis", ratio=1, min_width=8)),
+            _column("fields[error]"),
+            _column("fields[eta]", "green"),
+            *([TimeElapsedColumn()] if wide else []),
+            _column("fields[memory]", "magenta"),
             console=console,
             transient=True,
         )
         self.task = self.bars.add_task("", total=None, site="", error="", eta="", memory="")
         self.blocks, self.weights, self.done_weights, self.resumed, self.steps = 0, 0, 0, 0, 0
-        self.began = time.perf_counter()
+        self.began, self.before = time.perf_counter(), 0  # the pace is that since then, when so many weights were done
+        self.name = ""
         self.errors: list[float] = []
 
     def __enter__(self) -> Display:
@@ -52,14 +58,16 @@ class Display(Progress):
             self.console.print(f"resuming: {done} of {blocks} blocks are done")
 
     def block(self, index: int, name: str) -> None:
-        self.errors = []
+        self.errors, self.name = [], name
         self.bars.update(self.task, description=f"block {index + 1}/{self.blocks}", site=name, memory=_memory())
 
     def site(self, solved: Solved) -> None:
         self.errors.append(solved.error)
         done = self.bars.tasks[0].completed + solved.site.shape[0] * solved.site.shape[1]
         name = solved.site.name
-        self.bars.update(self.task, completed=done, site=name, error=f"error {solved.error:.2e}", eta=self._eta(done))
+        eta = self._eta(done) if self.done_weights > self.before else ""  # a block begins with what its sites share
+        site = name.removeprefix(f"{self.name}.")
+        self.bars.update(self.task, completed=done, site=site, error=f"error {solved.error:.2e}", eta=eta)
         for note in solved.notes:
             self.console.print(f"[yellow]note[/yellow] {name}: {note}", highlight=False)
 
@@ -78,7 +86,7 @@ class Display(Progress):
     def advanced(self, index: int, weights: int) -> None:
         self.done_weights += weights
         if not self.errors:
-            self.began = time.perf_counter()  # blocks from a journal say nothing about the pace
+            self.began, self.before = time.perf_counter(), self.done_weights  # a journal's blocks say nothing of it
         self.bars.update(self.task, completed=self.done_weights, memory=_memory(), eta=self._eta(self.done_weights))
         if not self.console.is_terminal and self.errors:
             left = self._eta(self.done_weights)
@@ -89,8 +97,15 @@ class Display(Progress):
     def step(self, what: str) -> None:
         self.bars.update(self.task, description=what, site="", error="", eta="", memory=_memory())
 
+    def say(self, what: str) -> None:
+        self.console.print(what, highlight=False, soft_wrap=True)
+
     def _eta(self, done: float) -> str:
-        return _left(self.began, done, self.weights - done)
+        return _left(self.began, done - self.before, self.weights - done)
+
+
+def _column(what: str, style: str = "none", column: Column | None = None) -> TextColumn:
+    return TextColumn(f"{{task.{what}}}", style=style, table_column=column or Column(no_wrap=True))
 
 
 def _left(began: float, done: float, more: float) -> str:
@@ -104,7 +119,7 @@ def _left(began: float, done: float, more: float) -> str:
 def _memory() -> str:
     with open("/proc/self/statm") as stream:
         pages = int(stream.read().split()[1])
-    return f"{human(pages * resource.getpagesize())} in use"
+    return human(pages * resource.getpagesize())
 
 
 def human(count: float) -> str:

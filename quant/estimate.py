@@ -26,6 +26,7 @@ from quant.calibration.samples import moved
 from quant.calibration.trajectory import passes
 from quant.checkpoint.shards import sizes
 from quant.checkpoint.writer import arrangement, promised_pieces, quantized_sites
+from quant.kernels.spec import Trellis
 from quant.memory import peak_bytes
 from quant.models.stream import Forward, outside_blocks
 from quant.planning import probes, weighed
@@ -33,6 +34,8 @@ from quant.prepare import Prepared, skeleton_of
 from quant.recovery.block import task
 from quant.recovery.tunable import training_bytes
 from quant.recovery.tuning import REHEARSED, BlockTuning
+from quant.solvers.grid import Search
+from quant.solvers.rounder import rounder_for
 from quant.threads import threads
 
 
@@ -81,6 +84,7 @@ def estimate(prepared: Prepared) -> Estimate:
     files = sizes(arrangement(prepared, promised_pieces(prepared)), prepared.source.stem)
     cuda = prepared.settings.device.startswith("cuda")
     with threads(prepared.threads):
+        _warm(prepared)
         follow = _follow(prepared)
         seen = _rehearse(prepared)
         opening = _timed(lambda: skeleton_of(prepared.source, prepared.settings))
@@ -137,6 +141,17 @@ def _distillation(prepared: Prepared, seen: _Rehearsal, weights: int, batches: i
     )
     more = parameters * width + int(held) + int(seen.stored * mixed) * len(prepared.walk.chain) + logits
     return recipe.distillation.steps * step + passes, more
+
+
+def _warm(prepared: Prepared) -> None:
+    """Has the searches compiled that the run will use, once for all blocks and kept on disk: no block's own time."""
+    for core in {spec.core: None for spec in prepared.plan.specs.values() if spec is not None}:
+        if isinstance(core, Trellis):
+            rounder = rounder_for(core, (core.length, 1), torch.device(prepared.settings.device), Search())
+            weight = torch.ones((core.length, 1), device=prepared.settings.device)
+            rounder.fit(0, weight, weight[0])
+            for _ in range(2):  # the second time it starts from what it has
+                rounder.round(torch.zeros(1, dtype=torch.long), weight)
 
 
 def _follow(prepared: Prepared) -> float | None:

@@ -7,15 +7,19 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from itertools import takewhile
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from quant.checkpoint.words import code_bits, spec_words
 from quant.display import human
 from quant.estimate import Estimate
 from quant.pipeline import Result
 from quant.prepare import Prepared
+
+MOST_SPECS = 12  # in words, below the table
 
 
 def show_estimates(parts: Sequence[Prepared], predicted: Sequence[Estimate], as_json: bool, quiet: bool) -> None:
@@ -38,18 +42,27 @@ def show_estimates(parts: Sequence[Prepared], predicted: Sequence[Estimate], as_
 
 def _show_estimate(prepared: Prepared, predicted: Estimate, console: Console) -> None:
     title = f"plan for {escape(prepared.source.name)} {prepared.source.inside}".rstrip()
-    table = Table("sites", "count", "rows x in", "bits", "group", "bits/weight", "bytes each", title=title)
+    table = Table(title=title)
+    for heading in ("sites", "count", "rows x in", "code", "bits", "bytes each"):
+        number = heading not in ("sites", "code")
+        table.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=number)
     alike = Counter((_starred(s.name), s.shape, prepared.plan.specs[s.name]) for s in prepared.walk.sites)
-    for (name, (rows, columns), spec), count in alike.items():
-        data = spec.core.to_dict() if spec else {}
-        cost = (
-            (f"{spec.bits_per_weight((rows, columns)):.3f}", f"{spec.nbytes((rows, columns)):,}")
-            if spec
-            else ("", "float")
-        )
-        shown = (str(data.get(key, "")) for key in ("bits", "group_size"))
-        table.add_row(escape(name), str(count), f"{rows} x {columns}", *shown, *cost)
+    front = _shared([name for name, _, _ in alike])
+    for (name, shape, spec), count in alike.items():
+        cells = ("float", "", "")
+        if spec is not None:
+            bits = code_bits(spec.to_dict())
+            code = f"{bits}-bit {spec.core.layout}" if bits else spec.core.layout
+            cells = (code, f"{spec.bits_per_weight(shape):.3f}", f"{spec.nbytes(shape):,}")
+        short = f"*{name.removeprefix(front)}" if front else name
+        table.add_row(escape(short), str(count), f"{shape[0]} x {shape[1]}", *cells)
     console.print(table)
+    specs = Counter(prepared.plan.specs[s.name] for s in prepared.walk.sites)
+    for spec, count in specs.items() if len(specs) < MOST_SPECS else ():
+        if spec is not None:
+            console.print(f"{spec_words(spec.to_dict())}: {count} sites", highlight=False)
+    if any(site.modulation and prepared.plan.specs[site.name] for site in prepared.walk.sites):
+        console.print(f"modulations have at least {prepared.recipe.modulation_bits} bits", highlight=False)
     for (name, reason), count in Counter((_starred(n), why) for n, why in prepared.walk.left.items()).items():
         times = f" ({count})" if count > 1 else ""
         console.print(f"float: {escape(name)}{times}: {escape(reason)}", highlight=False)
@@ -67,13 +80,21 @@ def _show_estimate(prepared: Prepared, predicted: Estimate, console: Console) ->
         facts.add_row("peak GPU memory", human(predicted.peak_gpu_bytes))
     if predicted.spilled_bytes:
         facts.add_row("activations on disk", human(predicted.spilled_bytes))
-    facts.add_row("time", f"{predicted.seconds:.0f} s (rehearsed in {predicted.rehearsal_seconds:.0f} s)")
+    took = f"rehearsed in {predicted.rehearsal_seconds:.0f} s"
+    facts.add_row("time", f"about {predicted.seconds:.{0 if predicted.seconds >= 10 else 1}f} s ({took})")
     console.print(facts)
 
 
 def _starred(name: str) -> str:
     """A name without its block's number."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _shared(names: Sequence[str]) -> str:
+    """What all names begin with, whole parts; a pattern with `*` in its place finds the same sites (--skip, --only,
+    --plan)."""
+    parts = [list(alike) for alike in zip(*(name.split(".")[:-1] for name in names), strict=False)]
+    return ".".join(alike[0] for alike in takewhile(lambda alike: len(set(alike)) == 1, parts))
 
 
 def show_results(parts: Sequence[Prepared], result: Result, console: Console, as_json: bool) -> None:

@@ -23,7 +23,7 @@ from quant.calibration.activations import Activations
 from quant.calibration.replay import Replay
 from quant.calibration.samples import Batch, moved
 from quant.checkpoint.components import check_home, copy_beside, copy_card
-from quant.checkpoint.journal import FOLDER, Journal, Mode, complete, finished_report
+from quant.checkpoint.journal import FOLDER, Journal, Mode, check_place, complete, finished_report
 from quant.checkpoint.provenance import provenance
 from quant.checkpoint.verify import compare_logits
 from quant.checkpoint.writer import Written, write_checkpoint
@@ -100,7 +100,9 @@ def run(
     began, source = time.perf_counter(), prepared.source
     parts = parts or [source.inside]
     check_home(out, source, parts)
-    prepared, place = settled(prepared), out / source.inside
+    place = out / source.inside
+    check_place(place, (), mode)
+    prepared = settled(prepared)
     if mode == "resume" and complete(place):
         progress.step("checking: the checkpoint is already complete")
         report = finished_report(place, prepared.identity())
@@ -135,9 +137,7 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
     skeleton, recipe, chain = prepared.skeleton, prepared.recipe, prepared.walk.chain
     model = skeleton.model
     batches = _on_device(prepared)
-    calibration = batches[
-        :-1
-    ]  # the last one is the probe: it is carried along for the verification and seen by no solver
+    calibration = batches[:-1]  # the last one, the probe, is carried along for the verification and seen by no solver
     store = _activations(prepared, journal.folder, "quantized", len(batches))
     matched = recipe.match == "float" and recipe.calibration is not None
     followed = matched or recipe.recovery is not None  # the float path

@@ -1,4 +1,5 @@
-"""Plans: the spec of each site, from a recipe and from a file; plain JSON that can be read, edited and given back."""
+"""Plans: the spec of each site, from a recipe and from a file; plain JSON that can be read, edited and given back. In a
+file a pattern (`*.down_proj`) may stand for many sites."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, found: Walk, file: Path | None = None, bits: Mapping[str, int] | None = None,
+    recipe: Recipe, walk: Walk, file: Path | None = None, bits: Mapping[str, int] | None = None,
     anchors: Set[str] = frozenset(),
 ) -> Plan:  # fmt: skip
     """The recipe's spec for each site, with those that a plan file names replaced. `bits`: of each site, where they
@@ -47,12 +49,12 @@ def make_plan(
     Raises:
         SettingsError: the file cannot be read, names a site that is not there, or holds an impossible spec.
     """
-    sites = {site.name: site for site in found.sites}
+    sites = {site.name: site for site in walk.sites}
     specs: dict[str, Spec | None] = {}
     if bits is not None:
         own = {name: of_width(recipe.spec, bits[name], site) for name, site in sites.items()}
     elif recipe.average is not None:
-        own = spread(recipe, found)
+        own = spread(recipe, walk)
     else:
         own = {name: raised(recipe, recipe.spec, site) for name, site in sites.items()}
     own = {name: with_anchor(spec) if name in anchors else spec for name, spec in own.items()}
@@ -64,13 +66,18 @@ def make_plan(
         raise SettingsError(f"--plan {file}: cannot be read ({error})") from None
     if not isinstance(given, dict):
         raise SettingsError(f"--plan {file}: expected a JSON object, found {given!r}")
-    for name, spec in given.items():  # pyright: ignore[reportUnknownVariableType]
-        if name not in sites:
-            raise SettingsError(f"--plan {file}: {name} is not a site of this model; --dry-run lists the sites")
+    for pattern, spec in sorted(given.items(), key=lambda item: item[0] in sites):  # names in full say it last
+        found = [pattern] if pattern in sites else [name for name in sites if fnmatchcase(name, pattern)]
+        if not found:
+            raise SettingsError(
+                f"--plan {file}: {pattern} is no site of this model and no pattern of one; --dry-run shows patterns, "
+                "--dry-run --json all names"
+            )
         try:
-            specs[name] = None if spec is None else fitted(spec_from_dict(spec), sites[name])
+            for name in found:
+                specs[name] = None if spec is None else fitted(spec_from_dict(spec), sites[name])
         except SpecError as error:
-            raise SettingsError(f"--plan {file}: {name}: {error}") from None
+            raise SettingsError(f"--plan {file}: {pattern}: {error}") from None
     return Plan({name: specs.get(name, own[name]) for name in sites})
 
 

@@ -26,3 +26,6 @@ class Progress:
 
     def step(self, what: str) -> None:
         """Something outside the blocks begins: reading the text, writing, verifying."""
+
+    def say(self, what: str) -> None:
+        """Something was chosen that a log should keep."""

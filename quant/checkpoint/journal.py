@@ -32,7 +32,7 @@ from quant.checkpoint.manifest import (
     weight_files,
 )
 from quant.checkpoint.shards import STEMS, Atomic, Piece, disk_error, index_name, read_pieces, write_text
-from quant.errors import CheckpointError, ResumeError
+from quant.errors import CheckpointError, ResourceError, ResumeError
 
 FOLDER = JOURNAL
 DONE = ".bitwright-done"
@@ -54,17 +54,11 @@ class Journal:
     def __enter__(self) -> Journal:
         try:
             self._check_folder()
+            shutil.rmtree(self.out / DONE, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / "lock").open("w")
         except OSError as error:
-            raise disk_error(self.out, error) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise ResumeError(
-                f"{self.out}: another run is writing here; wait for it, stop it, or choose another --out"
-            ) from None
+            raise _cannot_create(self.out, error) from None
+        self._lock = self._locked()
         try:
             self._open()
         except BaseException:
@@ -76,11 +70,34 @@ class Journal:
         if self._lock is not None:
             self._lock.close()
 
+    def check(self) -> None:
+        """What entering would refuse, but for the comparison with an unfinished run; nothing is written."""
+        try:
+            self._check_folder()
+        except OSError as error:
+            raise _cannot_create(self.out, error) from None
+        if self.mode == "new" and (self.folder / "run.json").exists():
+            self._locked().close()
+            self._refuse_unfinished()
+
+    def _locked(self) -> IO[str]:
+        try:
+            lock = (self.folder / "lock").open("a")
+        except OSError as error:
+            raise disk_error(self.out, error) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise ResumeError(
+                f"{self.out}: another run is writing here; wait for it, stop it, or choose another --out"
+            ) from None
+        return lock
+
     def _check_folder(self) -> None:
         if self.out.exists() and not self.out.is_dir():
             raise ResumeError(f"{self.out}: is a file; choose another --out")
-        shutil.rmtree(self.out / DONE, ignore_errors=True)
-        if not self.out.exists() or self.folder.exists() or not any(self.out.iterdir()):
+        if not self.out.exists() or self.folder.exists() or not any(p.name != DONE for p in self.out.iterdir()):
             if self.mode == "resume" and not self.folder.exists():
                 raise ResumeError(f"{self.out}: holds no unfinished run to resume; run without --resume")
             return
@@ -91,17 +108,20 @@ class Journal:
                 f"{self.out}: already holds a checkpoint; choose another --out, or --restart to replace it"
             )
 
+    def _refuse_unfinished(self) -> None:
+        done = len(list(self.folder.glob("[0-9]*.json")))
+        raise ResumeError(
+            f"{self.out}: holds an unfinished run (blocks done: {done}); continue it with --resume, or begin anew with "
+            "--restart"
+        )
+
     def _open(self) -> None:
         path = self.folder / "run.json"
         if self.mode == "restart":
             self._clear()
         elif path.exists():
             if self.mode == "new":
-                done = len(list(self.folder.glob("[0-9]*.json")))
-                raise ResumeError(
-                    f"{self.out}: holds an unfinished run (blocks done: {done}); continue it with --resume, or begin "
-                    "anew with --restart"
-                )
+                self._refuse_unfinished()
             _compare(self._read(path), self.run, f"{self.out}: the unfinished run there is another one")
         shutil.rmtree(self.folder / "activations", ignore_errors=True)
         for stale in self.folder.glob("*.part"):
@@ -163,6 +183,19 @@ class Journal:
         """The checkpoint is complete: the journal goes, by a rename first, so that no half of it is ever found."""
         self.folder.rename(self.out / DONE)
         shutil.rmtree(self.out / DONE, ignore_errors=True)
+
+
+def _cannot_create(out: Path, error: OSError) -> ResourceError:
+    return ResourceError(f"{out}: no folder can be made or read here ({error.strerror or error}); choose another --out")
+
+
+def check_place(out: Path, parts: Iterable[str], mode: Mode) -> None:
+    """Raises before any work what would be raised after the model was prepared, if `out` cannot be written in this
+    mode. `parts`: folders in it that may hold a component of a pipeline."""
+    places = (out, *(out / part for part in parts))
+    for place in [place for place in places if (place / FOLDER).exists() or complete(place)] or [out]:
+        if mode != "resume" or not complete(place):
+            Journal(place, {}, mode).check()
 
 
 def complete(out: Path) -> bool:
