@@ -47,6 +47,8 @@ _EPILOG = """
 
 `quant-eval out/dit-4bit out/dit-2bit --against models/dit --judge judge.safetensors --sheet sheet.png` : a diffusion
 transformer draws the same seeds as its original
+
+Exit codes: 0 done, 2 settings, 3 model, 6 checkpoint, 8 disk or memory, 130 interrupted, 1 anything else.
 """
 
 

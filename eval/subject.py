@@ -21,7 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.hub import cached_file
 
 import quant
-from quant.errors import BitwrightError, ModelError, SettingsError
+from quant.checkpoint.manifest import JOURNAL
+from quant.errors import BitwrightError, CheckpointError, ModelError, SettingsError
 from quant.machine import check_device
 
 Kind = Literal["causal-lm", "encoder"]
@@ -118,6 +119,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if (folder / JOURNAL).is_dir():
+            raise CheckpointError(f"{folder}: an unfinished run; continue it with quantize --resume.") from error
         raise ModelError(f"{folder}: no config.json, so this is not a Hugging Face model folder.") from error
     except (ValueError, OSError) as error:
         raise ModelError(f"{path}: cannot be read as JSON ({_first_line(error)}).") from error

@@ -121,8 +121,7 @@ def quantize(
         ready = lambda made, part="": prepare(model, made, place, shown, part)  # noqa: E731
         parts = _prepared(names, recipe, time_budget, size, make, ready, shown)
         shown.say(_said(parts[0].recipe, BEGUN.recipe or recipe, bits, *grid))
-        work = _rehearse if dry_run else _run
-        done = work(parts, out or _folder(model, parts[0].recipe), mode, shown)
+        done = (_rehearse if dry_run else _run)(parts, out or _folder(model, parts[0].recipe), mode, shown)
     if isinstance(done, Result):
         show_results(parts, done, console, as_json)
     else:

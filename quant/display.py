@@ -20,8 +20,8 @@ class Display(Progress):
     """Block k of n, site, error, ETA, memory. The ETA counts weights: blocks may differ in size. A narrow terminal has
     no room for a bar and the time that has passed."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console = console or Console(stderr=True)
         wide = console.width >= WIDE
         self.bars = Bars(
             _column("description"),

@@ -9,6 +9,9 @@
     ├── ResumeError                the folder belongs to another run, or one is running there      exit code 7
     └── ResourceError              disk full, out of memory                                        exit code 8
 
+A spec built by hand that cannot exist is a `SpecError`, a ValueError of the kernels, which know nothing of this; so is
+`SettingsError` a ValueError.
+
 A message is a sentence to a tired person: where, what came, what was expected, what to do.
 Ctrl-C ends with exit code 130, SIGTERM with 143; both leave a folder that `--resume` continues.
 """

@@ -5,8 +5,8 @@ files, so bits are measured, not believed. Errors, notes and provenance come fro
 and anybody may have edited: where it does not hold what ours holds it counts as damaged and is left out. An unfinished
 run is explained with the command that goes on, and a float model is called one.
 
-Exit codes: 0 the folder is sound, or there is nothing to check; 2 no such folder; 3 a float model's files cannot be
-read; 6 a packed checkpoint is damaged or another tool's; 7 an unfinished run cannot be read.
+Exit codes: 0 the folder is sound, or there is nothing to check; 2 no such folder, or no model in it; 3 a float model's
+files cannot be read; 6 a packed checkpoint is damaged or another tool's; 7 an unfinished run cannot be read.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exce
 
 _EPILOG = """Example: `quant-inspect out/model-4bit --json | jq .bits`
 
-Exit codes: 0 sound, 2 no such folder, 3 float files unreadable, 6 damaged, 7 unfinished and damaged.
+Exit codes: 0 sound, 2 no such folder or no model in it, 3 float files unreadable, 6 damaged, 7 unfinished and damaged.
 """
 
 
@@ -79,7 +79,7 @@ def look(folder: Path, check: bool = True, out: Path | None = None) -> dict[str,
     None, so that the rest can still be shown.
 
     Raises:
-        SettingsError: there is no such folder.
+        SettingsError: there is no such folder, or no model in it.
         CheckpointError: config.json cannot be read, or its account of the packed sites cannot.
         ModelError: a float model's files cannot be read.
         ResumeError: an unfinished run's own account cannot be read.
@@ -97,6 +97,8 @@ def look(folder: Path, check: bool = True, out: Path | None = None) -> dict[str,
     common: dict[str, Any] = {"folder": str(folder), "folder_bytes": size}
     if (folder / FOLDER).is_dir():
         return {"kind": "unfinished", **common, **_unfinished(folder, out or home)}
+    if not (folder / "config.json").is_file():
+        raise SettingsError(f"{folder}: no config.json; give the folder of a checkpoint")
     config = read_config(folder)
     common["architectures"] = config.get("architectures") or (
         [config["_class_name"]] if "_class_name" in config else None

@@ -43,9 +43,9 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise SettingsError(
-            f"device {device!r}: torch cannot use it ({first_line(error)}); choose cpu or cuda:0"
-        ) from None
+        reason = "there is no such kind of device" if str(error).startswith("Expected one of") else first_line(error)
+        usable = "cpu or cuda" if torch.cuda.is_available() else "cpu, the only one here"
+        raise SettingsError(f"device {device!r}: torch cannot use it ({reason}); choose {usable}") from None
 
 
 def _cpu() -> str:

@@ -118,6 +118,8 @@ def _show_result(result: Result, part: str, float_bytes: int, console: Console) 
         f"disk, {human(total)} of weights (from {human(float_bytes)}), {report['seconds']:.0f} s, "
         f"peak memory {human(report['peak_rss_bytes'])}"
     )
+    if report["modulations"]:
+        console.print(f"modulations have at least {report['recipe']['modulation_bits']} bits", highlight=False)
     noted = [site for site in report["sites"] if site["notes"]]
     if noted:
         console.print(f"[yellow]{len(noted)} sites have notes[/yellow]; see report.html")

@@ -37,7 +37,7 @@ from quant.models.stream import first_tensor, outside_blocks
 from quant.models.walk import Block
 from quant.prepare import Prepared, Settings, prepare, settled
 from quant.progress import Progress
-from quant.recipe import Recipe
+from quant.recipe import Recipe, load_recipe
 from quant.recovery.block import put
 from quant.recovery.block import record as recovery_record
 from quant.recovery.block import task as block_task
@@ -58,7 +58,7 @@ class Result:
 def quantize(
     model: str,
     out: str | Path,
-    recipe: Recipe | None = None,
+    recipe: Recipe | str | None = None,
     *,
     settings: Settings | None = None,
     mode: Mode = "new",
@@ -67,13 +67,15 @@ def quantize(
 ) -> Result:
     """Quantizes `model` (a local folder or a hub name) into the packed checkpoint folder `out`.
 
-    `mode`: "new" wants an empty or absent folder, "resume" continues an unfinished run to the same bytes, "restart"
-    begins anew. `components`: of a diffusers pipeline (`("transformer", "text_encoder")`), its transformer without.
+    `recipe`: one of `load_recipe`, or its name. `mode`: "new" wants an empty or absent folder, "resume" continues an
+    unfinished run to the same bytes, "restart" begins anew. `progress`: a `quant.display.Display` shows it.
+    `components`: of a diffusers pipeline (`("transformer", "text_encoder")`), its transformer without.
 
     Raises:
         BitwrightError: see `quant.errors` for the kinds; the folder can then be resumed unless the message says no.
     """
     progress = progress or Progress()
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     parts = [prepare(model, recipe or Recipe(), settings, progress, part) for part in components or ("",)]
     return run_all(parts, Path(out), mode, progress)
 
@@ -136,7 +138,8 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
     """Solves every block that the journal does not have; returns the quantized model's output on the probe."""
     skeleton, recipe, chain = prepared.skeleton, prepared.recipe, prepared.walk.chain
     model = skeleton.model
-    batches = _on_device(prepared)
+    used = prepared.samples.batches if recipe.calibration is not None else ()  # none for a data-free recipe
+    batches = [*(moved(batch, prepared.settings.device) for batch in used), prepared.probe()]
     calibration = batches[:-1]  # the last one, the probe, is carried along for the verification and seen by no solver
     store = _activations(prepared, journal.folder, "quantized", len(batches))
     matched = recipe.match == "float" and recipe.calibration is not None
@@ -188,12 +191,6 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
         output = first_tensor(replay.head(batches[-1], store[len(batches) - 1]))
         skeleton.unload([*outside, *head])
     return output
-
-
-def _on_device(prepared: Prepared) -> list[Batch]:
-    """The calibration batches, none for a data-free recipe, and after them the probe."""
-    used = prepared.samples.batches if prepared.recipe.calibration is not None else ()
-    return [*(moved(batch, prepared.settings.device) for batch in used), prepared.probe()]
 
 
 def _activations(prepared: Prepared, folder: Path, kind: str, count: int) -> Activations:

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from quant.calibration import painting, trajectory
-from quant.calibration.samples import Batch, Samples, draw, moved, noise
+from quant.calibration.samples import Batch, Samples, context_length, draw, moved, noise
+from quant.errors import SettingsError
+from quant.kernels.spec import Uniform
 from quant.machine import versions
 from quant.models.arguments import build, cast
 from quant.models.diffusion import DiffusionSkeleton
@@ -33,6 +35,7 @@ from quant.progress import Progress
 from quant.recipe import Calibration, Recipe
 from quant.recovery.tunable import check_tunable
 from quant.recovery.tuning import BlockTuning
+from quant.solvers.nearest import Nearest
 from quant.threads import threads
 
 TRACE_TOKENS = 16
@@ -62,6 +65,12 @@ class Prepared:
     @cached_property
     def plan(self) -> Plan:
         plan = self.make(self.samples if measured(self.recipe, self.source) else None)
+        for name, spec in plan.specs.items() if isinstance(self.recipe.solver, Nearest) else ():
+            if spec is not None and not isinstance(spec.core, Uniform):
+                raise SettingsError(
+                    f"{name}: round to nearest knows uniform grids, and this is a {spec.core.layout}; take another "
+                    "recipe, or another spec"
+                )
         if self.recipe.distillation is not None or isinstance(self.recipe.recovery, BlockTuning):
             for spec in plan.specs.values():
                 if spec is not None:
@@ -204,6 +213,8 @@ def _draw(
     progress.step("reading the calibration text")
     calibration = _read(recipe.calibration, skeleton.source)
     drawn = noise(skeleton.config) if calibration is None else draw(calibration, skeleton.source, skeleton.config)
+    if calibration is not None and calibration.sequence_length > (most := context_length(skeleton.config)):
+        progress.say(f"note: calibration windows have {most} tokens, the most that this model takes")
     return lambda: drawn
 
 

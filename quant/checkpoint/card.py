@@ -77,8 +77,8 @@ Not evaluated yet: `quant-eval {FOLDER} --against` the original.
 
 ## Limits
 
-A perplexity shows less than is lost on text unlike the calibration text: judge it on your own task. The limits, biases
-and license terms of the base model hold here as well.
+{_limits(report)} The limits, biases and license terms of the base
+model hold here as well.
 """
 
 
@@ -110,6 +110,12 @@ def _folded(report: Report) -> str:
     return ", but for rotations folded into it" if report.get("folding", {}).get("folded") else ""
 
 
+def _limits(report: Report) -> str:
+    if report["source"].get("library") == "diffusers":
+        return "Figures of drawn images show less than an eye does: judge it on your own prompts."
+    return "A perplexity shows less than is lost on text unlike the calibration text: judge it on your own task."
+
+
 def _front_matter(report: Report) -> str:
     """YAML, of which JSON is a part: so are names that are not ours."""
     source, asked = report["source"], code_bits(report["recipe"]["spec"])
@@ -128,10 +134,11 @@ def _front_matter(report: Report) -> str:
 
 def _sizes(report: Report) -> list[tuple[str, str]]:
     bits, source = report["bits"], report["source"]
+    codes = sorted({code for site in report["sites"] if (code := code_bits(site["spec"]))})
     after = sum(report["files"].values())
     smaller = source["bytes"] / max(1, after)
     return [
-        ("bits of each code", str(code_bits(report["recipe"]["spec"]) or "see plan.json")),
+        ("bits of each code", " or ".join(map(str, codes)) or "see plan.json"),
         ("bits promised", f"{bits['promised']:.5g} per quantized weight, scales and zeros and all else included"),
         ("bits measured on disk", f"{bits['measured']:.5g} per quantized weight"),
         ("quantized", f"{bits['weights']:,} of {source['parameters']:,} weights, {bits['packed_bytes']:,} bytes"),
@@ -187,10 +194,11 @@ def _evaluation(results: Mapping[str, Any]) -> str:
             lines.append(f"| {label} | {value:{form}} | {'' if original is None else f'{original:{form}}'} |")
     settings = results["settings"]
     stride = f", stride {settings['stride']}" if settings.get("stride") else ""
+    few = f"only the first {settings['max_windows']} " if settings.get("max_windows") else ""
     against = f" The original is {_code(results['against'])}." if results.get("against") else ""
     return "\n".join(lines) + (
         f"\n\nText {_code(settings['text'])}, sha256 {_code(settings['text_sha256'])}; "
-        f"{settings['window_rule']} windows of {settings['window']} tokens{stride}; {settings['dtype']}.{against}"
+        f"{few}{settings['window_rule']} windows of {settings['window']} tokens{stride}; {settings['dtype']}.{against}"
     )
 
 

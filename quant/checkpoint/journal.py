@@ -105,14 +105,15 @@ class Journal:
             raise ResumeError(f"{self.out}: holds files that are not bitwright's; choose another --out")
         if self.mode != "restart":
             raise ResumeError(
-                f"{self.out}: already holds a checkpoint; choose another --out, or --restart to replace it"
+                f"{self.out}: already holds a checkpoint; choose another --out, or --restart to replace it "
+                '(in Python mode="restart")'
             )
 
     def _refuse_unfinished(self) -> None:
         done = len(list(self.folder.glob("[0-9]*.json")))
         raise ResumeError(
             f"{self.out}: holds an unfinished run (blocks done: {done}); continue it with --resume, or begin anew with "
-            "--restart"
+            '--restart (in Python mode="resume" and mode="restart")'
         )
 
     def _open(self) -> None:

@@ -29,6 +29,7 @@ from quant.experts import PackedExperts
 from quant.held import Holder
 from quant.kernels.layouts import LayoutError
 from quant.linear import PackedLinear, put_packed
+from quant.machine import check_device
 from quant.models.candidates import is_linear
 from quant.models.source import first_line
 
@@ -167,9 +168,12 @@ def load(
     sha256 first.
 
     Raises:
+        SettingsError: an unknown dtype, or a device that torch cannot use.
         CheckpointError: the folder is not a sound packed checkpoint; says which file or tensor.
         ResourceError: out of memory.
     """
+    if isinstance(device, str) and device != "auto":
+        check_device(device)
     folder = pipelines.component(_folder(str(checkpoint)))
     config = read_config(folder)
     read_sites(config.get("quantization_config"), str(folder))

@@ -72,11 +72,13 @@ def errors(sites: Sequence[Site]) -> list[float]:
 def provenance_rows(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What decides the bytes, in words. `run`: `Prepared.identity()`, which report.json holds too."""
     recipe, text, compute = run["recipe"], run["calibration"], run["compute"]
-    settings = {key: value for key, value in recipe["solver"].items() if key != "kind"} | {"match": recipe["match"]}
+    grids = any(spec is not None and core(spec)["layout"] == "uniform" for spec in run["plan"].values())
+    unused = ("kind",) if grids else ("kind", "search")  # a search for grids
+    settings = {key: value for key, value in recipe["solver"].items() if key not in unused} | {"match": recipe["match"]}
     rows = [
         ("base model", f"{run['model']['name']}, sha256 {run['model']['sha256']} (config, headers, samples)"),
         ("method", f"{METHODS.get(recipe['solver']['kind'], recipe['solver']['kind'])}; {_settings(settings)}"),
-        ("calibration text", f"{text['text']}, sha256 {text['sha256'] or 'none'}"),
+        ("calibration inputs", f"{text['text']}, sha256 {text['sha256'] or 'none'}"),
     ]
     if recovery := recipe.get("recovery"):
         trained = {key: value for key, value in recovery.items() if key != "kind"}
@@ -84,8 +86,8 @@ def provenance_rows(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     if distillation := recipe.get("distillation"):
         rows.append(("recovery", f"end-to-end tuning; {_settings(distillation)}"))
     if windows := recipe["calibration"]:
-        cut = f"{windows['samples']:,} of at most {windows['sequence_length']:,} tokens"
-        rows.append(("calibration windows", f"{cut}, seed {windows['seed']}, {windows['batch_size']} at once"))
+        many = f"{windows['samples']:,} (a window of text: at most {windows['sequence_length']:,} tokens)"
+        rows.append(("calibration samples", f"{many}, seed {windows['seed']}, {windows['batch_size']} at once"))
     if folding := run.get("folding"):
         pairs = [name for name in folding["folded"] if "->" in name]
         others = [name for name in folding["folded"] if name not in pairs]
@@ -106,7 +108,12 @@ def asked_bits(recipe: Mapping[str, Any]) -> float | str:
 
 def code_bits(spec: Mapping[str, Any]) -> int | None:
     """Bits of each code, where the layout has such a thing."""
-    return code_bits(spec["base"]) if "base" in spec else spec.get("bits")
+    return core(spec).get("bits")
+
+
+def core(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A spec without what is around its codes."""
+    return core(spec["base"]) if "base" in spec else spec
 
 
 def spec_words(spec: Mapping[str, Any]) -> str:
