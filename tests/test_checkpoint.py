@@ -119,6 +119,8 @@ def test_where_it_goes_and_what_it_computes_in(kind: str, request: pytest.Fixtur
     assert torch.equal(logits(spread), expected)
     for model in (half, quant.load(folder, device="auto")):  # eight bits of mantissa, two blocks deep
         assert float((logits(model).float() - expected).abs().max()) < 0.1 * float(expected.abs().max())
+    with pytest.raises(SettingsError, match=r"device 'tpu': torch cannot use it .*choose cpu"):
+        quant.load(folder, device="tpu")
     with pytest.raises(SettingsError, match="dtype 'float99' is unknown; give float32, float16, bfloat16 or auto"):
         quant.load(folder, dtype="float99")
 

@@ -12,6 +12,7 @@ import pytest
 
 from quant import budget, cli
 from quant.errors import SettingsError
+from quant.progress import Progress
 from quant.recipe import load_recipe, override
 from quant.recovery.tuning import BlockTuning
 
@@ -84,7 +85,15 @@ def test_dry_run_knows_the_bytes(quantize, tmp_path: Path) -> None:
 def test_dry_run_table(quantize) -> None:
     code, out, err = quantize("--model", MODEL, "--bits", 2, "--group-size", 64, "--dry-run", *FEW)
     assert code == 0, err
-    for words in ("model.layers.*.self_attn.q_proj", "an embedding", "exactly", "peak memory", "time"):
+    for words in (
+        "*.self_attn.q_proj",
+        "2-bit uniform",
+        "2-bit, groups of 64, asymmetric: ",
+        "an embedding",
+        "exactly",
+        "peak memory",
+        "time",
+    ):
         assert words in out
 
 
@@ -151,7 +160,9 @@ def test_help_has_examples(quantize) -> None:
 
 
 def test_interrupted_says_how_to_go_on(quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
+    def interrupted(parts: Any, out: Path, *_: object) -> None:
+        (out / ".bitwright").mkdir(parents=True)
+        (out / ".bitwright" / "run.json").write_text("{}")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "run_all", interrupted)
@@ -159,10 +170,68 @@ def test_interrupted_says_how_to_go_on(quantize, tmp_path: Path, monkeypatch: py
     assert code == 130
     assert "--resume" in err
     assert f"--out '{tmp_path}/a b'" in err
-    monkeypatch.setattr(cli, "within", lambda *_: ("balanced", None))
+    chosen = SimpleNamespace(recipe=load_recipe("balanced"), source=SimpleNamespace(inside=""))
+    monkeypatch.setattr(cli, "within", lambda *_: ("balanced", chosen))
     code, _, err = quantize("--model", MODEL, "--bits", 2, "--time-budget", "2h", "--restart", "--out", tmp_path / "q")
     assert code == 130
     assert err.split("\n")[-2].endswith(f"--bits 2 --out {tmp_path}/q --recipe balanced --resume")
+
+
+@pytest.mark.parametrize("where", ["prepare", "estimate", "run_all"])
+def test_interrupted_before_there_is_anything_to_keep(
+    quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, where, interrupted)
+    dry = ["--dry-run"] if where == "estimate" else []
+    code, _, err = quantize("--model", MODEL, "--recipe", "rtn", "--out", tmp_path / "out", *dry)
+    assert code == 130
+    assert "--resume" not in err
+    assert "begins again" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_taken_is_refused_before_any_work(
+    quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("--model", MODEL, "--recipe", "rtn", "--out", tmp_path / "out")
+    assert quantize(*args)[0] == 0
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("mine")
+    code, out, err = quantize(*args, "--dry-run")
+    assert code == 0
+    assert "would be refused" in err
+    assert "exactly" in out
+
+    def prepared(*_: object, **__: object) -> None:
+        raise AssertionError("work began")
+
+    monkeypatch.setattr(cli, "prepare", prepared)
+    for more, words in (
+        ((), "already holds a checkpoint"),
+        (("--out", tmp_path / "foreign"), "not bitwright's"),
+        (("--out", tmp_path / "new", "--resume"), "no unfinished run"),
+    ):
+        code, _, err = quantize(*args, *more)
+        assert code == 7
+        assert words in " ".join(err.split())
+
+
+def test_logs_say_which_recipe_runs(quantize, tmp_path: Path) -> None:
+    for flags, words in (
+        (("--bits", 4), "recipe gptq: 4-bit, groups of 128"),
+        (
+            ("--bits", 2.33),
+            "recipe balanced: 2-bit trellis, window 13, code mac, 256 rows, rotated, 2.33 bits on avera",
+        ),
+        (("--recipe", "rtn"), "recipe rtn: 4-bit"),
+        (("--size", "1GB", "--recipe", "rtn"), "recipe rtn: 8-bit"),
+    ):
+        code, _, err = quantize("--model", MODEL, *flags, "--dry-run", "--json", *(() if "rtn" in flags else FEW))
+        assert code == 0, err
+        assert words in err
 
 
 def test_recipe_json_reruns_to_the_same_bytes(quantize, tmp_path: Path) -> None:
@@ -194,10 +263,13 @@ def test_a_time_budget_picks_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None
     """The first of best, balanced, fast whose prediction fits: here they take 100, 10 and 1 s."""
     taken = {"best": 100.0, "balanced": 10.0, "fast": 1.0}
     monkeypatch.setattr(budget, "estimate", lambda recipe: SimpleNamespace(seconds=taken[recipe]))
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "say", lambda _, what: said.append(what))
     for limit, name in (("2m", "best"), ("1m30s", "balanced"), ("5s", "fast")):
-        assert budget.within(limit, cast(Any, str), cast(Any, str), lambda _: None) == (name, name)
+        assert budget.within(limit, cast(Any, str), cast(Any, str), Progress()) == (name, name)
+        assert said[-1].startswith(f"recipe {name}: about ")
     with pytest.raises(SettingsError, match="give more time"):
-        budget.within("0.5s", cast(Any, str), cast(Any, str), lambda _: None)
+        budget.within("0.5s", cast(Any, str), cast(Any, str), Progress())
 
 
 def test_parts_of_a_recipe_are_set_whole_and_taken_away() -> None:

@@ -219,8 +219,8 @@ def test_a_model_packed_by_another_tool(llama: Path, tmp_path: Path) -> None:
 def test_folders_that_are_none(tmp_path: Path) -> None:
     assert inspect(tmp_path / "nowhere").exit_code == 2
     assert "not there; give the folder" in inspect(tmp_path / "nowhere").stderr
-    assert inspect(tmp_path).exit_code == 6
-    assert "config.json cannot be read" in inspect(tmp_path).stderr
+    assert inspect(tmp_path).exit_code == 2
+    assert "no config.json; give the folder" in inspect(tmp_path).stderr
     (tmp_path / "config.json").write_text("{}")
     assert inspect(tmp_path).exit_code == 3
     assert inspect(tmp_path / "config.json").exit_code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from quant.errors import SettingsError, SolverError
 from quant.estimate import estimate
 from quant.eval.perplexity import encode, measure, resolve, rule_for
 from quant.eval.subject import open_subject
+from quant.kernels import viterbi
 from quant.kernels.codebook import PackedCodebook
 from quant.kernels.layouts import PackedTrellis
 from quant.kernels.packed import Packed
@@ -126,6 +128,26 @@ def test_a_dry_run_counts_it(llama: Path, words: Path) -> None:
     long = estimate(prepare(str(llama), replace(recipe, recovery=BlockTuning(steps=100_000))))
     assert long.seconds > without.seconds + 10
     assert long.weight_files == without.weight_files
+
+
+def test_a_dry_run_pays_for_compiling_once_and_not_in_every_block(
+    llama: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks, and searches that take a minute to compile when they are first asked for."""
+    late, compiled = [0.0], set[int]()
+    now, find = time.perf_counter, viterbi._compiled
+
+    def slow(bits: int) -> Any:
+        late[0] += 0.0 if bits in compiled else 60.0
+        compiled.add(bits)
+        return find(bits)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + late[0])
+    monkeypatch.setattr(viterbi, "_compiled", slow)
+    recipe = replace(tiny.recipe(words), spec=Trellis(window=8), solver=Feedback(sweeps=0))
+    predicted = estimate(prepare(str(llama), recipe))
+    assert compiled == {4}  # two codes of two bits to a state
+    assert predicted.rehearsal_seconds > 60 > predicted.seconds
 
 
 # --- settings

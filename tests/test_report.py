@@ -251,6 +251,20 @@ def test_the_card_knows_nothing_of_the_run(report: dict[str, Any]) -> None:
     assert card(other) == card(report)
 
 
+def test_the_card_says_what_a_solver_uses_and_how_many_bits_codes_have(report: dict[str, Any]) -> None:
+    assert "stretches" in card(report)  # how grids are searched
+    trellis = copy.deepcopy(report)
+    spec = {"layout": "rotated", "base": {"layout": "trellis", "bits": 2, "window": 13, "code": "mac", "length": 256}}
+    for name in trellis["plan"]:
+        trellis["plan"][name] = spec
+    for number, site in enumerate(trellis["sites"]):
+        site["spec"] = {**spec, "base": {**spec["base"], "bits": 2 + number % 2}}
+    assert "stretches" not in card(trellis)
+    assert "| bits of each code | 2 or 3 |" in card(trellis)
+    trellis["source"]["library"] = "diffusers"
+    assert "judge it on your own prompts" in card(trellis)
+
+
 def figures(perplexity: float) -> dict[str, Any]:
     settings = {"text": "python-docs", "text_sha256": "ab", "window_rule": "non-overlapping", "window": 512}
     return {
@@ -291,7 +305,9 @@ def test_quant_eval_puts_its_figures_into_the_card(
     settings = ["--against", str(llama), "--text", str(words), "--max-windows", "1", "--no-generate", "--card"]
     result = CliRunner().invoke(quant.eval.cli.app, [str(mine), str(llama), *settings])
     assert result.exit_code == 0, result.output
-    assert "| KL divergence to the original" in (mine / "README.md").read_text()
+    written = (mine / "README.md").read_text()
+    assert "| KL divergence to the original" in written
+    assert "only the first 1 non-overlapping windows of" in written
     assert (llama / "README.md").exists() == before
 
 

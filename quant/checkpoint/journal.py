@@ -193,8 +193,12 @@ def _cannot_create(out: Path, error: OSError) -> ResourceError:
 def check_place(out: Path, parts: Iterable[str], mode: Mode) -> None:
     """Raises before any work what would be raised after the model was prepared, if `out` cannot be written in this
     mode. `parts`: folders in it that may hold a component of a pipeline."""
-    places = (out, *(out / part for part in parts))
-    for place in [place for place in places if (place / FOLDER).exists() or complete(place)] or [out]:
+    places = [out, *(out / part for part in parts)]
+    try:
+        ours = [place for place in places if (place / FOLDER).exists() or complete(place)]
+    except OSError:  # a name too long: of a model that does not exist, perhaps, which is said first
+        return
+    for place in ours or [out]:
         if mode != "resume" or not complete(place):
             Journal(place, {}, mode).check()
 
