@@ -1,10 +1,10 @@
-"""The Viterbi search of `viterbi.py`, compiled for the CPU by numba.
+"""Trellis codes on a CPU, compiled by numba: reading them, and the Viterbi search of `viterbi.py`.
 
-Two loops per step over arrays that stay in the first-level cache (20 KB at L = 12): the least of the `2^K` ways into
-each group of states, and the costs from there. The compiler turns both into vector instructions. From 16 ways on it
-would read costs that lie far apart, so the `2^K` states of a group are kept one row under another, and their values
-too; then only the least costs, a `2^K`-th of all, are turned between the loops. No fast-math: the sums are those of
-`viterbi.reference`, to the last bit.
+The search: two loops per step over arrays that stay in the first-level cache (20 KB at L = 12): the least of the `2^K`
+ways into each group of states, and the costs from there. The compiler turns both into vector instructions. From 16 ways
+on it would read costs that lie far apart, so the `2^K` states of a group are kept one row under another, and their
+values too; then only the least costs, a `2^K`-th of all, are turned between the loops. No fast-math: the sums are those
+of `viterbi.reference`, to the last bit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,33 @@ from numba import njit  # pyright: ignore[reportMissingTypeStubs]
 SETTINGS: Any = {"nogil": True, "cache": True, "error_model": "numpy"}
 FAR = np.float32(1e30)
 APART = 4  # bits from which the states of a group are rows
+LINE = 16  # floats
+
+
+@njit(**SETTINGS)
+def decode(streams: Any, values: Any, step: int, window: int, first: int, scales: Any, out: Any) -> None:
+    """Fills `out` [rows, n] with the weights of a sequence's rows from `first` on: the `values` [2^window, V] of states
+    that lie `step` bits apart in each of the `streams` [n, bytes], times the rows' `scales`."""
+    (rows, columns), (size, vector) = out.shape, (streams.shape[1], values.shape[1])
+    mask, stream = np.uint32((1 << window) - 1), np.empty(size + 2, np.uint8)
+    found = np.empty((LINE, size * 8 // step * vector), np.float32)
+    for begin in range(0, columns, LINE):  # what is written into one line of the cache is written at once
+        count = min(LINE, columns - begin)
+        for c in range(count):
+            stream[:size] = streams[begin + c]
+            stream[size], stream[size + 1] = stream[0], stream[1 % size]  # the end is joined to the beginning
+            for t in range(size * 8 // step):
+                bit = np.uint32(t) * np.uint32(step)
+                byte = bit >> np.uint32(3)
+                word = np.uint32(stream[byte]) | np.uint32(stream[byte + 1]) << np.uint32(8)
+                state = (word | np.uint32(stream[byte + 2]) << np.uint32(16)) >> (bit & np.uint32(7)) & mask
+                if vector == 1:
+                    found[c, t] = values[state, 0]
+                else:
+                    found[c, 2 * t], found[c, 2 * t + 1] = values[state, 0], values[state, 1]
+        for row in range(rows):
+            for c in range(count):
+                out[row, begin + c] = found[c, first + row] * scales[row]
 
 
 def searcher(bits: int) -> Any:

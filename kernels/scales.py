@@ -5,6 +5,8 @@ A factor of `2^(1/16)` from code to code: at most 2.2 % off, over 15 factors of 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,12 @@ NO_SCALE = 255
 
 def scale_values(codes: Tensor, peaks: Tensor) -> Tensor:
     """`codes` uint8 `[n]` and their `peaks` `[n]` to float32 scales."""
-    table = torch.tensor([*(2.0 ** (-code / STEPS) for code in range(NO_SCALE)), 0.0], device=codes.device)
-    return table[codes.int()] * peaks.float()
+    return _table(codes.device)[codes.int()] * peaks.float()
+
+
+@cache
+def _table(device: torch.device) -> Tensor:
+    return torch.tensor([*(2.0 ** (-code / STEPS) for code in range(NO_SCALE)), 0.0], device=device)
 
 
 def scale_codes(scales: Tensor, peaks: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -52,7 +52,9 @@ from quant.kernels.scales import NO_SCALE as NO_SCALE
 from quant.kernels.scales import scale_codes as scale_codes
 from quant.kernels.scales import scale_values
 from quant.kernels.spec import Spec, Trellis
+from quant.kernels.viterbi import pool
 
+MANY = 1 << 18  # weights from which a second thread is worth waking
 MAC = (437406744, 2580090504)
 
 
@@ -163,9 +165,12 @@ class PackedTrellis(Packed):
 
     def dequantize(self, dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None) -> Tensor:
         rows = range(self.shape[0])[start:stop]
+        known, scales, length = self.values(), self.row_scales(), self.spec.length
+        if self.device.type == "cpu":
+            sizes = [padded * self.spec.bits // 8 for _, padded in self.spec.sequences(self.shape[0])]
+            code = known.T.contiguous(), self.spec.step, self.spec.window
+            return _decode(self.weight, sizes, length, *code, scales[rows.start : rows.stop], rows.start).to(dtype)
         weight = torch.empty((len(rows), self.shape[1]), dtype=dtype, device=self.device)
-        known, scales = self.values(), self.row_scales()
-        length = self.spec.length
         for sequence in range(rows.start // length, math.ceil(rows.stop / length) if len(rows) else 0):
             first = sequence * length
             begin, end = max(rows.start, first), min(rows.stop, first + length)
@@ -178,6 +183,39 @@ class PackedTrellis(Packed):
             raise LayoutError("peaks: every one must be finite and at least 0")
         if self.table is not None and not bool(torch.isfinite(self.table).all()):
             raise LayoutError("table: every value must be finite")
+
+
+@torch.library.custom_op("bitwright::trellis_decode", mutates_args=())
+def _decode(
+    weight: Tensor, sizes: list[int], length: int, values: Tensor, step: int, window: int, scales: Tensor, start: int
+) -> Tensor:
+    """The rows from `start` on, as many as there are `scales`, on a CPU. `sizes`: bytes of a column's stream in each
+    sequence of `length` rows; `values` `[2^window, V]`."""
+    from quant.kernels.paths import decode
+
+    columns, begin, stop = weight.numel() // sum(sizes), 0, start + len(scales)
+    out, jobs = torch.empty((len(scales), columns)), list[Any]()
+    for number, size in enumerate(sizes):
+        first, last = max(start, number * length), min(stop, (number + 1) * length)
+        if first < last:
+            streams = weight[begin : begin + columns * size].view(columns, size)
+            arrays = scales[first - start : last - start].numpy(), out[first - start : last - start].numpy()
+            jobs.append((streams.numpy(), values.numpy(), step, window, first - number * length, *arrays))
+        begin += columns * size
+    workers = min(len(jobs), torch.get_num_threads())
+    if workers > 1 and out.numel() >= MANY:
+        list(pool(workers).map(lambda job: decode(*job), jobs))
+    else:
+        for job in jobs:
+            decode(*job)
+    return out
+
+
+@_decode.register_fake
+def _(
+    weight: Tensor, sizes: list[int], length: int, values: Tensor, step: int, window: int, scales: Tensor, start: int
+) -> Tensor:
+    return scales.new_empty((len(scales), weight.numel() // sum(sizes)))
 
 
 def _bytes(word: Tensor, places: tuple[int, ...], mask: int) -> Tensor:

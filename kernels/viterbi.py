@@ -96,12 +96,13 @@ def _best(x: Tensor, weight: Tensor, values: Tensor, bits: int, seam: Tensor) ->
     if workers <= 1:
         run(*(array.numpy() for array in arrays), table)
     else:
-        list(_pool(workers).map(lambda share: run(*(part.numpy() for part in share), table), shares))
+        list(pool(workers).map(lambda share: run(*(part.numpy() for part in share), table), shares))
     return states
 
 
 @cache
-def _pool(workers: int) -> ThreadPoolExecutor:
+def pool(workers: int) -> ThreadPoolExecutor:
+    """For what numba has compiled, which leaves Python to others meanwhile."""
     return ThreadPoolExecutor(workers, "viterbi")
 
 
