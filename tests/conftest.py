@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a network
@@ -26,6 +27,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.hasten()
 
 ROOT = Path(__file__).parent.parent
+gc.collect()
+gc.freeze()  # what was imported is never garbage
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,3 +93,7 @@ def trained(demo: Path) -> tuple[Tensor, Statistics]:
     weight, other = stored[names[0]].float(), stored[names[1]].float()
     hessian = other.T @ other
     return weight[:160], Statistics(hessian / hessian.diagonal().mean(), 1000)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()

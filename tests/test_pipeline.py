@@ -27,7 +27,7 @@ from quant.solvers.nearest import Nearest
 from tests import tiny
 from tests.architectures import ARCHITECTURES, VOCABULARY, save
 
-CALIBRATION = ["calibration.samples=32", "calibration.sequence_length=256"]
+CALIBRATION = ["calibration.samples=16", "calibration.sequence_length=256"]
 
 
 def logits(model: Any, length: int = 12) -> torch.Tensor:
