@@ -57,7 +57,7 @@ def main() -> None:
     parts = [("GPTQ", quantizing(commands, args.rounds), QUANTIZING), ("Tokens per second", running(args), RUNNING)]
     notes = [
         f"GPTQ: {Path(model).name}, {args.bits} bits, group {args.group}; median of {args.rounds} rounds.",
-        "Tokens per second: demo model, batch 1, medians; 'of float' is the ratio within a round.",
+        "Tokens per second: demo model, packed, batch 1, medians; 'of float' is the ratio within a round.",
     ]
     if not args.peer:
         notes.append("No other library was installed for this run; it had no --peer.")
@@ -104,14 +104,15 @@ def running(args: Any) -> list[dict[str, Any]]:
     import quant
     from quant.eval.generate import greedy
     from quant.eval.subject import Subject, open_subject
-    from quant.recipe import with_spec
+    from quant.recipe import override, with_spec
 
     with tempfile.TemporaryDirectory() as folder:
         subjects: dict[tuple[str, Any], Subject] = {("float32", None): open_subject(record.DEMO)}
-        for bits in (8, 4, 3, 2):
-            out = Path(folder) / str(bits)
-            quant.quantize(str(record.DEMO), out, with_spec(quant.load_recipe("rtn"), bits=bits, group_size=64))
-            subjects["packed", bits] = open_subject(out)
+        recipes = {("grid", b): with_spec(quant.load_recipe("rtn"), bits=b, group_size=64) for b in (8, 4, 3, 2)}
+        recipes["trellis", 2] = override(quant.load_recipe("fast"), ["calibration.samples=4"])
+        for (name, bits), recipe in recipes.items():
+            quant.quantize(str(record.DEMO), out := Path(folder) / f"{name}{bits}", recipe)
+            subjects[name, bits] = open_subject(out)
         ids = torch.randint(0, 500, (1, 512), generator=torch.Generator().manual_seed(0))
         timed: dict[Any, list[tuple[float, float]]] = {key: [] for key in subjects}
         for _ in range(max(3, args.rounds)):

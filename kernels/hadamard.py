@@ -7,8 +7,9 @@ as `log2` rounds of sums and differences, and `F` a Hadamard matrix of order 12,
 1933) for dimensions that no large power of two divides: 5120 = 4 x 20 x 64, 1152 = 36 x 32. Rotating weights and
 activations like this before quantizing them: QuIP# (arXiv 2402.04396), QuaRot (arXiv 2404.00456).
 
-The torch path and the Triton kernel (`butterflies.py`) do the same float32 operations in the same order, so they agree
-bit for bit. The kernel reads and writes each value once and takes 8 to 28 instructions for it, by block and dtype.
+The torch path, the loop for CPUs (`paths.py`) and the Triton kernel (`butterflies.py`) do the same operations in the
+same order, so they agree bit for bit. The kernel reads and writes each value once and takes 8 to 28 instructions for
+it, by block and dtype.
 """
 
 from __future__ import annotations
@@ -117,6 +118,8 @@ def _table(factor: int, inverse: bool, device: torch.device) -> Tensor:
 @torch.library.custom_op("bitwright::hadamard", mutates_args=())
 def _operator(x: Tensor, block: int, signs: Tensor | None, inverse: bool) -> Tensor:
     """See `hadamard`. One operator, so that torch.compile sees a shape and a gradient and nothing else."""
+    if x.device.type == "cpu" and x.numel() and not runs_triton(x):
+        return _on_cpu(x, block, signs, inverse)
     if x.dtype == torch.float64 or not x.numel() or not runs_triton(x):
         return reference(x, block, signs, inverse).contiguous()
     from quant.kernels.butterflies import launch
@@ -126,6 +129,19 @@ def _operator(x: Tensor, block: int, signs: Tensor | None, inverse: bool) -> Ten
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch(x.reshape(-1, x.shape[-1]), out, size, table, None if signs is None else signs.contiguous(), inverse)
     return out
+
+
+def _on_cpu(x: Tensor, block: int, signs: Tensor | None, inverse: bool) -> Tensor:
+    from quant.kernels.paths import rotate
+
+    factor, size = split_order(block)
+    work = (x if x.dtype == torch.float64 else x.float()).reshape(-1, x.shape[-1]).contiguous()
+    out = torch.empty_like(work)
+    known = torch.ones(x.shape[-1]) if signs is None else signs
+    tables = known.to(work.dtype), torch.ones((1, 1)) if factor == 1 else _table(factor, inverse, x.device)
+    arrays = (work.numpy(), *(table.to(work.dtype).contiguous().numpy() for table in tables))
+    rotate(*arrays, size, inverse, arrays[0].dtype.type(block**-0.5), out.numpy())
+    return out.view(x.shape).to(x.dtype)
 
 
 @_operator.register_fake

@@ -1,4 +1,4 @@
-"""Trellis codes on a CPU, compiled by numba: reading them, and the Viterbi search of `viterbi.py`.
+"""What numba compiles for the CPU: rotations (`hadamard.py`), reading trellis codes, and their search (`viterbi.py`).
 
 The search: two loops per step over arrays that stay in the first-level cache (20 KB at L = 12): the least of the `2^K`
 ways into each group of states, and the costs from there. The compiler turns both into vector instructions. From 16 ways
@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 from numba import njit  # pyright: ignore[reportMissingTypeStubs]
 
-SETTINGS: Any = {"nogil": True, "cache": True, "error_model": "numpy"}
+
+def _kept() -> bool:
+    """Whether there is a folder to keep compiled code in: not where everything is read-only."""
+    try:
+        njit(cache=True)(lambda: None)
+    except RuntimeError:
+        return False
+    return True
+
+
+SETTINGS: Any = {"nogil": True, "cache": _kept(), "error_model": "numpy"}
 FAR = np.float32(1e30)
 APART = 4  # bits from which the states of a group are rows
 LINE = 16  # floats
@@ -44,6 +54,35 @@ def decode(streams: Any, values: Any, step: int, window: int, first: int, scales
         for row in range(rows):
             for c in range(count):
                 out[row, begin + c] = found[c, first + row] * scales[row]
+
+
+@njit(**SETTINGS)
+def rotate(x: Any, signs: Any, table: Any, size: int, inverse: bool, factor: float, out: Any) -> None:
+    """`hadamard.reference` of `x` [rows, n] into `out`, the same operations in the same order. `table` [F, F]: of F's
+    order; `size`: of W; `factor`: of the result, in the dtype of all others."""
+    block = len(table) * size
+    work, mixed = np.empty(block, x.dtype), np.empty(block, x.dtype)
+    for row in range(len(x)):
+        for begin in range(0, x.shape[1], block):
+            for i in range(block):
+                work[i] = x[row, begin + i] if inverse else x[row, begin + i] * signs[begin + i]
+            if len(table) > 1:
+                mixed[:] = 0
+                for i in range(len(table)):
+                    for j in range(len(table)):
+                        for k in range(size):
+                            mixed[i * size + k] += table[i, j] * work[j * size + k]
+                work[:] = mixed
+            half = 1
+            while half < size:
+                for pair in range(0, block, 2 * half):
+                    for i in range(pair, pair + half):
+                        even, odd = work[i], work[i + half]
+                        work[i], work[i + half] = even + odd, even - odd
+                half *= 2
+            for i in range(block):
+                turned = work[i] * factor
+                out[row, begin + i] = turned * signs[begin + i] if inverse else turned
 
 
 def searcher(bits: int) -> Any:

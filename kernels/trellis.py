@@ -41,7 +41,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -168,8 +168,8 @@ class PackedTrellis(Packed):
         known, scales, length = self.values(), self.row_scales(), self.spec.length
         if self.device.type == "cpu":
             sizes = [padded * self.spec.bits // 8 for _, padded in self.spec.sequences(self.shape[0])]
-            code = known.T.contiguous(), self.spec.step, self.spec.window
-            return _decode(self.weight, sizes, length, *code, scales[rows.start : rows.stop], rows.start).to(dtype)
+            code = known.detach().T.contiguous(), self.spec.step, self.spec.window
+            return _decode(self.weight, sizes, length, *code, scales[rows.start : rows.stop], rows.start, dtype)
         weight = torch.empty((len(rows), self.shape[1]), dtype=dtype, device=self.device)
         for sequence in range(rows.start // length, math.ceil(rows.stop / length) if len(rows) else 0):
             first = sequence * length
@@ -187,35 +187,44 @@ class PackedTrellis(Packed):
 
 @torch.library.custom_op("bitwright::trellis_decode", mutates_args=())
 def _decode(
-    weight: Tensor, sizes: list[int], length: int, values: Tensor, step: int, window: int, scales: Tensor, start: int
-) -> Tensor:
+    weight: Tensor, sizes: list[int], length: int, values: Tensor, step: int, window: int, scales: Tensor, start: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """The rows from `start` on, as many as there are `scales`, on a CPU. `sizes`: bytes of a column's stream in each
     sequence of `length` rows; `values` `[2^window, V]`."""
     from quant.kernels.paths import decode
 
     columns, begin, stop = weight.numel() // sum(sizes), 0, start + len(scales)
-    out, jobs = torch.empty((len(scales), columns)), list[Any]()
+    out, jobs = torch.empty((len(scales), columns), dtype=dtype), list[tuple[Tensor, int, int, int]]()
     for number, size in enumerate(sizes):
         first, last = max(start, number * length), min(stop, (number + 1) * length)
         if first < last:
             streams = weight[begin : begin + columns * size].view(columns, size)
-            arrays = scales[first - start : last - start].numpy(), out[first - start : last - start].numpy()
-            jobs.append((streams.numpy(), values.numpy(), step, window, first - number * length, *arrays))
+            jobs.append((streams, first - number * length, first - start, last - start))
         begin += columns * size
+
+    def run(job: tuple[Tensor, int, int, int]) -> None:
+        streams, first, begin, end = job
+        rows = out[begin:end] if dtype == torch.float32 else torch.empty((end - begin, columns))
+        decode(streams.numpy(), values.numpy(), step, window, first, scales[begin:end].numpy(), rows.numpy())
+        if dtype != torch.float32:
+            out[begin:end] = rows
+
     workers = min(len(jobs), torch.get_num_threads())
     if workers > 1 and out.numel() >= MANY:
-        list(pool(workers).map(lambda job: decode(*job), jobs))
+        list(pool(workers).map(run, jobs))
     else:
         for job in jobs:
-            decode(*job)
+            run(job)
     return out
 
 
 @_decode.register_fake
 def _(
-    weight: Tensor, sizes: list[int], length: int, values: Tensor, step: int, window: int, scales: Tensor, start: int
-) -> Tensor:
-    return scales.new_empty((len(scales), weight.numel() // sum(sizes)))
+    weight: Tensor, sizes: list[int], length: int, values: Tensor, step: int, window: int, scales: Tensor, start: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return scales.new_empty((len(scales), weight.numel() // sum(sizes)), dtype=dtype)
 
 
 def _bytes(word: Tensor, places: tuple[int, ...], mask: int) -> Tensor:

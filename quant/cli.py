@@ -21,7 +21,7 @@ from rich.markup import escape
 
 from quant.budget import RECIPES, sized, within
 from quant.checkpoint.journal import Mode, check_place
-from quant.checkpoint.words import asked_bits, spec_words
+from quant.checkpoint.words import asked_bits, code_bits, spec_words
 from quant.display import Display
 from quant.errors import BitwrightError, SettingsError
 from quant.estimate import Estimate, estimate
@@ -120,7 +120,7 @@ def quantize(
     with Display(console) if not quiet else _Silent() as shown:
         ready = lambda made, part="": prepare(model, made, place, shown, part)  # noqa: E731
         parts = _prepared(names, recipe, time_budget, size, make, ready, shown)
-        shown.say(_said(parts[0].recipe, BEGUN.recipe or recipe, bits, *grid))
+        shown.say(_said(parts[0].recipe, BEGUN.recipe or recipe, bits, bool(size), *grid))
         done = (_rehearse if dry_run else _run)(parts, out or _folder(model, parts[0].recipe), mode, shown)
     if isinstance(done, Result):
         show_results(parts, done, console, as_json)
@@ -141,7 +141,7 @@ def _prepared(
 
 
 def _run(parts: Sequence[Prepared], out: Path, mode: Mode, shown: Progress) -> Result:
-    BEGUN.places = [out / part.source.inside for part in parts]
+    BEGUN.begin([out / part.source.inside for part in parts])
     return run_all(parts, out, mode, shown)
 
 
@@ -149,7 +149,7 @@ def _rehearse(parts: Sequence[Prepared], out: Path, mode: Mode, shown: Progress)
     try:
         check_place(out, [part.source.inside for part in parts], mode)
     except BitwrightError as error:
-        shown.say(f"[yellow]note[/yellow] the run itself would be refused: {escape(str(error))}")
+        shown.say(f"note: the run itself would be refused: {error}")
     shown.step("rehearsing the largest block")
     return [estimate(part) for part in parts]
 
@@ -169,10 +169,9 @@ def _named(
     return name or ("balanced" if bits is not None and 1 <= bits < 4 and not grid else "gptq")
 
 
-def _said(recipe: Recipe, name: str | None, bits: float | None, *grid: Any) -> str:
+def _said(recipe: Recipe, name: str | None, bits: float | None, sized: bool, *grid: Any) -> str:
     """What a run is going to do, in a line."""
-    asked = asked_bits(recipe.to_dict())
-    name = _named(name, bits or (asked if isinstance(asked, float | int) else None), *grid)
+    name = _named(name, code_bits(recipe.spec.to_dict()) if sized else bits, *grid)
     average = f", {recipe.average:g} bits on average" if recipe.average else ""
     return f"recipe {name}: {spec_words(recipe.spec.to_dict())}{average}"
 

@@ -38,7 +38,7 @@ class Display(Progress):
         self.task = self.bars.add_task("", total=None, site="", error="", eta="", memory="")
         self.blocks, self.weights, self.done_weights, self.resumed, self.steps = 0, 0, 0, 0, 0
         self.began, self.before = time.perf_counter(), 0  # the pace is that since then, when so many weights were done
-        self.name = ""
+        self.name, self.said = "", set[str]()
         self.errors: list[float] = []
 
     def __enter__(self) -> Display:
@@ -52,8 +52,8 @@ class Display(Progress):
 
     def begin(self, blocks: int, weights: int, done: int) -> None:
         self.blocks, self.weights, self.resumed = blocks, weights, done
-        self.began = time.perf_counter()
-        self.bars.update(self.task, total=max(1, weights))
+        self.began, self.before, self.done_weights, self.errors = time.perf_counter(), 0, 0, []
+        self.bars.update(self.task, total=max(1, weights), completed=0)
         if done:
             self.console.print(f"resuming: {done} of {blocks} blocks are done")
 
@@ -98,7 +98,9 @@ class Display(Progress):
         self.bars.update(self.task, description=what, site="", error="", eta="", memory=_memory())
 
     def say(self, what: str) -> None:
-        self.console.print(what, highlight=False, soft_wrap=True)
+        if what not in self.said:  # a model is prepared more than once to find its recipe
+            self.console.print(what, markup=False, highlight=False, soft_wrap=True)
+        self.said.add(what)
 
     def _eta(self, done: float) -> str:
         return _left(self.began, done - self.before, self.weights - done)

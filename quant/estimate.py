@@ -23,6 +23,7 @@ from quant.calibration.activations import Activations
 from quant.calibration.painting import complete
 from quant.calibration.replay import Replay
 from quant.calibration.samples import moved
+from quant.calibration.statistics import Statistics
 from quant.calibration.trajectory import passes
 from quant.checkpoint.shards import sizes
 from quant.checkpoint.writer import arrangement, promised_pieces, quantized_sites
@@ -34,9 +35,9 @@ from quant.prepare import Prepared, skeleton_of
 from quant.recovery.block import task
 from quant.recovery.tunable import training_bytes
 from quant.recovery.tuning import REHEARSED, BlockTuning
-from quant.solvers.grid import Search
-from quant.solvers.rounder import rounder_for
 from quant.threads import threads
+
+WARM = 32  # columns
 
 
 @dataclass(frozen=True)
@@ -144,14 +145,12 @@ def _distillation(prepared: Prepared, seen: _Rehearsal, weights: int, batches: i
 
 
 def _warm(prepared: Prepared) -> None:
-    """Has the searches compiled that the run will use, once for all blocks and kept on disk: no block's own time."""
-    for core in {spec.core: None for spec in prepared.plan.specs.values() if spec is not None}:
-        if isinstance(core, Trellis):
-            rounder = rounder_for(core, (core.length, 1), torch.device(prepared.settings.device), Search())
-            weight = torch.ones((core.length, 1), device=prepared.settings.device)
-            rounder.fit(0, weight, weight[0])
-            for _ in range(2):  # the second time it starts from what it has
-                rounder.round(torch.zeros(1, dtype=torch.long), weight)
+    """Has compiled what solving and reading a trellis calls: once, kept on disk, and no block's own time."""
+    device = torch.device(prepared.settings.device)
+    for spec in dict.fromkeys(prepared.plan.specs.values()):
+        if spec is not None and isinstance(spec.core, Trellis):
+            weight = torch.randn((spec.core.length, WARM), generator=torch.Generator().manual_seed(0)).to(device)
+            prepared.recipe.solver.solve(weight, Statistics.identity(WARM, device), spec)
 
 
 def _follow(prepared: Prepared) -> float | None:

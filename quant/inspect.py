@@ -26,7 +26,7 @@ from rich.text import Text
 
 from quant.checkpoint import words
 from quant.checkpoint.journal import FOLDER
-from quant.checkpoint.manifest import METHOD, PackedSite, read_config, read_sites, stored_tensors, verify
+from quant.checkpoint.manifest import CHECKSUMS, METHOD, PackedSite, read_config, read_sites, stored_tensors, verify
 from quant.checkpoint.pipelines import component
 from quant.checkpoint.provenance import command as quantize_command
 from quant.checkpoint.shards import Piece
@@ -97,7 +97,7 @@ def look(folder: Path, check: bool = True, out: Path | None = None) -> dict[str,
     common: dict[str, Any] = {"folder": str(folder), "folder_bytes": size}
     if (folder / FOLDER).is_dir():
         return {"kind": "unfinished", **common, **_unfinished(folder, out or home)}
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", CHECKSUMS)):
         raise SettingsError(f"{folder}: no config.json; give the folder of a checkpoint")
     config = read_config(folder)
     common["architectures"] = config.get("architectures") or (

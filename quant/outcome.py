@@ -16,6 +16,7 @@ from rich.table import Table
 from quant.checkpoint.words import code_bits, spec_words
 from quant.display import human
 from quant.estimate import Estimate
+from quant.kernels.spec import Spec, spec_from_dict
 from quant.pipeline import Result
 from quant.prepare import Prepared
 
@@ -61,8 +62,7 @@ def _show_estimate(prepared: Prepared, predicted: Estimate, console: Console) ->
     for spec, count in specs.items() if len(specs) < MOST_SPECS else ():
         if spec is not None:
             console.print(f"{spec_words(spec.to_dict())}: {count} sites", highlight=False)
-    if any(site.modulation and prepared.plan.specs[site.name] for site in prepared.walk.sites):
-        console.print(f"modulations have at least {prepared.recipe.modulation_bits} bits", highlight=False)
+    _show_modulations([prepared.plan.specs[site.name] for site in prepared.walk.sites if site.modulation], console)
     for (name, reason), count in Counter((_starred(n), why) for n, why in prepared.walk.left.items()).items():
         times = f" ({count})" if count > 1 else ""
         console.print(f"float: {escape(name)}{times}: {escape(reason)}", highlight=False)
@@ -83,6 +83,13 @@ def _show_estimate(prepared: Prepared, predicted: Estimate, console: Console) ->
     took = f"rehearsed in {predicted.rehearsal_seconds:.0f} s"
     facts.add_row("time", f"about {predicted.seconds:.{0 if predicted.seconds >= 10 else 1}f} s ({took})")
     console.print(facts)
+
+
+def _show_modulations(specs: Sequence[Spec | None], console: Console) -> None:
+    """Why a diffusion transformer has more bits than were asked for."""
+    bits = [code for spec in specs if spec is not None and (code := code_bits(spec.to_dict()))]
+    if bits:
+        console.print(f"modulations have {min(bits)} bits or more (modulation_bits of the recipe)", highlight=False)
 
 
 def _starred(name: str) -> str:
@@ -118,8 +125,9 @@ def _show_result(result: Result, part: str, float_bytes: int, console: Console) 
         f"disk, {human(total)} of weights (from {human(float_bytes)}), {report['seconds']:.0f} s, "
         f"peak memory {human(report['peak_rss_bytes'])}"
     )
-    if report["modulations"]:
-        console.print(f"modulations have at least {report['recipe']['modulation_bits']} bits", highlight=False)
+    _show_modulations(
+        [spec_from_dict(s["spec"]) for s in report["sites"] if s["site"] in report["modulations"]], console
+    )
     noted = [site for site in report["sites"] if site["notes"]]
     if noted:
         console.print(f"[yellow]{len(noted)} sites have notes[/yellow]; see report.html")

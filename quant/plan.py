@@ -73,11 +73,12 @@ def make_plan(
                 f"--plan {file}: {pattern} is no site of this model and no pattern of one; --dry-run shows patterns, "
                 "--dry-run --json all names"
             )
+        name = pattern
         try:
             for name in found:
                 specs[name] = None if spec is None else fitted(spec_from_dict(spec), sites[name])
         except SpecError as error:
-            raise SettingsError(f"--plan {file}: {pattern}: {error}") from None
+            raise SettingsError(f"--plan {file}: {name}: {error}") from None
     return Plan({name: specs.get(name, own[name]) for name in sites})
 
 

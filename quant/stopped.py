@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from quant.checkpoint.journal import FOLDER
 
 INTERRUPTED, TERMINATED = 130, 143
+SLACK = 0.1  # seconds by which a file's time may lag behind
 
 
 class Terminated(BaseException):
@@ -23,18 +25,24 @@ def terminate(*_: object) -> None:
 @dataclass
 class Begun:
     """What the command that goes on needs to know. `recipe`: that a time budget has picked; `places`: where a journal
-    may lie, once the work has begun."""
+    or a finished component may lie, once the work has begun, at `since`."""
 
     recipe: str = ""
     places: Sequence[Path] = ()
+    since: float = 0.0
 
     def clear(self) -> None:
         self.recipe, self.places = "", ()
 
+    def begin(self, places: Sequence[Path]) -> None:
+        self.places, self.since = places, time.time()
+
     def told(self, arguments: Sequence[str]) -> str:
         """How to go on from the command of these `arguments`: without what says how to begin, and with the recipe that
         was picked."""
-        if not any((place / FOLDER / "run.json").exists() for place in self.places):
+        made = [file for place in self.places for file in (place / FOLDER / "run.json", place / "config.json")]
+        ours = any(file.exists() and file.stat().st_mtime >= self.since - SLACK for file in made)
+        if not ours and "--resume" not in arguments:
             return "stopped before there was anything to keep; the same command begins again"
         kept, rest = list[str](), iter(arguments)
         for argument in rest:

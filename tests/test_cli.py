@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from quant.errors import SettingsError
 from quant.progress import Progress
 from quant.recipe import load_recipe, override
 from quant.recovery.tuning import BlockTuning
+from quant.stopped import Begun
 
 MODEL = str(Path(__file__).parent.parent / "demo" / "model")
 FEW = ("--samples", "4", "--sequence-length", "64")
@@ -193,6 +196,21 @@ def test_interrupted_before_there_is_anything_to_keep(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_stopped_command_leaves(tmp_path: Path) -> None:
+    begun, command = Begun(), ["--model", "m", "--bits", "2", "--out", "q"]
+    (tmp_path / "text_encoder" / ".bitwright").mkdir(parents=True)
+    old = tmp_path / "text_encoder" / ".bitwright" / "run.json"
+    old.write_text("{}")
+    os.utime(old, (1, 1))
+    for mode, goes_on in ((["--restart"], False), ([], False), (["--resume"], True)):
+        assert ("--resume" in begun.told([*command, *mode])) == goes_on  # stopped while the model was prepared
+    begun.begin([tmp_path / "transformer", tmp_path / "text_encoder"])
+    assert "--resume" not in begun.told([*command, "--restart"])  # what lies there is another run's
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text("{}")  # the first component is complete
+    assert begun.told(command).endswith("quantize --model m --bits 2 --out q --resume")
+
+
 def test_a_folder_that_is_taken_is_refused_before_any_work(
     quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,14 +227,20 @@ def test_a_folder_that_is_taken_is_refused_before_any_work(
         raise AssertionError("work began")
 
     monkeypatch.setattr(cli, "prepare", prepared)
+    (tmp_path / "busy" / ".bitwright").mkdir(parents=True)
+    busy = (tmp_path / "busy" / ".bitwright" / "lock").open("w")
+    fcntl.flock(busy, fcntl.LOCK_EX)
     for more, words in (
         ((), "already holds a checkpoint"),
         (("--out", tmp_path / "foreign"), "not bitwright's"),
         (("--out", tmp_path / "new", "--resume"), "no unfinished run"),
+        (("--out", tmp_path / "busy", "--restart"), "another run is writing here"),
+        (("--out", tmp_path / "foreign" / "notes.txt" / "deep"), "no folder can be made"),
     ):
         code, _, err = quantize(*args, *more)
-        assert code == 7
+        assert code in (7, 8)
         assert words in " ".join(err.split())
+    busy.close()
 
 
 def test_logs_say_which_recipe_runs(quantize, tmp_path: Path) -> None:
@@ -227,6 +251,7 @@ def test_logs_say_which_recipe_runs(quantize, tmp_path: Path) -> None:
             "recipe balanced: 2-bit trellis, window 13, code mac, 256 rows, rotated, 2.33 bits on avera",
         ),
         (("--recipe", "rtn"), "recipe rtn: 4-bit"),
+        (("--set", "spec.bits=2"), "recipe gptq: 2-bit, groups of 128"),
         (("--size", "1GB", "--recipe", "rtn"), "recipe rtn: 8-bit"),
     ):
         code, _, err = quantize("--model", MODEL, *flags, "--dry-run", "--json", *(() if "rtn" in flags else FEW))

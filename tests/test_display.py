@@ -75,3 +75,18 @@ def test_blocks_of_a_journal_say_nothing_of_the_pace(clock: list[float]) -> None
         "resuming: 2 of 4 blocks are done",
         "block 3/4: worst error 1.23e-03, 0:00:50 left",
     ]
+
+
+def test_a_second_component_begins_anew_and_a_line_is_said_once_as_it_is(clock: list[float]) -> None:
+    log = io.StringIO()
+    watch = Display(Console(width=120, file=log))
+    for _ in range(2):
+        watch.begin(2, 2000, 0)
+        watch.say("recipe [red]/x]: 2-bit")
+        for index in range(2):
+            watch.block(index, f"layers.{index}")
+            clock[0] += 7
+            watch.site(solved(f"layers.{index}.up", 1000))
+            watch.advanced(index, 1000)
+    part = ["block 1/2: worst error 1.23e-03, 0:00:07 left", "block 2/2: worst error 1.23e-03"]
+    assert log.getvalue().splitlines() == ["recipe [red]/x]: 2-bit", *part, *part]

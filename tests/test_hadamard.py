@@ -67,6 +67,8 @@ def test_it_undoes_itself(block: int, count: int, rows: int, signed: bool, dtype
     turned = hadamard(x, block, signs)
     assert (turned.dtype, turned.shape) == (dtype, x.shape)
     back = hadamard(turned, block, signs, inverse=True)
+    assert torch.equal(turned, reference(x, block, signs))  # what numba compiled
+    assert torch.equal(back, reference(turned, block, signs, inverse=True))
     # both transforms, and the rounding of the result of each to the dtype
     bound = (2 * roundoff(block) + 2 * torch.finfo(dtype).eps) * x.double().unflatten(-1, (-1, block)).norm(dim=-1)
     assert bool(((back - x).double().unflatten(-1, (-1, block)).abs() <= bound[..., None]).all())

@@ -18,7 +18,7 @@ from quant.errors import SettingsError, SolverError
 from quant.estimate import estimate
 from quant.eval.perplexity import encode, measure, resolve, rule_for
 from quant.eval.subject import open_subject
-from quant.kernels import viterbi
+from quant.kernels import paths, viterbi
 from quant.kernels.codebook import PackedCodebook
 from quant.kernels.layouts import PackedTrellis
 from quant.kernels.packed import Packed
@@ -134,7 +134,7 @@ def test_a_dry_run_pays_for_compiling_once_and_not_in_every_block(
     llama: Path, words: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two blocks, and searches that take a minute to compile when they are first asked for."""
-    late, compiled = [0.0], set[int]()
+    late, compiled = [0.0], set[int | str]()
     now, find = time.perf_counter, viterbi._compiled
 
     def slow(bits: int) -> Any:
@@ -143,11 +143,24 @@ def test_a_dry_run_pays_for_compiling_once_and_not_in_every_block(
         return find(bits)
 
     monkeypatch.setattr(time, "perf_counter", lambda: now() + late[0])
+
+    def late_once(name: str) -> None:
+        work = getattr(paths, name)
+
+        def called(*arguments: Any) -> Any:
+            late[0] += 0.0 if name in compiled else 60.0
+            compiled.add(name)
+            return work(*arguments)
+
+        monkeypatch.setattr(paths, name, called)
+
     monkeypatch.setattr(viterbi, "_compiled", slow)
-    recipe = replace(tiny.recipe(words), spec=Trellis(window=8), solver=Feedback(sweeps=0))
+    late_once("decode")
+    late_once("rotate")
+    recipe = replace(tiny.recipe(words), spec=Rotated(Trellis(window=8)), solver=Feedback(sweeps=0))
     predicted = estimate(prepare(str(llama), recipe))
-    assert compiled == {4}  # two codes of two bits to a state
-    assert predicted.rehearsal_seconds > 60 > predicted.seconds
+    assert compiled == {4, "decode", "rotate"}  # two codes of two bits to a state
+    assert predicted.rehearsal_seconds > 180 > 60 > predicted.seconds
 
 
 # --- settings

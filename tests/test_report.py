@@ -289,6 +289,11 @@ def test_figures_come_into_the_card_and_are_replaced(packed_llama: Path, tmp_pat
     add_evaluation(tmp_path, figures(22.5))
     assert readme.read_text() == first.replace("21.5", "22.5")
     assert readme.read_text().endswith("A word of my own.\n")
+    for windows, said in ((2, True), (1, False)):  # a text of one window is read whole
+        cut = figures(22.5)
+        cut["settings"]["max_windows"], cut["perplexity"]["windows"] = 2, windows
+        add_evaluation(tmp_path, cut)
+        assert ("only the first 2 non-overlapping windows" in readme.read_text()) == said
     readme.write_text("# Somebody's own card\n")
     add_evaluation(tmp_path, figures(22.5))
     add_evaluation(tmp_path, figures(23.5))

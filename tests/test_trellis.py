@@ -15,12 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.library import opcheck
 from transformers import AutoModelForCausalLM
 
 import quant
 from quant.calibration.statistics import Statistics
 from quant.errors import SettingsError
-from quant.kernels import dispatch, viterbi
+from quant.kernels import dispatch, trellis, viterbi
 from quant.kernels.hadamard import block_for, hadamard
 from quant.kernels.layouts import LAYOUTS, LayoutError, PackedTrellis, PackedUniform
 from quant.kernels.packed import Packed, concatenate
@@ -134,6 +135,23 @@ def test_the_layout_is_the_definition_at_its_price(spec: Trellis, shape: tuple[i
         assert torch.equal(rows, read(packed.values(), state)[:, : len(rows)].T * scales)
     again = PackedTrellis.from_states(spec, shape, states, packed.scales, packed.peaks, packed.table)
     assert torch.equal(again.weight, packed.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reading_on_a_cpu_by_two_threads_and_as_an_operator(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = random_packed(Trellis(window=9, length=32), (80, 5))
+    expected = packed.dequantize(dtype, 7, 71)
+    assert torch.equal(expected, packed.dequantize().to(dtype)[7:71])
+    monkeypatch.setattr(trellis, "MANY", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert torch.equal(packed.dequantize(dtype, 7, 71), expected)
+    sizes = [padded * 2 // 8 for _, padded in packed.spec.sequences(80)]
+    code = packed.values().T.contiguous(), packed.spec.step, packed.spec.window
+    arguments = (packed.weight, sizes, 32, *code, packed.row_scales()[7:71], 7, dtype)
+    assert torch.equal(torch.ops.bitwright.trellis_decode(*arguments), expected)
+    opcheck(torch.ops.bitwright.trellis_decode, arguments)
 
 
 def test_states_that_do_not_fit_together_are_refused() -> None:

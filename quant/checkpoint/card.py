@@ -194,7 +194,8 @@ def _evaluation(results: Mapping[str, Any]) -> str:
             lines.append(f"| {label} | {value:{form}} | {'' if original is None else f'{original:{form}}'} |")
     settings = results["settings"]
     stride = f", stride {settings['stride']}" if settings.get("stride") else ""
-    few = f"only the first {settings['max_windows']} " if settings.get("max_windows") else ""
+    most, scored = settings.get("max_windows"), (results.get("perplexity") or {}).get("windows")
+    few = f"only the first {most} " if most and (scored is None or scored >= most) else ""
     against = f" The original is {_code(results['against'])}." if results.get("against") else ""
     return "\n".join(lines) + (
         f"\n\nText {_code(settings['text'])}, sha256 {_code(settings['text_sha256'])}; "

@@ -9,8 +9,10 @@ difference. `files.json` lists what the run writes beside the journal: what a re
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -74,10 +76,14 @@ class Journal:
         """What entering would refuse, but for the comparison with an unfinished run; nothing is written."""
         try:
             self._check_folder()
+            there = next(place for place in (self.out, *self.out.absolute().parents) if place.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK):
+                raise PermissionError(errno.EACCES, f"{there} is no folder that may be written in")
         except OSError as error:
             raise _cannot_create(self.out, error) from None
-        if self.mode == "new" and (self.folder / "run.json").exists():
+        if (self.folder / "lock").exists():
             self._locked().close()
+        if self.mode == "new" and (self.folder / "run.json").exists():
             self._refuse_unfinished()
 
     def _locked(self) -> IO[str]:
