@@ -98,7 +98,7 @@ def quantize(
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Keep sites of this pattern float ('*.down_proj').")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Quantize only sites of this pattern.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan.json with the spec of some or all sites.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan.json: specs of sites, by name or pattern.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what is in --out and begin anew.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print bytes, memory, time; write nothing.")] = False,
