@@ -118,10 +118,9 @@ def _table(factor: int, inverse: bool, device: torch.device) -> Tensor:
 @torch.library.custom_op("bitwright::hadamard", mutates_args=())
 def _operator(x: Tensor, block: int, signs: Tensor | None, inverse: bool) -> Tensor:
     """See `hadamard`. One operator, so that torch.compile sees a shape and a gradient and nothing else."""
-    if x.device.type == "cpu" and x.numel() and not runs_triton(x):
-        return _on_cpu(x, block, signs, inverse)
     if x.dtype == torch.float64 or not x.numel() or not runs_triton(x):
-        return reference(x, block, signs, inverse).contiguous()
+        plain = _on_cpu if x.device.type == "cpu" and x.numel() else reference
+        return plain(x, block, signs, inverse).contiguous()
     from quant.kernels.butterflies import launch
 
     factor, size = split_order(block)

@@ -139,17 +139,19 @@ class PackedTrellis(Packed):
         found = {"weight": self.weight, "scales": self.scales, "peaks": self.peaks}
         return found if self.table is None else {**found, "table": self.table}
 
+    def stream_bytes(self) -> list[int]:
+        """Bytes of a column's stream in each sequence."""
+        return [padded * self.spec.bits // 8 for _, padded in self.spec.sequences(self.shape[0])]
+
     def states(self, sequence: int) -> Tensor:
         """States int32 `[in, padded rows / vector]` of one sequence."""
-        spec, columns = self.spec, self.shape[1]
-        sequences = spec.sequences(self.shape[0])
-        begin = sum(padded * spec.bits // 8 for _, padded in sequences[:sequence]) * columns
-        length = sequences[sequence][1] * spec.bits // 8
+        spec, columns, sizes = self.spec, self.shape[1], self.stream_bytes()
+        begin, length = sum(sizes[:sequence]) * columns, sizes[sequence]
         stream = self.weight[begin : begin + columns * length].view(columns, length).int()
         words = stream | stream.roll(-1, 1) << 8 | stream.roll(-2, 1) << 16  # 24 bits hold any window from any bit on
         common = math.gcd(8, spec.step)
         period, width = 8 // common, spec.step // common  # steps and bytes after which the pattern repeats
-        states = words.new_empty((columns, sequences[sequence][1] // spec.vector))
+        states = words.new_empty((columns, length * 8 // spec.step))
         for place in range(period):
             byte, shift = divmod(place * spec.step, 8)
             states[:, place::period] = (words[:, byte::width] >> shift) & ((1 << spec.window) - 1)
@@ -167,9 +169,9 @@ class PackedTrellis(Packed):
         rows = range(self.shape[0])[start:stop]
         known, scales, length = self.values(), self.row_scales(), self.spec.length
         if self.device.type == "cpu":
-            sizes = [padded * self.spec.bits // 8 for _, padded in self.spec.sequences(self.shape[0])]
             code = known.detach().T.contiguous(), self.spec.step, self.spec.window
-            return _decode(self.weight, sizes, length, *code, scales[rows.start : rows.stop], rows.start, dtype)
+            asked = scales[rows.start : rows.stop], rows.start, dtype
+            return _decode(self.weight, self.stream_bytes(), length, *code, *asked)
         weight = torch.empty((len(rows), self.shape[1]), dtype=dtype, device=self.device)
         for sequence in range(rows.start // length, math.ceil(rows.stop / length) if len(rows) else 0):
             first = sequence * length

@@ -36,7 +36,7 @@ class Display(Progress):
             transient=True,
         )
         self.task = self.bars.add_task("", total=None, site="", error="", eta="", memory="")
-        self.blocks, self.weights, self.done_weights, self.resumed, self.steps = 0, 0, 0, 0, 0
+        self.blocks, self.weights, self.done_weights, self.steps = 0, 0, 0, 0
         self.began, self.before = time.perf_counter(), 0  # the pace is that since then, when so many weights were done
         self.name, self.said = "", set[str]()
         self.errors: list[float] = []
@@ -51,7 +51,7 @@ class Display(Progress):
             self.bars.stop()
 
     def begin(self, blocks: int, weights: int, done: int) -> None:
-        self.blocks, self.weights, self.resumed = blocks, weights, done
+        self.blocks, self.weights = blocks, weights
         self.began, self.before, self.done_weights, self.errors = time.perf_counter(), 0, 0, []
         self.bars.update(self.task, total=max(1, weights), completed=0)
         if done:

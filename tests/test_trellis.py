@@ -147,9 +147,8 @@ def test_reading_on_a_cpu_by_two_threads_and_as_an_operator(
     monkeypatch.setattr(trellis, "MANY", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert torch.equal(packed.dequantize(dtype, 7, 71), expected)
-    sizes = [padded * 2 // 8 for _, padded in packed.spec.sequences(80)]
     code = packed.values().T.contiguous(), packed.spec.step, packed.spec.window
-    arguments = (packed.weight, sizes, 32, *code, packed.row_scales()[7:71], 7, dtype)
+    arguments = (packed.weight, packed.stream_bytes(), 32, *code, packed.row_scales()[7:71], 7, dtype)
     assert torch.equal(torch.ops.bitwright.trellis_decode(*arguments), expected)
     opcheck(torch.ops.bitwright.trellis_decode, arguments)
 
