@@ -28,12 +28,12 @@ from quant.kernels.packed import Packed, concatenate
 from quant.kernels.spec import Smoothed, Spec, Uniform, rounds_inputs
 from quant.memory import give_back
 from quant.models.walk import Block, Site
+from quant.order import threads, worth
 from quant.plan import Plan
 from quant.recipe import Recipe
 from quant.recovery.placed import oriented
 from quant.rounding import Rounding, unrounded
 from quant.solvers.solution import Solution, solution
-from quant.threads import threads, worth
 
 TOGETHER = 1 << 26
 """Weights up to which sites are solved as one matrix. Larger ones keep a processor busy alone and only take memory."""

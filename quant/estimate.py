@@ -30,12 +30,12 @@ from quant.checkpoint.writer import arrangement, promised_pieces, quantized_site
 from quant.kernels.spec import Trellis
 from quant.memory import peak_bytes
 from quant.models.stream import Forward, outside_blocks
+from quant.order import threads
 from quant.planning import probes, weighed
 from quant.prepare import Prepared, skeleton_of
 from quant.recovery.block import task
 from quant.recovery.tunable import training_bytes
 from quant.recovery.tuning import REHEARSED, BlockTuning
-from quant.threads import threads
 
 WARM = 32  # columns
 
@@ -195,8 +195,8 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
         load = _timed(lambda: skeleton.load(names))
         room = lambda name: Activations(1, Path(folder) / name, prepared.settings.spill_bytes, device)  # noqa: E731
         matched = prepared.recipe.match == "float" and prepared.recipe.calibration is not None
-        trained = prepared.recipe.recovery is not None or prepared.recipe.distillation is not None
-        recipe = replace(prepared.recipe, recovery=BlockTuning()) if trained else prepared.recipe  # keeps float weights
+        recipe = prepared.recipe
+        recipe = replace(recipe, recovery=BlockTuning()) if recipe.trains else recipe  # keeps float weights
         solver = BlockSolver(
             replay, recipe, prepared.plan, [batch], store, store if matched else None, solved.append, room
         )
@@ -208,7 +208,7 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
         stored += sum(one.store.held + one.store.spilled for one in solver.remembered)
         solver.forget()
         recover = step = 0.0
-        if trained:
+        if recipe.trains:
             targets = room("targets")
             with float_weights(skeleton.model, originals):
                 targets[0] = replay.output(index, batch, store[0])

@@ -35,6 +35,7 @@ from quant.memory import give_back, peak_bytes
 from quant.models.source import STORED, first_line
 from quant.models.stream import first_tensor, outside_blocks
 from quant.models.walk import Block
+from quant.order import deterministic, threads
 from quant.prepare import Prepared, Settings, prepare, settled
 from quant.progress import Progress
 from quant.recipe import Recipe, load_recipe
@@ -42,7 +43,6 @@ from quant.recovery.block import put
 from quant.recovery.block import record as recovery_record
 from quant.recovery.block import task as block_task
 from quant.rounding import Rounding
-from quant.threads import threads
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def run(
         progress.step("checking: the checkpoint is already complete")
         report = finished_report(place, prepared.identity())
         return Result(out, Written(place, report["files"], report["bits"]["measured"]), report)
-    with _out_of_memory(place), threads(prepared.threads), Journal(place, prepared.identity(), mode) as journal:
+    order = deterministic(prepared.settings.device, prepared.recipe.trains and not source.is_diffusion)
+    with _out_of_memory(place), threads(prepared.threads), order, Journal(place, prepared.identity(), mode) as journal:
         resumed = sum(journal.finished(i) for i in range(len(prepared.walk.chain)))
         logits = _blocks(prepared, journal, progress)
         if prepared.recipe.distillation is not None:

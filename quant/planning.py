@@ -23,11 +23,11 @@ from quant.models.skeleton import Skeleton
 from quant.models.source import Source
 from quant.models.stream import Forward, first_tensor
 from quant.models.walk import Site, Walk
+from quant.order import threads
 from quant.place import Settings
 from quant.plan import Plan, make_plan, of_width, with_anchor
 from quant.progress import Progress
 from quant.recipe import Recipe
-from quant.threads import threads
 
 WIDTHS = (2, 3, 4, 8)
 PROBED = 20  # batches that the sensitivity of a site is measured on, spread over all

@@ -28,6 +28,7 @@ from quant.models.skeleton import Skeleton
 from quant.models.source import COMPONENT, Source, find
 from quant.models.stream import Forward
 from quant.models.walk import Walk, turned, walk
+from quant.order import threads
 from quant.place import Settings as Settings
 from quant.plan import Plan
 from quant.planning import measured, planned, weighed
@@ -36,7 +37,6 @@ from quant.recipe import Calibration, Recipe
 from quant.recovery.tunable import check_tunable
 from quant.recovery.tuning import BlockTuning
 from quant.solvers.nearest import Nearest
-from quant.threads import threads
 
 TRACE_TOKENS = 16
 TRACE_ROWS = 2

@@ -84,10 +84,8 @@ class Recipe:
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.recovery is not None and self.calibration is None:
-            raise SettingsError("recovery trains on the calibration text, and this recipe has no calibration; give one")
-        if self.distillation is not None and self.calibration is None:
-            raise SettingsError("distillation trains on the calibration text, and this recipe has none; give one")
+        if self.trains and self.calibration is None:
+            raise SettingsError("tuning trains on the calibration text, and this recipe has no calibration; give one")
         if self.importance is not None and not isinstance(self.importance, CHOICES["importance"]):
             raise SettingsError(f"importance is {self.importance!r}; give an Attention() in a recipe file, or null")
         if self.importance is not None and self.calibration is None:
@@ -96,6 +94,11 @@ class Recipe:
             raise SettingsError(f"average is {self.average} bits per weight; give a number from 1 to 8")
         if any(not 1 <= width <= 8 for width in self.widths or ()):
             raise SettingsError(f"widths are {list(self.widths or ())}; give numbers of bits from 1 to 8")
+
+    @property
+    def trains(self) -> bool:
+        """Whether gradients are taken."""
+        return self.recovery is not None or self.distillation is not None
 
     def to_dict(self) -> dict[str, Any]:
         data = {item.name: getattr(self, item.name) for item in fields(self)}
