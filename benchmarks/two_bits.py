@@ -1,15 +1,20 @@
 """Two bits, ingredient by ingredient, and the recipes beside the best of any library on the same windows.
 
-    python benchmarks/two_bits.py --data DIR
+    python benchmarks/two_bits.py --data DIR [--only "best 2" ...]
+    python benchmarks/two_bits.py --page
 
 Models, texts and rule are those of quality.py. Each row is a whole run of `quantize` and a whole evaluation of the
-checkpoint that it wrote. The best peer of a row is the one of least perplexity among all in peers.csv, llama.cpp and
-libraries that train included, with the same nominal bits and at most a third of a bit more than that on disk.
+checkpoint that it wrote. All take hours: `--only` measures some of them again, and the others stay in the results as
+they are, each with its own commit, machine and date. `--page` writes the tables of docs/two-bits.md from the results.
+The best peer of a row is the one of least perplexity among all in peers.csv, llama.cpp and libraries that train
+included, with the same nominal bits and at most a third of a bit more than that on disk.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -23,6 +28,7 @@ import record
 
 import quant
 from quant.calibration.importance import Attention
+from quant.calibration.settings import Calibration
 from quant.errors import SettingsError
 from quant.eval.evaluate import evaluate
 from quant.eval.subject import open_subject
@@ -34,51 +40,68 @@ from quant.recovery.tuning import BlockTuning
 from quant.solvers.feedback import Feedback
 
 TRELLIS = Recipe(spec=Trellis(), solver=Feedback(sweeps=0))
-BALANCED = quant.load_recipe("balanced")
-ROUNDING = quant.load_recipe("rounding")
-FEW = ["calibration.batch_size=4"]  # windows in a step of tuning
-STEPS: dict[str, Recipe] = {
-    "uniform grid, groups of 64": with_spec(quant.load_recipe("gptq"), bits=2, group_size=64),
-    "codebooks of vectors (VPTQ)": Recipe(spec=Codebook(bits=2), solver=Feedback()),
-    "trellis": TRELLIS,
-    "+ descent": replace(TRELLIS, solver=Feedback()),
-    "+ rotation": replace(TRELLIS, solver=Feedback(), spec=Rotated()),
-    "+ float path's outputs (balanced)": BALANCED,
-    "balanced with pairs of values, table of 64 (HYB)": replace(
-        BALANCED, spec=Rotated(Trellis(code="hyb", table_bits=6))
-    ),
-    "balanced + rotations folded between linears": replace(BALANCED, folding=Folding(stream=False)),
-    "balanced + rotations folded into the stream too": replace(BALANCED, folding=Folding(untie=True)),
-    "balanced + those in place of rotations at run time": replace(BALANCED, folding=Folding(untie=True, online=False)),
-    "balanced + token importance (RSQ)": replace(BALANCED, importance=Attention()),
-    "balanced + low-rank branch of rank 4 (EoRA)": replace(BALANCED, spec=LowRank(Rotated(), rank=4)),
-    "balanced + block tuning of codes and scales": replace(
-        override(BALANCED, ["calibration.batch_size=2"]), recovery=BlockTuning()
-    ),
-    "balanced + end-to-end tuning of scales": replace(override(BALANCED, FEW), distillation=Distillation()),
-    "+ of codes (best)": quant.load_recipe("best"),
-    "balanced + factors of inputs, end-to-end tuning of scales and factors": replace(
-        override(BALANCED, FEW), spec=Smoothed(Rotated()), distillation=Distillation()
-    ),
-    "codebooks of vectors + end-to-end tuning of entries and indices": replace(
-        quant.load_recipe("best"), spec=Codebook(bits=2)
-    ),
-    "balanced + block tuning of scales": replace(
-        override(BALANCED, ["calibration.batch_size=2"]), recovery=BlockTuning(codes=0)
-    ),
-    "balanced + block tuning of scales, saliency 0.1 (ULB-SAPR)": replace(
-        override(BALANCED, ["calibration.batch_size=2"]), recovery=BlockTuning(codes=0, saliency=0.1)
-    ),
-    "fast": quant.load_recipe("fast"),
-    "uniform grid + block tuning of codes": replace(
-        with_spec(override(ROUNDING, ["calibration.batch_size=2"]), bits=2, group_size=64),
-        recovery=BlockTuning(codes=3, scales=0.005), distillation=None,
-    ),
-    "uniform grid + end-to-end tuning of codes": with_spec(ROUNDING, bits=2, group_size=64),
-}  # fmt: skip
+BALANCED, BEST, ROUNDING = (quant.load_recipe(name) for name in ("balanced", "best", "rounding"))
+EACH = Rotated(Trellis(code="inst", window=12))  # a state for each weight, as `best` has
+FEW = ["calibration.batch_size=4"]  # windows in a step of end-to-end tuning
+BLOCKS = override(BALANCED, ["calibration.batch_size=2"])  # and of block tuning
+PAGE = record.ROOT / "docs" / "two-bits.md"
+
+
+def steps() -> list[tuple[str, Recipe, float]]:
+    """Every row: what it is, its recipe and its bits, in the order of the page."""
+    rounded = override(ROUNDING, ["calibration.batch_size=2"])
+    two = {
+        "uniform grid, groups of 64": with_spec(quant.load_recipe("gptq"), bits=2, group_size=64),
+        "codebooks of vectors (VPTQ)": Recipe(spec=Codebook(bits=2), solver=Feedback()),
+        "trellis": TRELLIS,
+        "+ descent": replace(TRELLIS, solver=Feedback()),
+        "+ rotation": replace(TRELLIS, solver=Feedback(), spec=Rotated()),
+        "+ float path's outputs (balanced)": BALANCED,
+        "balanced + token importance (RSQ)": replace(BALANCED, importance=Attention()),
+        "balanced + low-rank branch of rank 4 (EoRA)": replace(BALANCED, spec=LowRank(Rotated(), rank=4)),
+        "balanced + block tuning of scales": replace(BLOCKS, recovery=BlockTuning(codes=0)),
+        "balanced + block tuning of scales, saliency 0.1 (ULB-SAPR)": replace(
+            BLOCKS, recovery=BlockTuning(codes=0, saliency=0.1)
+        ),
+        "balanced + block tuning of codes and scales": replace(BLOCKS, recovery=BlockTuning()),
+        "balanced + end-to-end tuning of scales": replace(override(BALANCED, FEW), distillation=Distillation()),
+        "balanced + factors of inputs, end-to-end tuning of scales and factors": replace(
+            override(BALANCED, FEW), spec=Smoothed(Rotated()), distillation=Distillation()
+        ),
+        "balanced + end-to-end tuning of scales and codes (best)": BEST,
+        "best, were it with pairs": replace(BEST, spec=Rotated()),
+        "balanced with a state for each weight": replace(BALANCED, spec=EACH),
+        "that + block tuning of codes and scales": replace(BLOCKS, spec=EACH, recovery=BlockTuning()),
+        "balanced with pairs of values, table of 64 (HYB)": replace(
+            BALANCED, spec=Rotated(Trellis(code="hyb", table_bits=6))
+        ),
+        "fast": quant.load_recipe("fast"),
+        "codebooks of vectors + end-to-end tuning of entries and indices": replace(BEST, spec=Codebook(bits=2)),
+        "uniform grid + block tuning of codes": replace(
+            with_spec(rounded, bits=2, group_size=64), recovery=BlockTuning(codes=3, scales=0.005), distillation=None
+        ),
+        "uniform grid + end-to-end tuning of codes": with_spec(ROUNDING, bits=2, group_size=64),
+        "folded between linears": replace(BALANCED, folding=Folding(stream=False)),
+        "folded, the stream too": replace(BALANCED, folding=Folding(untie=True)),
+        "folded, the stream too, `online=false`": replace(BALANCED, folding=Folding(untie=True, online=False)),
+    }
+    rows = [(what, recipe, 2.0) for what, recipe in two.items()]
+    rows += [("signs and salient columns (PTQ1.61)", Recipe(spec=Binary()), 1.61)]
+    rows += [("balanced", replace(with_spec(BALANCED, bits=int(b)), average=b), b) for b in (1.61, 2.33)]
+    rows += [("balanced", with_spec(BALANCED, bits=3), 3.0)]
+    rows += [("balanced", replace(with_spec(BALANCED, bits=3), average=3.29), 3.29)]
+    rows += [("balanced", with_spec(BALANCED, bits=4), 4.0)]
+    rows += [("balanced with a state for each weight", with_spec(replace(BALANCED, spec=EACH), bits=4), 4.0)]
+    rows += [("best", with_spec(BEST, bits=bits), float(bits)) for bits in (3, 4)]
+    for bits in (3, 4):  # a symmetric grid of 64 has fewer bits on disk than AutoRound's 3.297 and 4.312
+        learned = with_spec(ROUNDING, bits=bits, group_size=64, symmetric=True)
+        rows += [("symmetric uniform grid + end-to-end tuning of codes", learned, float(bits))]
+    return rows
+
+
 SHOWN = (
     "what", "bits", "bits on disk", "ppl", "gap", "KL", "KL elsewhere", "seconds", "cpu seconds",
-    "cpu s per 1e6 weights", "peak MiB", "rotated", "best peer", "peer's bits", "peer's gap", "ratio",
+    "cpu s per 1e6 weights", "peak MiB", "rotated", "best peer", "peer's bits", "peer's gap", "ratio", "commit", "date",
 )  # fmt: skip
 
 
@@ -86,9 +109,9 @@ def main() -> None:
     parser = record.parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(quality.MODELS), choices=list(quality.MODELS))
     parser.add_argument("--only", nargs="+", default=[], help="rows to measure, by a part of their name and bits")
+    parser.add_argument("--page", action="store_true", help="only write the tables of docs/two-bits.md")
     args = parser.parse_args()
-    parts, notes = [], []
-    for name in args.models:
+    for name in [] if args.page else args.models:
         found = record.present(args.data, f"models/{name}", quality.CALIBRATION, quality.TEST, quality.OTHER)
         if found is None:
             continue
@@ -96,33 +119,52 @@ def main() -> None:
         original = open_subject(model)
         whole = evaluate(original, text=test).perplexity
         assert whole is not None
-        rows: list[dict[str, Any]] = []
-        for what, recipe, bits in wanted(args.only):
+        windows = quality.check_windows(Calibration(text=str(calibration)), original)[:16]
+        heading = f"{name} (float {whole.token:.3f})"
+        for what, recipe, bits in steps():
+            if args.only and not any(part in f"{what} {bits:g}" for part in args.only):
+                continue
             made = override(recipe, [f'calibration.text="{calibration}"'])
             try:
                 row = alone(model, made, test, other)
             except SettingsError as error:  # signs have no room on matrices this small
-                notes.append(f"{name}: no row {what!r}: {error}.")
+                print(f"{name}: no row {what!r}: {error}.", flush=True)
                 continue
             best = rival(name, max(2, int(bits)))
             gap = math.log(row["ppl"] / whole.token)
             row |= {"what": what, "bits": bits, "gap": gap}
             row |= {"best peer": f"{best['library']} {best['method']}", "peer's bits": best["bpw"]}
             row |= {"peer's gap": best["gap"], "ratio": gap / best["gap"]}
-            rows.append(row)
+            row |= {"code": getattr(recipe.spec.core, "code", None), "windows": windows}
+            known = record.facts()
+            row |= {key: known[key] for key in ("commit", "date", "cpu", "versions")}
             print(record.table([row], SHOWN).splitlines()[-1], flush=True)
             with redirect_stdout(StringIO()):  # kept row by row: the whole takes hours
-                write(args.results, [*parts, (f"{name} (float {whole.token:.3f})", rows, SHOWN)], [*notes])
-        parts.append((f"{name} (float {whole.token:.3f})", rows, SHOWN))
-        digest = quality.check_windows(made.calibration, original)
-        notes.append(f"{name}: {whole.windows} test windows, {whole.tokens:,} predictions; windows {digest[:16]}.")
-    if parts:
-        write(args.results, parts, notes)
+                write(args.results, heading, row)
+    if args.page:
+        text = PAGE.read_text(encoding="utf-8")
+        for name, lines in tables(read(args.results)).items():
+            before, after = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+            start, end = text.index(before) + len(before), text.index(after)
+            text = text[:start] + lines + "\n" + text[end:]
+        PAGE.write_text(text, encoding="utf-8")
 
 
-def write(folder: Path, parts: list[Any], notes: list[str]) -> None:
+def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each model."""
+    file = folder / "two_bits.json"
+    return json.loads(file.read_text(encoding="utf-8"))["tables"] if file.exists() else {}
+
+
+def write(folder: Path, heading: str, row: dict[str, Any]) -> None:
+    """Puts a row into the results, in place of an older one."""
+    rows = read(folder)
+    place = {(what, bits): number for number, (what, _, bits) in enumerate(steps())}
+    key = lambda row: (row["what"], row["bits"])  # noqa: E731
+    rows[heading] = [old for old in rows.get(heading, []) if key(old) != key(row) and key(old) in place] + [row]
+    rows[heading].sort(key=lambda row: place[key(row)])
     notes = [
-        *notes,
+        "Each row was measured on its own commit and date; command, load and versions above are the last row's.",
         "gap: ln(ppl / ppl float). ratio: to the best peer's gap.",
         f"KL(float model || quantized), nats per token: of the test text, and elsewhere, of the first "
         f"{quality.OTHER_WINDOWS} windows of {quality.OTHER}.",
@@ -130,19 +172,36 @@ def write(folder: Path, parts: list[Any], notes: list[str]) -> None:
         "seconds, cpu seconds (all threads), peak MiB: the whole run, in a process of its own.",
         "best peer: any library in peers.csv, trained ones included, same nominal bits, at most 1/3 bit more.",
     ]
+    order = sorted(rows, key=lambda heading: [heading.startswith(name) for name in quality.MODELS], reverse=True)
+    parts = [(heading, rows[heading], SHOWN) for heading in order]
     record.save(folder, "two_bits", "Two bits, ingredient by ingredient", parts, notes)
 
 
-def wanted(only: list[str]) -> list[tuple[str, Recipe, float]]:
-    rows = [(what, recipe, 2.0) for what, recipe in STEPS.items()]
-    rows += [("signs and salient columns (PTQ1.61)", Recipe(spec=Binary()), 1.61)]
-    rows += [("balanced", replace(with_spec(BALANCED, bits=int(b)), average=b), b) for b in (1.61, 2.33, 3.29)]
-    for name in ("balanced", "best"):
-        rows += [(name, with_spec(quant.load_recipe(name), bits=bits), float(bits)) for bits in (3, 4)]
-    for bits in (3, 4):  # a symmetric grid of 64 has fewer bits on disk than AutoRound's 3.297 and 4.312
-        learned = with_spec(ROUNDING, bits=bits, group_size=64, symmetric=True)
-        rows += [("symmetric uniform grid + end-to-end tuning of codes", learned, float(bits))]
-    return [row for row in rows if not only or any(part in f"{row[0]} {row[2]:g}" for part in only)]
+def tables(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    """The tables of docs/two-bits.md by their names there."""
+    columns = {"model": "model (float perplexity)", "what": "what", "bits": "`--bits`", "bits on disk": "bits on disk"}
+    columns |= {"ppl": "perplexity", "gap": "gap", "KL": "KL", "KL elsewhere": "KL elsewhere"}
+    whole = [*columns.values(), "CPU s", "best peer, its bits: its gap"]
+    folding = ["model", "folded", "bits on disk", "gap", "KL", "KL elsewhere", "rotated", "CPU s"]
+    ingredients, folded = list[dict[str, str]](), list[dict[str, str]]()
+    for heading, rows in results.items():
+        name, perplexity = heading.split()[0], float(heading.split()[-1].strip(")"))
+        model = f"{name} ({perplexity:.2f})"
+        for row in rows:
+            mark = " °" if row["code"] == "inst" else ""
+            cells = {"model": name, "model (float perplexity)": model, "what": row["what"] + mark}
+            cells |= {"`--bits`": f"{row['bits']:g}", "bits on disk": f"{row['bits on disk']:.3f}"}
+            cells |= {"perplexity": f"{row['ppl']:.2f}", "gap": f"{row['gap']:.4f}", "KL": f"{row['KL']:.3f}"}
+            cells |= {"KL elsewhere": f"{row['KL elsewhere']:.3f}", "CPU s": f"{row['cpu seconds']:.0f}"}
+            cells |= {"rotated": str(row["rotated"])}
+            cells["best peer, its bits: its gap"] = "{best peer}, {peer's bits}: {peer's gap:.3f}".format_map(row)
+            if "folded" in row["what"]:
+                folded.append(cells | {"folded": row["what"].removeprefix("folded").strip(", ")})
+            else:
+                ingredients.append(cells)
+            if row["what"].endswith("(balanced)"):
+                folded.append(cells | {"folded": "nothing"})
+    return {"ingredients": record.table(ingredients, whole), "folding": record.table(folded, folding)}
 
 
 def alone(model: Path, recipe: Recipe, test: Path, other: Path) -> dict[str, Any]:

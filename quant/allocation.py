@@ -3,7 +3,8 @@
 One site at a time gets the error that each number of bits would leave in it, the others stay float, and the whole model
 says what became of its output: for a diffusion transformer the squared error of the prediction, each timestep weighted
 by how far an error there moves the final image (`calibration/effects.py`), so that the sum is the image's own error as
-long as errors are small; for a language model KL in nats. Then an integer program picks one width for each site:
+long as errors are small. (Of a language model gradients say it in far less time, `fisher.py`.) Then an integer program
+picks one width for each site:
 
     minimise  sum cost[i, b] x[i, b]   with   sum_b x[i, b] = 1,   sum bytes[i, b] x[i, b] <= budget
 
@@ -110,24 +111,24 @@ def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
     """For each row the number of the option chosen: least sum of costs with a sum of sizes of at most `budget`.
 
     Raises:
-        SettingsError: scipy is not installed, or the smallest options are already too large.
+        SettingsError: the smallest options are already too large.
     """
     least = sum(min(row) for row in sizes)
     if least > budget:
         raise SettingsError(f"a budget of {budget:.0f} bytes; the narrowest widths take {least}: give more")
-    scipy: Any = _scipy()
     import numpy as np
+    from scipy import optimize  # what most runs need not wait for
 
     flat_costs, flat_sizes = (np.array([x for row in rows for x in row], dtype=float) for rows in (costs, sizes))
     rows = np.array([n for n, row in enumerate(costs) for _ in row])
     one_each = (rows[None] == np.arange(len(costs))[:, None]).astype(float)
-    solved = scipy.milp(
+    solved: Any = optimize.milp(
         flat_costs / max(flat_costs.max(), 1e-300),
         integrality=np.ones(len(rows)),
-        bounds=scipy.Bounds(0, 1),
+        bounds=optimize.Bounds(0, 1),
         constraints=[
-            scipy.LinearConstraint(one_each, 1, 1),
-            scipy.LinearConstraint(flat_sizes[None] / budget, -np.inf, 1),
+            optimize.LinearConstraint(one_each, 1, 1),
+            optimize.LinearConstraint(flat_sizes[None] / budget, -np.inf, 1),
         ],
         options={"mip_rel_gap": 1e-6},
     )
@@ -135,17 +136,6 @@ def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
         raise SettingsError(f"the integer program of {len(costs)} sites found no solution ({solved.message})")
     picked = np.asarray(solved.x).round().astype(bool)
     return [int(np.flatnonzero(picked[rows == n])[0]) for n in range(len(costs))]
-
-
-def _scipy() -> Any:
-    try:
-        from scipy import optimize
-    except ImportError:
-        raise SettingsError(
-            "bits chosen by sensitivity need scipy's integer program: pip install scipy, or set widths to [] to spread "
-            "the average evenly"
-        ) from None
-    return optimize
 
 
 def allocate(

@@ -79,7 +79,8 @@ class _Rehearsal:
 def estimate(prepared: Prepared) -> Estimate:
     """Predicts a run. Takes about as long as one block of it."""
     began = time.perf_counter()
-    sites = quantized_sites(prepared)
+    sites = quantized_sites(prepared)  # for a language model of mixed bits that is as much work as in the run
+    planning = time.perf_counter() - began
     weights = sum(site.shape[0] * site.shape[1] for site, _ in sites.values())
     packed = sum(spec.nbytes(site.shape) for site, spec in sites.values())
     files = sizes(arrangement(prepared, promised_pieces(prepared)), prepared.source.stem)
@@ -98,7 +99,7 @@ def estimate(prepared: Prepared) -> Estimate:
     per_block = seen.load + seen.solve + seen.recover + (seen.collect + seen.advance * paths) * batches
     peak_gpu = torch.cuda.max_memory_allocated() + held if cuda else 0
     peak_rss = peak_bytes() + (0 if cuda else held)
-    verification = opening + (seen.load + seen.advance) * share
+    verification = planning + opening + (seen.load + seen.advance) * share
     if (calibration := prepared.recipe.calibration) is not None and prepared.source.is_diffusion:
         whole = follow if follow is not None else seen.advance * share
         recipe, source = prepared.recipe, prepared.source

@@ -1,12 +1,13 @@
 """The plan of a run: specs from a recipe and a file, and what is measured on the calibration inputs first.
 
-Bits by what a site's error costs (`allocation.py`, `decoupled.py`), and the sites of a diffusion transformer whose
-first token stays in float (`calibration/anchors.py`).
+Bits by what a site's error costs (`fisher.py`, `allocation.py`, `decoupled.py`), and the sites of a diffusion
+transformer whose first token stays in float (`calibration/anchors.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -18,25 +19,42 @@ from quant.calibration.samples import Batch, Samples, moved
 from quant.calibration.trajectory import drawer
 from quant.decoupled import SPLITS, decoupled
 from quant.errors import SettingsError
+from quant.fisher import information
+from quant.kernels.spec import Trellis
 from quant.models.diffusion import DiffusionSkeleton
 from quant.models.skeleton import Skeleton
 from quant.models.source import Source
 from quant.models.stream import Forward, first_tensor
 from quant.models.walk import Site, Walk
-from quant.order import threads
+from quant.order import deterministic, threads
 from quant.place import Settings
 from quant.plan import Plan, make_plan, of_width, with_anchor
 from quant.progress import Progress
-from quant.recipe import Recipe
+from quant.recipe import Recipe, respec
 
 WIDTHS = (2, 3, 4, 8)
 PROBED = 20  # batches that the sensitivity of a site is measured on, spread over all
 
 
 def measured(recipe: Recipe, source: Source) -> bool:
-    """Whether the bits of each site are chosen by what its error costs (`allocation.py`)."""
-    chosen = source.is_diffusion if recipe.widths is None else bool(recipe.widths)
-    return recipe.average is not None and recipe.calibration is not None and chosen
+    """Whether the bits of each site are chosen by what its error costs."""
+    core, mixed = recipe.spec.core, recipe.mixed and not source.is_diffusion
+    if recipe.calibration is None or recipe.widths == ():
+        return False
+    if recipe.average is not None and (source.is_diffusion or recipe.widths):
+        return True
+    return mixed and isinstance(core, Trellis) and (recipe.average is not None or core.bits < widths(recipe)[-1])
+
+
+def widths(recipe: Recipe) -> list[int]:
+    """The bits to choose among."""
+    if recipe.widths is not None or not isinstance(recipe.spec.core, Trellis):
+        return sorted(recipe.widths or WIDTHS)
+    found = list[int]()
+    for bits in range(1, 9):
+        with suppress(SettingsError):
+            found.append(respec(recipe.spec, bits=bits).core.to_dict()["bits"])
+    return found
 
 
 def weighed(recipe: Recipe, source: Source) -> bool:
@@ -49,12 +67,12 @@ def probes(recipe: Recipe, source: Source, sites: int, batches: int) -> float:
     if not measured(recipe, source) or recipe.calibration is None:
         return 0.0
     few = len(_probed(batches))
-    widths = sites * len(set(recipe.widths or WIDTHS))
+    tried = sites * len(set(widths(recipe)))
     if recipe.sensitivity != "image":
-        return (widths + 2.0) * few
+        return (tried + 2.0) * few
     halves = 1 if (recipe.trajectory.guidance or 1) == 1 else 2
     rows = min(SAMPLES, recipe.calibration.samples) * recipe.trajectory.steps * halves
-    return few + (widths + SPLITS + 1) * rows / recipe.calibration.batch_size
+    return few + (tried + SPLITS + 1) * rows / recipe.calibration.batch_size
 
 
 def _probed(batches: int) -> range:
@@ -69,38 +87,61 @@ def planned(
     anchors = frozenset[str]() if samples is None else _anchors(skeleton, found, settings, samples)
     if samples is None or not measured(recipe, skeleton.source):
         return make_plan(recipe, found, settings.plan, anchors=anchors)
-    assert recipe.average is not None
-    progress.step("measuring what an error of each site costs")
-    widths, names = sorted(recipe.widths or WIDTHS), skeleton.names_under("")
-    which = _probed(len(samples.batches))
-    batches = [moved(samples.batches[number], settings.device) for number in which]
-    weights = [1.0 if samples.weights is None else samples.weights[number] for number in which]
-    model = skeleton.model
+    if recipe.average is not None:
+        budget = recipe.average * sum(site.shape[0] * site.shape[1] for site in found.sites) / 8
+    else:
+        even = make_plan(recipe, found).specs
+        budget = sum(spec.nbytes(site.shape) for site in found.sites if (spec := even[site.name]) is not None)
 
     def size(site: Site, bits: int) -> int:
         spec = of_width(recipe.spec, bits, site)
         return (with_anchor(spec) if site.name in anchors else spec).nbytes(site.shape)
 
-    def says(some: Sequence[Batch]) -> list[torch.Tensor]:
-        return [first_tensor(model(**moved(batch, settings.device))) for batch in some]
+    progress.step("measuring what an error of each site costs")
+    order = deterministic(settings.device, gradients=not skeleton.source.is_diffusion)
+    with threads(settings.threads or torch.get_num_threads()), order:
+        if isinstance(skeleton, DiffusionSkeleton):
+            bits = _by_image(skeleton, found, recipe, settings, samples, anchors, size, budget)
+        else:
+            bits = _by_words(skeleton, found, recipe, settings, samples, size, budget, progress)
+    return make_plan(recipe, found, settings.plan, bits, anchors)
 
-    budget = recipe.average * sum(site.shape[0] * site.shape[1] for site in found.sites) / 8
+
+def _by_words(
+    skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, samples: Samples,
+    size: Callable[[Site, int], int], budget: float, progress: Progress,
+) -> dict[str, int]:  # fmt: skip
+    """Bits of each site of a language model."""
+    if recipe.sensitivity == "image":
+        raise SettingsError("sensitivity=image asks for images, which this model does not draw; leave it at output")
+    zero = information(skeleton, found, samples.batches, settings.spill_bytes, progress.step)
+    among = widths(recipe)  # rounded: sums differ in their last bits from machine to machine, choices should not
+    costs = {name: [float(f"{cost:.3g}") * 4.0**-bits for bits in among] for name, cost in zero.items()}
+    return allocate(found.sites, among, costs, size, budget)
+
+
+def _by_image(
+    skeleton: DiffusionSkeleton, found: Walk, recipe: Recipe, settings: Settings, samples: Samples,
+    anchors: frozenset[str], size: Callable[[Site, int], int], budget: float,
+) -> dict[str, int]:  # fmt: skip
+    """Bits of each site of a diffusion transformer."""
+    which, model, among = _probed(len(samples.batches)), skeleton.model, widths(recipe)
+    batches = [moved(samples.batches[number], settings.device) for number in which]
+    weights = [1.0 if samples.weights is None else samples.weights[number] for number in which]
+    says = lambda some: [first_tensor(model(**moved(batch, settings.device))) for batch in some]  # noqa: E731
     draw = None
     if recipe.sensitivity == "image":
-        if not isinstance(skeleton, DiffusionSkeleton):
-            raise SettingsError("sensitivity=image asks for images, which this model does not draw; leave it at output")
         piped = painting.complete(skeleton.source) is None
         draw = painting.drawer(skeleton, recipe) if piped else drawer(skeleton, says, recipe)
+    names = skeleton.names_under("")
     skeleton.load(names)
-    with threads(settings.threads or torch.get_num_threads()):
-        if draw is not None:
-            own = lambda: list(errors(model, found, batches, anchors))  # noqa: E731
-            bits = decoupled(model, own, draw, widths, size, budget)
-        else:
-            costs = sensitivities(model, found, batches, weights, widths, anchors)
-            bits = allocate(found.sites, widths, costs, size, budget)
+    if draw is not None:
+        own = lambda: list(errors(model, found, batches, anchors))  # noqa: E731
+        bits = decoupled(model, own, draw, among, size, budget)
+    else:
+        bits = allocate(found.sites, among, sensitivities(model, found, batches, weights, among, anchors), size, budget)
     skeleton.unload(names)
-    return make_plan(recipe, found, settings.plan, bits, anchors)
+    return bits
 
 
 def _anchors(skeleton: Skeleton, found: Walk, settings: Settings, samples: Samples) -> frozenset[str]:

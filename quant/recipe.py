@@ -55,9 +55,11 @@ class Recipe:
     its outputs back to the float path's; None: nothing. `distillation`: what is done to the whole model once all blocks
     are solved; None: nothing. `importance`: how much each token counts in a Hessian; None:
     all the same. `average`: at most so many bits per weight over all sites, overhead included, by giving some of them
-    one bit more than `spec` (see `plan.py`); None: `spec` everywhere. `widths`: bits
-    among which `average` then chooses by what an error of each site costs at the output (`allocation.py`); None: a
-    diffusion transformer has (2, 3, 4, 8), others none. `sensitivity`:
+    one bit more than `spec` (see `plan.py`); None: `spec` everywhere. `mixed`: the sites of a language model get more
+    or fewer bits than a trellis' own by what an error of each costs at the output (`fisher.py`), in as many bytes, or
+    within `average`. `widths`: among which bits; None: of a trellis all that its code has, else (2, 3, 4, 8); [] turns
+    `mixed` off. Where they are given, and for a diffusion transformer always, `average` alone chooses by cost too.
+    `sensitivity`:
     what an error costs: `output`, at the output; `image`, at a diffusion transformer's final image, by two metrics
     (`decoupled.py`). `calibration` None: data-free, no text is read. `trajectory`: where the inputs of a diffusion
     transformer come from. `modulation_bits`: the least that its adaLN modulations get (see `plan.py`).
@@ -76,6 +78,7 @@ class Recipe:
     distillation: Distillation | None = None
     importance: Any = None
     average: float | None = None
+    mixed: bool = False
     widths: tuple[int, ...] | None = None
     sensitivity: Literal["output", "image"] = "output"
     modulation_bits: int = 4

@@ -1,6 +1,7 @@
-"""Rotated trellis codes that aim at the float path's outputs: the best quality per bit without training."""
+"""Rotated trellis codes that aim at the float path's outputs, more bits where an error costs more: the best quality per
+bit without training."""
 
 from quant.kernels.spec import Rotated
 from quant.recipe import Recipe
 
-RECIPE = Recipe(spec=Rotated(), match="float")
+RECIPE = Recipe(spec=Rotated(), match="float", mixed=True)

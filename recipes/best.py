@@ -8,6 +8,7 @@ from quant.recovery.distillation import Distillation
 RECIPE = Recipe(
     spec=Rotated(Trellis(code="inst", window=12)),
     match="float",
+    mixed=True,
     calibration=Calibration(batch_size=4),
     trajectory=Trajectory(keep=8),
     distillation=Distillation(samples=512, codes=1.0),

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("scipy", reason="not installed; pip install 'bitwright[diffusers]'")
-
 from quant.allocation import cheapest
 from quant.errors import SettingsError
 from quant.recipe import Recipe, override
@@ -42,7 +40,7 @@ def test_a_budget_below_everything_is_refused() -> None:
 
 
 def test_a_language_model_takes_it_when_asked(llama: Path, words: Path) -> None:
-    """KL at the output decides, and the plan keeps to the average; without widths it stays as it was."""
+    """What an error costs decides, and the plan keeps to the average; without widths it stays as it was."""
     from quant.prepare import prepare
 
     even = override(tiny.recipe(words, bits=2), ["average=4.2"])

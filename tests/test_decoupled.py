@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("scipy", reason="not installed; pip install 'bitwright[diffusers]'")
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'bitwright[diffusers]'")
 
 import quant

@@ -70,7 +70,6 @@ def test_tuning_end_to_end_counts_every_timestep(tmp_path: Path) -> None:
 
 def test_bits_where_they_count_beat_as_many_spread_evenly(tmp_path: Path) -> None:
     """`average` on a diffusion transformer: the same bytes or fewer, better images."""
-    pytest.importorskip("scipy", reason="not installed; pip install 'bitwright[diffusers]'")
     small = ["calibration.samples=20", "trajectory.steps=10", "spec.bits=3", "spec.group_size=32", "modulation_bits=1"]
     even = override(quant.load_recipe("gptq"), small)
     quant.quantize(str(MODEL), tmp_path / "even", even)

@@ -322,8 +322,6 @@ TUNED = replace(MIXED, distillation=Distillation(steps=6))
 def test_a_stopped_run_resumes_to_the_same_bytes(
     recipe: Recipe, tuning: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if recipe.average is not None:
-        pytest.importorskip("scipy", reason="not installed; pip install 'bitwright[diffusers]'")
     pipeline(tmp_path / "float")
     monkeypatch.setattr("quant.finish.PAUSE", 0.0)
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,175 @@
+"""What an error of each weight matrix costs a language model, from the gradients of a few batches.
+
+For small errors `E` of a weight the KL divergence between the model with and without them is a quadratic form, that of
+the Fisher information (Martens, arXiv 1412.1193, section 9.2). Over `T` tokens, in nats per token,
+
+    KL = 1/(2 T) mean <G, E>^2,    G the gradient of -log p(labels), labels drawn from what the model itself says.
+
+What feedback leaves is known before anything is solved: `E = diag(s) Z V`, with `Z` white and of a mean square of
+`4^-bits`, `s` the rows' root mean squares and `V` the factor that feedback itself uses (`solvers/factor.py`). So the
+mean over `Z` is closed, and one pass back through the model gives the costs of all matrices and all numbers of bits:
+
+    cost(bits) = 4^-bits / (2 T) * mean |diag(s) G V^T|^2
+
+Gradients of drawn labels have a mean of zero, so those of a batch's windows may be summed first. Errors put into one
+matrix after another and seen at the output cost within 10 % of this at 2 bits, and take as many passes as there are
+matrices and widths (`tests/test_fisher.py`).
+
+The model is streamed: forward, what each block is given is kept; then in reverse, each block runs again, with its
+gradient. One block is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils import _pytree as pytree
+
+from quant.calibration.activations import Activations
+from quant.calibration.batch import Batch, moved
+from quant.calibration.capture import Stage, collect
+from quant.calibration.replay import Replay
+from quant.memory import give_back
+from quant.models.skeleton import Skeleton
+from quant.models.stream import first_tensor, outside_blocks
+from quant.models.walk import Block, Site, Walk
+from quant.recovery.placed import oriented
+from quant.recovery.timesteps import has_vocabulary
+from quant.solvers.factor import factorise
+
+WINDOWS = 32  # at least
+PER_INPUT = 8  # tokens for each input of the widest matrix, lest `V` fit just these
+DAMP = 0.01
+
+Factors = Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]  # by site and expert: order of the columns and `V`
+
+
+@torch.no_grad()
+def information(
+    skeleton: Skeleton, found: Walk, batches: Sequence[Batch], spill: int, progress: Callable[[str], None]
+) -> dict[str, float]:
+    """For each site what 0 bits would cost, nats per token (of a model without a vocabulary: squared error per token);
+    `b` bits cost `4^-b` of it. `spill`: bytes of activations that are kept in memory."""
+    chain, used = found.chain, [moved(batch, skeleton.device) for batch in enough(batches, found.sites)]
+    blocks = {block.name: block for block in found.blocks}
+    outside, head = outside_blocks(skeleton, chain)
+    skeleton.load(outside)
+    costs = dict.fromkeys((site.name for site in found.sites), 0.0)
+    with tempfile.TemporaryDirectory() as folder, Replay(skeleton.model, chain) as replay:
+        share = spill // (len(chain) + 2)
+        room = lambda name: Activations(len(used), Path(folder) / name, share, skeleton.device)  # noqa: E731
+        given, gradients = [room(str(index)) for index in range(len(chain) + 1)], room("gradients")
+        for index, name in enumerate(chain):
+            progress(f"what an error of each matrix costs: forward, block {index + 1} of {len(chain)}")
+            names = skeleton.names_under(name)
+            skeleton.load(names)
+            for number, batch in enumerate(used):
+                given[index + 1][number] = replay.output(index, batch, given[index][number])
+            skeleton.unload(names)
+            give_back()
+        skeleton.load(head)
+        generator, tokens = torch.Generator().manual_seed(0), 0
+        for number, batch in enumerate(used):
+            last = _leaves(given[-1][number])
+            with torch.enable_grad():
+                said = first_tensor(replay.head(batch, last))
+                loss = _surprise(skeleton.model, said, generator)
+            gradients[number] = _back([loss], [torch.ones_like(loss)], _floats(last))
+            tokens += said[..., 0].numel()
+        skeleton.unload(head)
+        for index, name in reversed(list(enumerate(chain))):
+            progress(f"what an error of each matrix costs: backward, block {index + 1} of {len(chain)}")
+            names = skeleton.names_under(name)
+            skeleton.load(names)
+            _sweep(replay, index, blocks.get(name, Block(name, ())), used, given[index], gradients, costs)
+            skeleton.unload(names)
+            give_back()
+    skeleton.unload(outside)
+    return {name: cost / (2 * tokens) for name, cost in costs.items()}
+
+
+def enough(batches: Sequence[Batch], sites: Sequence[Site]) -> Sequence[Batch]:
+    """As many batches as the costs need, spread over all."""
+    rows, length = batches[0]["input_ids"].shape
+    windows = max(WINDOWS, PER_INPUT * max(site.inputs for site in sites) / length)
+    return batches[:: max(1, len(batches) // math.ceil(windows / rows))]
+
+
+def _surprise(model: nn.Module, said: Tensor, generator: torch.Generator) -> Tensor:
+    """-log p of labels drawn from what the model says, summed over tokens; of a model without a vocabulary, its output
+    along a random direction, whose squared slope has the squared error for a mean."""
+    said = said.float().flatten(0, -2)
+    if not has_vocabulary(model):
+        return (said * torch.randn(said.shape, generator=generator).to(said.device)).sum() * math.sqrt(2)
+    drawn = torch.multinomial(said.detach().softmax(-1).cpu(), 1, generator=generator)
+    return cross_entropy(said, drawn[:, 0].to(said.device), reduction="sum")
+
+
+def _sweep(
+    replay: Replay, index: int, block: Block, batches: Sequence[Batch], given: Activations, gradients: Activations,
+    costs: dict[str, float],
+) -> None:  # fmt: skip
+    """Adds to the costs of a block's sites; the gradients of its outputs become those of its inputs."""
+    factors = _factors(replay, index, block, batches, given)
+    parameters = {site.name: replay.model.get_parameter(site.parameter) for site in block.sites}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    for number, batch in enumerate(batches):
+        inputs = _leaves(given[number])
+        with torch.enable_grad():
+            outputs = _floats(replay.output(index, batch, inputs))
+        found = _back(outputs, gradients[number], [*parameters.values(), *_floats(inputs)])
+        for site, gradient in zip(block.sites, found, strict=False):
+            weight = oriented(parameters[site.name], site)
+            costs[site.name] += _cost(site, oriented(gradient, site), weight, factors[site.name])
+        gradients[number] = found[len(parameters) :]
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+
+
+def _factors(replay: Replay, index: int, block: Block, batches: Sequence[Batch], given: Activations) -> Factors:
+    """Sites of a stage share theirs. An expert that saw no token has none, and no gradient."""
+    stages = [Stage(replay.model, stage, cross=False) for stage in block.stages]
+    if stages:
+        collect(stages, replay, index, batches, given)
+    factors: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    for stage, sites in zip(stages, block.stages, strict=True):
+        made = {n: factorise(s, "gar", DAMP, len(s.hessian), 1) for n, s in stage.finish().items()}
+        own = {n: (f.order.to(f.feedback.device), f.feedback) for n, f in made.items() if not isinstance(f, str)}
+        factors |= {site.name: own for site in sites}
+    return factors
+
+
+def _cost(site: Site, gradient: Tensor, weight: Tensor, factors: Mapping[int, tuple[Tensor, Tensor]]) -> float:
+    shape, cost = (max(1, site.experts), site.out, site.inputs), 0.0
+    for number, (G, W) in enumerate(zip(gradient.reshape(shape).float(), weight.reshape(shape).float(), strict=True)):
+        scaled = G * W.square().mean(1, keepdim=True).sqrt()
+        if number in factors:
+            order, V = factors[number]
+            scaled = scaled[:, order] @ V.T
+        cost += float(scaled.square().sum())
+    return cost
+
+
+def _leaves(tree: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.is_floating_point()), tree)
+
+
+def _floats(tree: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _back(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the inputs, zero where nothing depends on them."""
+    pairs = [(output, g) for output, g in zip(outputs, gradients, strict=True) if output.requires_grad]
+    if not pairs or not inputs:
+        return [torch.zeros_like(x) for x in inputs]
+    some, their = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(some, inputs, their, allow_unused=True, materialize_grads=True))

@@ -1,0 +1,100 @@
+"""What an error of each matrix costs, from gradients: as the whole model's gradient has it, and as errors show it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import quant
+from quant import Settings, fisher, load_recipe
+from quant.allocation import sensitivities
+from quant.eval.evaluate import evaluate
+from quant.eval.subject import open_subject
+from quant.models.walk import Site
+from quant.planning import measured, widths
+from quant.prepare import Prepared, prepare
+from quant.recipe import override, with_spec
+from quant.recovery.placed import oriented
+from tests import tiny
+
+SMALL = ["calibration.samples=16", "calibration.sequence_length=256"]
+QUICK = [*SMALL, "spec.base.window=8", "solver.sweeps=0"]
+
+
+def costs(prepared: Prepared, spill: int = 1 << 30) -> dict[str, float]:
+    return fisher.information(prepared.skeleton, prepared.walk, prepared.samples.batches, spill, lambda _: None)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "bert", "gemma3"])
+@pytest.mark.parametrize("spill", [0, 1 << 30], ids=["on disk", "in memory"])
+def test_streamed_gradients_are_those_of_the_whole_model(
+    name: str, spill: int, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(str(tiny.model(name, tmp_path / "model")), tiny.recipe(words))
+    monkeypatch.setattr(fisher, "_factors", lambda *_: {site.name: {} for site in prepared.walk.sites})
+    found, skeleton = costs(prepared, spill), prepared.skeleton
+    skeleton.load(skeleton.names_under(""))
+    model: Any = skeleton.model
+    parameters = {site.name: model.get_parameter(site.parameter).requires_grad_() for site in prepared.walk.sites}
+    generator, wanted, tokens = torch.Generator().manual_seed(0), dict.fromkeys(parameters, 0.0), 0
+    for batch in prepared.samples.batches:
+        said = model(**batch)[0]
+        gradients = torch.autograd.grad(fisher._surprise(model, said, generator), list(parameters.values()))
+        tokens += said[..., 0].numel()
+        for site, gradient in zip(prepared.walk.sites, gradients, strict=True):
+            weight = oriented(parameters[site.name], site)
+            rows = oriented(gradient, site).square().sum(-1) * weight.square().mean(-1)
+            wanted[site.name] += float(rows.sum())
+    assert found == pytest.approx({site: cost / 2 / tokens for site, cost in wanted.items()}, rel=1e-3)
+    assert min(found.values()) > 0
+
+
+def test_errors_cost_what_the_gradients_say(demo: Path) -> None:
+    """Errors of 3 bits as feedback leaves them, put into one matrix of a trained model after another."""
+    recipe = replace(override(load_recipe("balanced"), SMALL), only=("*.1.*", "*.3.mlp.*"))
+    prepared = prepare(str(demo), recipe)
+    said, skeleton = costs(prepared), prepared.skeleton
+    skeleton.load(skeleton.names_under(""))
+    seen = sensitivities(skeleton.model, prepared.walk, prepared.samples.batches, [1.0, 1.0], (3,))
+    ratios = {name: said[name] / 64 / seen[name][0] for name in said}
+    assert all(0.75 < ratio < 1.25 for ratio in ratios.values()), ratios
+    assert max(said.values()) > 4 * min(said.values())  # there is something to choose
+
+
+def test_bits_where_they_count_beat_as_many_spread_evenly(demo: Path, tmp_path: Path) -> None:
+    """A trained model, the same bytes, another text than the calibration's."""
+    mixed = override(load_recipe("balanced"), QUICK)
+    found = list[float]()
+    for name, recipe in (("mixed", mixed), ("even", replace(mixed, mixed=False))):
+        result = quant.quantize(str(demo), tmp_path / name, recipe, settings=Settings(threads=1))
+        assert result.report["bits"]["promised"] <= 2.07
+        divergence = evaluate(result.out, against=open_subject(demo), max_windows=16).divergence
+        assert divergence is not None
+        found.append(divergence.kl)
+    assert found[0] < 0.93 * found[1]
+
+
+def test_what_is_measured(llama: Path, words: Path) -> None:
+    source = prepare(str(llama), tiny.recipe(words)).source
+    balanced = load_recipe("balanced")
+    assert widths(balanced) == [1, 2, 3, 4]
+    assert measured(balanced, source)
+    assert measured(replace(with_spec(balanced, bits=4), average=3.5), source)
+    assert not measured(with_spec(balanced, bits=4), source)  # nothing to choose
+    assert not measured(replace(balanced, widths=()), source)
+    assert not measured(replace(balanced, calibration=None), source)
+    assert not measured(replace(load_recipe("gptq"), average=3.5, mixed=True), source)
+
+
+def test_enough_tokens() -> None:
+    batch = {"input_ids": torch.zeros((4, 512), dtype=torch.int64)}
+    site = lambda inputs: Site("x", "linear", 8, inputs)  # noqa: E731
+    assert len(fisher.enough([batch] * 32, [site(64)])) == 8  # 32 windows
+    assert len(fisher.enough([batch] * 32, [site(2048), site(64)])) == 8
+    assert len(fisher.enough([batch] * 32, [site(4096)])) == 16
+    assert len(fisher.enough([batch] * 32, [site(14336)])) == 32
+    assert len(fisher.enough([batch] * 2, [site(64)])) == 2
