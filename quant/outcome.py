@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections import Counter
@@ -48,8 +49,10 @@ def _show_estimate(prepared: Prepared, predicted: Estimate, console: Console) ->
         number = heading not in ("sites", "code")
         table.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=number)
     alike = Counter((_starred(s.name), s.shape, prepared.plan.specs[s.name]) for s in prepared.walk.sites)
-    front = _shared([name for name, _, _ in alike])
-    for (name, shape, spec), count in alike.items():
+    front, places = _shared([name for name, _, _ in alike]), list(dict.fromkeys(name for name, _, _ in alike))
+    size = lambda spec, shape: math.inf if spec is None else spec.nbytes(shape)  # noqa: E731
+    rows = sorted(alike.items(), key=lambda row: (places.index(row[0][0]), size(row[0][2], row[0][1])))
+    for (name, shape, spec), count in rows:
         cells = ("float", "", "")
         if spec is not None:
             bits = code_bits(spec.to_dict())

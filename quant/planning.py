@@ -6,6 +6,7 @@ transformer whose first token stays in float (`calibration/anchors.py`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -62,6 +63,24 @@ def weighed(recipe: Recipe, source: Source) -> bool:
     return recipe.trajectory.weighting == "image" or (measured(recipe, source) and recipe.sensitivity != "image")
 
 
+def allowance(recipe: Recipe, found: Walk) -> float:
+    """Bytes that may be spent on the sites where bits are chosen by cost: the average's, or what even bits take.
+
+    Raises:
+        SettingsError: the narrowest codes take more.
+    """
+    if recipe.average is None:
+        even = make_plan(recipe, found).specs
+        return sum(spec.nbytes(site.shape) for site in found.sites if (spec := even[site.name]) is not None)
+    weights, narrow = sum(site.shape[0] * site.shape[1] for site in found.sites), widths(recipe)[0]
+    least = 8 * sum(of_width(recipe.spec, narrow, site).nbytes(site.shape) for site in found.sites) / weights
+    if least > recipe.average:
+        raise SettingsError(
+            f"{recipe.average:g} bits on average: {narrow}-bit codes take {least:.4f} with their overhead; give more"
+        )
+    return recipe.average * weights / 8
+
+
 def probes(recipe: Recipe, source: Source, sites: int, batches: int) -> float:
     """How many batches' worth of passes through the whole model `planned` takes."""
     if not measured(recipe, source) or recipe.calibration is None:
@@ -87,11 +106,7 @@ def planned(
     anchors = frozenset[str]() if samples is None else _anchors(skeleton, found, settings, samples)
     if samples is None or not measured(recipe, skeleton.source):
         return make_plan(recipe, found, settings.plan, anchors=anchors)
-    if recipe.average is not None:
-        budget = recipe.average * sum(site.shape[0] * site.shape[1] for site in found.sites) / 8
-    else:
-        even = make_plan(recipe, found).specs
-        budget = sum(spec.nbytes(site.shape) for site in found.sites if (spec := even[site.name]) is not None)
+    budget = allowance(recipe, found)
 
     def size(site: Site, bits: int) -> int:
         spec = of_width(recipe.spec, bits, site)
@@ -104,6 +119,8 @@ def planned(
             bits = _by_image(skeleton, found, recipe, settings, samples, anchors, size, budget)
         else:
             bits = _by_words(skeleton, found, recipe, settings, samples, size, budget, progress)
+    counts = sorted(Counter(bits.values()).items())
+    progress.say("bits by what errors cost: " + ", ".join(f"{n} x {width}" for width, n in counts))
     return make_plan(recipe, found, settings.plan, bits, anchors)
 
 

@@ -31,7 +31,7 @@ from quant.models.walk import Walk, turned, walk
 from quant.order import threads
 from quant.place import Settings as Settings
 from quant.plan import Plan
-from quant.planning import measured, planned, weighed
+from quant.planning import allowance, measured, planned, weighed
 from quant.progress import Progress
 from quant.recipe import Calibration, Recipe
 from quant.recovery.tunable import check_tunable
@@ -157,8 +157,7 @@ def prepare(
     prepared = Prepared(
         source, skeleton, found, make, _draw(skeleton, found, recipe, settings, progress), recipe, settings, folded
     )
-    if not measured(recipe, source):
-        _ = prepared.plan  # what is wrong with it is said at once
+    _ = allowance(recipe, found) if measured(recipe, source) else prepared.plan  # what is wrong is said at once
     return prepared
 
 

@@ -62,8 +62,8 @@ def test_bits_by_the_image_keep_to_the_average_and_come_again(tmp_path: Path) ->
     weights = sum(site.shape[0] * site.shape[1] for site in sites.values())
     assert 2.7 < 8 * used / weights <= 3.0
     assert prepare(str(source), recipe).plan == plan
-    with pytest.raises(SettingsError, match="narrowest widths take"):
-        _ = prepare(str(source), replace(recipe, average=2.1)).plan
+    with pytest.raises(SettingsError, match="2-bit codes take"):
+        prepare(str(source), replace(recipe, average=2.1))
 
 
 def test_folded_weights_are_judged_by_the_image_too(tmp_path: Path) -> None:

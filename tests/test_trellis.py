@@ -396,7 +396,7 @@ def test_a_checkpoint_keeps_its_promise_and_runs(code: str, llama: Path, words: 
 
 
 def test_a_fraction_of_a_bit_is_spread_over_the_sites(llama: Path, words: Path, tmp_path: Path) -> None:
-    recipe = override(load_recipe("balanced"), [f"calibration.text={words}", *SMALL, "average=2.9"])
+    recipe = override(load_recipe("balanced"), [f"calibration.text={words}", *SMALL, "average=2.9", "mixed=false"])
     report = quant.quantize(str(llama), tmp_path / "out", recipe).report
     bits = {site["spec"]["base"]["bits"] for site in report["sites"]}
     assert bits == {2, 3}
