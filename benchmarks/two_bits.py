@@ -41,9 +41,10 @@ from quant.solvers.feedback import Feedback
 
 TRELLIS = Recipe(spec=Trellis(), solver=Feedback(sweeps=0))
 BALANCED, BEST, ROUNDING = (quant.load_recipe(name) for name in ("balanced", "best", "rounding"))
+EVEN = replace(BALANCED, mixed=False)
 EACH = Rotated(Trellis(code="inst", window=12))  # a state for each weight, as `best` has
 FEW = ["calibration.batch_size=4"]  # windows in a step of end-to-end tuning
-BLOCKS = override(BALANCED, ["calibration.batch_size=2"])  # and of block tuning
+BLOCKS = override(EVEN, ["calibration.batch_size=2"])  # and of block tuning
 PAGE = record.ROOT / "docs" / "two-bits.md"
 
 
@@ -56,24 +57,28 @@ def steps() -> list[tuple[str, Recipe, float]]:
         "trellis": TRELLIS,
         "+ descent": replace(TRELLIS, solver=Feedback()),
         "+ rotation": replace(TRELLIS, solver=Feedback(), spec=Rotated()),
-        "+ float path's outputs (balanced)": BALANCED,
-        "balanced + token importance (RSQ)": replace(BALANCED, importance=Attention()),
-        "balanced + low-rank branch of rank 4 (EoRA)": replace(BALANCED, spec=LowRank(Rotated(), rank=4)),
-        "balanced + block tuning of scales": replace(BLOCKS, recovery=BlockTuning(codes=0)),
-        "balanced + block tuning of scales, saliency 0.1 (ULB-SAPR)": replace(
+        "+ float path's outputs": EVEN,
+        "+ bits where they count (balanced)": BALANCED,
+        "balanced + end-to-end tuning of scales and codes (best)": BEST,
+        "even bits + token importance (RSQ)": replace(EVEN, importance=Attention()),
+        "even bits + low-rank branch of rank 4 (EoRA)": replace(EVEN, spec=LowRank(Rotated(), rank=4)),
+        "even bits + block tuning of scales": replace(BLOCKS, recovery=BlockTuning(codes=0)),
+        "even bits + block tuning of scales, saliency 0.1 (ULB-SAPR)": replace(
             BLOCKS, recovery=BlockTuning(codes=0, saliency=0.1)
         ),
-        "balanced + block tuning of codes and scales": replace(BLOCKS, recovery=BlockTuning()),
-        "balanced + end-to-end tuning of scales": replace(override(BALANCED, FEW), distillation=Distillation()),
-        "balanced + factors of inputs, end-to-end tuning of scales and factors": replace(
-            override(BALANCED, FEW), spec=Smoothed(Rotated()), distillation=Distillation()
+        "even bits + block tuning of codes and scales": replace(BLOCKS, recovery=BlockTuning()),
+        "even bits + end-to-end tuning of scales": replace(override(EVEN, FEW), distillation=Distillation()),
+        "even bits + factors of inputs, end-to-end tuning of scales and factors": replace(
+            override(EVEN, FEW), spec=Smoothed(Rotated()), distillation=Distillation()
         ),
-        "balanced + end-to-end tuning of scales and codes (best)": BEST,
-        "best, were it with pairs": replace(BEST, spec=Rotated()),
-        "balanced with a state for each weight": replace(BALANCED, spec=EACH),
-        "that + block tuning of codes and scales": replace(BLOCKS, spec=EACH, recovery=BlockTuning()),
-        "balanced with pairs of values, table of 64 (HYB)": replace(
-            BALANCED, spec=Rotated(Trellis(code="hyb", table_bits=6))
+        "even bits + end-to-end tuning of scales and codes": replace(BEST, mixed=False),
+        "even bits, pairs + end-to-end tuning of scales and codes": replace(BEST, spec=Rotated(), mixed=False),
+        "even bits, a state for each weight": replace(EVEN, spec=EACH),
+        "even bits, a state for each weight + block tuning of codes and scales": replace(
+            BLOCKS, spec=EACH, recovery=BlockTuning()
+        ),
+        "even bits with pairs of values, table of 64 (HYB)": replace(
+            EVEN, spec=Rotated(Trellis(code="hyb", table_bits=6))
         ),
         "fast": quant.load_recipe("fast"),
         "codebooks of vectors + end-to-end tuning of entries and indices": replace(BEST, spec=Codebook(bits=2)),
@@ -81,9 +86,9 @@ def steps() -> list[tuple[str, Recipe, float]]:
             with_spec(rounded, bits=2, group_size=64), recovery=BlockTuning(codes=3, scales=0.005), distillation=None
         ),
         "uniform grid + end-to-end tuning of codes": with_spec(ROUNDING, bits=2, group_size=64),
-        "folded between linears": replace(BALANCED, folding=Folding(stream=False)),
-        "folded, the stream too": replace(BALANCED, folding=Folding(untie=True)),
-        "folded, the stream too, `online=false`": replace(BALANCED, folding=Folding(untie=True, online=False)),
+        "folded between linears": replace(EVEN, folding=Folding(stream=False)),
+        "folded, the stream too": replace(EVEN, folding=Folding(untie=True)),
+        "folded, the stream too, `online=false`": replace(EVEN, folding=Folding(untie=True, online=False)),
     }
     rows = [(what, recipe, 2.0) for what, recipe in two.items()]
     rows += [("signs and salient columns (PTQ1.61)", Recipe(spec=Binary()), 1.61)]
@@ -91,7 +96,7 @@ def steps() -> list[tuple[str, Recipe, float]]:
     rows += [("balanced", with_spec(BALANCED, bits=3), 3.0)]
     rows += [("balanced", replace(with_spec(BALANCED, bits=3), average=3.29), 3.29)]
     rows += [("balanced", with_spec(BALANCED, bits=4), 4.0)]
-    rows += [("balanced with a state for each weight", with_spec(replace(BALANCED, spec=EACH), bits=4), 4.0)]
+    rows += [("even bits, a state for each weight", with_spec(replace(EVEN, spec=EACH), bits=4), 4.0)]
     rows += [("best", with_spec(BEST, bits=bits), float(bits)) for bits in (3, 4)]
     for bits in (3, 4):  # a symmetric grid of 64 has fewer bits on disk than AutoRound's 3.297 and 4.312
         learned = with_spec(ROUNDING, bits=bits, group_size=64, symmetric=True)
@@ -199,7 +204,7 @@ def tables(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]
                 folded.append(cells | {"folded": row["what"].removeprefix("folded").strip(", ")})
             else:
                 ingredients.append(cells)
-            if row["what"].endswith("(balanced)"):
+            if row["what"] == "+ float path's outputs":
                 folded.append(cells | {"folded": "nothing"})
     return {"ingredients": record.table(ingredients, whole), "folding": record.table(folded, folding)}
 
