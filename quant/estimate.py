@@ -27,11 +27,12 @@ from quant.calibration.statistics import Statistics
 from quant.calibration.trajectory import passes
 from quant.checkpoint.shards import sizes
 from quant.checkpoint.writer import arrangement, promised_pieces, quantized_sites
+from quant.fisher import enough
 from quant.kernels.spec import Trellis
 from quant.memory import peak_bytes
 from quant.models.stream import Forward, outside_blocks
 from quant.order import threads
-from quant.planning import probes, weighed
+from quant.planning import measured, probes, weighed
 from quant.prepare import Prepared, skeleton_of
 from quant.recovery.block import task
 from quant.recovery.tunable import training_bytes
@@ -95,6 +96,10 @@ def estimate(prepared: Prepared) -> Estimate:
     paths = 2 if followed and batches else 1
     activations = seen.stored * (batches + 1) * paths
     held = min(activations, prepared.settings.spill_bytes * paths)
+    measuring = 0  # what costs are measured with is kept for all blocks, in TMPDIR
+    if measured(prepared.recipe, prepared.source) and not prepared.source.is_diffusion:
+        used = len(enough(prepared.samples.batches, prepared.walk.sites))
+        measuring = seen.stored * used * (len(prepared.walk.chain) + 2) - prepared.settings.spill_bytes
     share = weights / max(1, seen.block_weights)  # in blocks of the rehearsed size
     per_block = seen.load + seen.solve + seen.recover + (seen.collect + seen.advance * paths) * batches
     peak_gpu = torch.cuda.max_memory_allocated() + held if cuda else 0
@@ -115,7 +120,7 @@ def estimate(prepared: Prepared) -> Estimate:
         float_bytes=prepared.source.nbytes(),
         peak_rss_bytes=peak_rss + (0 if cuda else more),
         peak_gpu_bytes=peak_gpu + (more if cuda else 0),
-        spilled_bytes=activations - held,
+        spilled_bytes=max(activations - held, measuring),
         seconds=per_block * share + verification + distillation,
         rehearsal_seconds=time.perf_counter() - began,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Activations:
             raise ResourceError(
                 f"{path}: activations do not fit ({first_line(error)}); they take {size:,} bytes a batch: free "
                 "some space, then run the same command with --resume: finished blocks are kept. Or choose "
-                "another --out"
+                f"another --out, or another TMPDIR in place of {tempfile.gettempdir()}"
             ) from None
         self.spilled += size
         self._items[index] = (path, structure, others)
