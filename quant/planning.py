@@ -34,6 +34,7 @@ from quant.progress import Progress
 from quant.recipe import Recipe, respec
 
 WIDTHS = (2, 3, 4, 8)
+TRUST = 0.5  # in what the calibration text says of costs, 0: none, all weights cost the same; see docs/two-bits.md
 PROBED = 20  # batches that the sensitivity of a site is measured on, spread over all
 
 
@@ -132,8 +133,10 @@ def _by_words(
     if recipe.sensitivity == "image":
         raise SettingsError("sensitivity=image asks for images, which this model does not draw; leave it at output")
     zero = information(skeleton, found, samples.batches, settings.spill_bytes, progress.step)
-    among = widths(recipe)  # rounded: sums differ in their last bits from machine to machine, choices should not
-    costs = {name: [float(f"{cost:.3g}") * 4.0**-bits for bits in among] for name, cost in zero.items()}
+    among, weights = widths(recipe), {site.name: site.shape[0] * site.shape[1] for site in found.sites}
+    trusted = {name: zero[name] ** TRUST * weights[name] ** (1 - TRUST) for name in zero}
+    # rounded: sums differ in their last bits from machine to machine, choices should not
+    costs = {name: [float(f"{cost:.3g}") * 4.0**-bits for bits in among] for name, cost in trusted.items()}
     return allocate(found.sites, among, costs, size, budget)
 
 
