@@ -18,7 +18,7 @@ from quant.checkpoint.writer import arrangement, promised_pieces, quantized_site
 from quant.errors import SettingsError
 from quant.estimate import estimate
 from quant.plan import make_plan
-from quant.planning import measured
+from quant.planning import measured, widths
 from quant.prepare import Prepared
 from quant.progress import Progress
 from quant.recipe import Recipe
@@ -108,7 +108,8 @@ def sized(
             fits = measured(finer, walked.source) or _promised(walked, finer)[0] <= limit
         except SettingsError:
             fits = False  # no codes of one bit more
-        chosen = finer if fits and bits < MOST else made
+        most = min(MOST, widths(finer)[-1]) if measured(finer, walked.source) else MOST
+        chosen = finer if fits and bits < most else made
         progress.say(f"--size {size}: {average if chosen is finer else bits:g} bits per weight")
         return prepared(chosen)
     raise SettingsError(

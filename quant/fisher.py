@@ -36,6 +36,7 @@ from quant.calibration.activations import Activations
 from quant.calibration.batch import Batch, moved
 from quant.calibration.capture import Stage, collect
 from quant.calibration.replay import Replay
+from quant.errors import CalibrationError, ModelError
 from quant.memory import give_back
 from quant.models.skeleton import Skeleton
 from quant.models.stream import first_tensor, outside_blocks
@@ -71,7 +72,7 @@ def information(
             names = skeleton.names_under(name)
             skeleton.load(names)
             for number, batch in enumerate(used):
-                given[index + 1][number] = replay.output(index, batch, given[index][number])
+                given[index + 1][number] = _finite(replay.output(index, batch, given[index][number]), name)
             skeleton.unload(names)
             give_back()
         skeleton.load(head)
@@ -79,7 +80,7 @@ def information(
         for number, batch in enumerate(used):
             last = _leaves(given[-1][number])
             with torch.enable_grad():
-                said = first_tensor(replay.head(batch, last))
+                said = _finite(first_tensor(replay.head(batch, last)), "the model")
                 loss = _surprise(skeleton.model, said, generator)
             gradients[number] = _back([loss], [torch.ones_like(loss)], _floats(last))
             tokens += said[..., 0].numel()
@@ -92,6 +93,13 @@ def information(
             skeleton.unload(names)
             give_back()
     skeleton.unload(outside)
+    wrong = next((name for name, cost in costs.items() if not math.isfinite(cost)), None)
+    if wrong is not None or not any(costs.values()):
+        what = "the cost of an error is not finite" if wrong else "no gradient reaches it"
+        raise CalibrationError(
+            f"{wrong or found.sites[0].name}: {what}; try --dtype float32, or --set mixed=false for the same bits "
+            "everywhere"
+        )
     return {name: cost / (2 * tokens) for name, cost in costs.items()}
 
 
@@ -129,7 +137,7 @@ def _sweep(
         for site, gradient in zip(block.sites, found, strict=False):
             weight = oriented(parameters[site.name], site)
             costs[site.name] += _cost(site, oriented(gradient, site), weight, factors[site.name])
-        gradients[number] = found[len(parameters) :]
+        gradients[number] = [gradient.clone() for gradient in found[len(parameters) :]]  # two may be one tensor
     for parameter in parameters.values():
         parameter.requires_grad_(False)
 
@@ -156,6 +164,15 @@ def _cost(site: Site, gradient: Tensor, weight: Tensor, factors: Mapping[int, tu
             scaled = scaled[:, order] @ V.T
         cost += float(scaled.square().sum())
     return cost
+
+
+def _finite(output: Any, name: str) -> Any:
+    if not all(bool(torch.isfinite(x).all()) for x in _floats(output)[:1]):
+        raise ModelError(
+            f"{name}: its output is not finite; the model overflows in this dtype (try --dtype float32) or its weights "
+            "are damaged"
+        )
+    return output
 
 
 def _leaves(tree: Any) -> Any:

@@ -50,7 +50,6 @@ def make_plan(
         SettingsError: the file cannot be read, names a site that is not there, or holds an impossible spec.
     """
     sites = {site.name: site for site in walk.sites}
-    specs: dict[str, Spec | None] = {}
     if bits is not None:
         own = {name: of_width(recipe.spec, bits[name], site) for name, site in sites.items()}
     elif recipe.average is not None:
@@ -58,15 +57,23 @@ def make_plan(
     else:
         own = {name: raised(recipe, recipe.spec, site) for name, site in sites.items()}
     own = {name: with_anchor(spec) if name in anchors else spec for name, spec in own.items()}
+    specs: dict[str, Spec | None] = {**own, **given(file, walk)}
+    return Plan(specs)
+
+
+def given(file: Path | None, walk: Walk) -> dict[str, Spec | None]:
+    """The specs that a plan file has for the sites of a model. Raises `SettingsError` as `make_plan`."""
+    sites = {site.name: site for site in walk.sites}
+    specs: dict[str, Spec | None] = {}
     if file is None:
-        return Plan(dict(own))
+        return specs
     try:
-        given = json.loads(file.read_text(encoding="utf-8"))
+        told = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"--plan {file}: cannot be read ({error})") from None
-    if not isinstance(given, dict):
-        raise SettingsError(f"--plan {file}: expected a JSON object, found {given!r}")
-    for pattern, spec in sorted(given.items(), key=lambda item: item[0] in sites):  # names in full say it last
+    if not isinstance(told, dict):
+        raise SettingsError(f"--plan {file}: expected a JSON object, found {told!r}")
+    for pattern, spec in sorted(told.items(), key=lambda item: item[0] in sites):  # names in full say it last
         found = [pattern] if pattern in sites else [name for name in sites if fnmatchcase(name, pattern)]
         if not found:
             raise SettingsError(
@@ -79,7 +86,7 @@ def make_plan(
                 specs[name] = None if spec is None else fitted(spec_from_dict(spec), sites[name])
         except SpecError as error:
             raise SettingsError(f"--plan {file}: {name}: {error}") from None
-    return Plan({name: specs.get(name, own[name]) for name in sites})
+    return specs
 
 
 def spread(recipe: Recipe, found: Walk) -> dict[str, Spec]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 
@@ -29,12 +30,12 @@ from quant.models.stream import Forward, first_tensor
 from quant.models.walk import Site, Walk
 from quant.order import deterministic, threads
 from quant.place import Settings
-from quant.plan import Plan, make_plan, of_width, with_anchor
+from quant.plan import Plan, given, make_plan, of_width, with_anchor
 from quant.progress import Progress
 from quant.recipe import Recipe, respec
 
 WIDTHS = (2, 3, 4, 8)
-TRUST = 0.5  # in what the calibration text says of costs, 0: none, all weights cost the same; see docs/two-bits.md
+LEAST = 1e-3  # of the mean cost of a weight, for matrices that no gradient reaches
 PROBED = 20  # batches that the sensitivity of a site is measured on, spread over all
 
 
@@ -45,7 +46,8 @@ def measured(recipe: Recipe, source: Source) -> bool:
         return False
     if recipe.average is not None and (source.is_diffusion or recipe.widths):
         return True
-    return mixed and isinstance(core, Trellis) and (recipe.average is not None or core.bits < widths(recipe)[-1])
+    among = widths(recipe)
+    return mixed and isinstance(core, Trellis) and (recipe.average is not None or among[0] < core.bits < among[-1])
 
 
 def widths(recipe: Recipe) -> list[int]:
@@ -64,22 +66,29 @@ def weighed(recipe: Recipe, source: Source) -> bool:
     return recipe.trajectory.weighting == "image" or (measured(recipe, source) and recipe.sensitivity != "image")
 
 
-def allowance(recipe: Recipe, found: Walk) -> float:
-    """Bytes that may be spent on the sites where bits are chosen by cost: the average's, or what even bits take.
+def allowance(recipe: Recipe, found: Walk, settings: Settings) -> tuple[list[Site], float]:
+    """Where bits are chosen by cost: the sites that no plan file names, and the bytes that may be spent on them, what
+    the average leaves or even bits take.
 
     Raises:
-        SettingsError: the narrowest codes take more.
+        SettingsError: the narrowest codes take more, or the recipe's own fit no site; or as `given`.
     """
+    told, even = given(settings.plan, found), make_plan(replace(recipe, average=None), found).specs
+    free = [site for site in found.sites if site.name not in told]
     if recipe.average is None:
-        even = make_plan(recipe, found).specs
-        return sum(spec.nbytes(site.shape) for site in found.sites if (spec := even[site.name]) is not None)
-    weights, narrow = sum(site.shape[0] * site.shape[1] for site in found.sites), widths(recipe)[0]
-    least = 8 * sum(of_width(recipe.spec, narrow, site).nbytes(site.shape) for site in found.sites) / weights
-    if least > recipe.average:
+        budget = float(sum(spec.nbytes(site.shape) for site in free if (spec := even[site.name]) is not None))
+    else:
+        taken = sum(spec.nbytes(s.shape) for s in found.sites if (spec := told.get(s.name)) is not None)
+        weights = sum(s.shape[0] * s.shape[1] for s in found.sites if told.get(s.name, recipe.spec) is not None)
+        budget = recipe.average * weights / 8 - taken
+    weights, narrow = sum(site.shape[0] * site.shape[1] for site in free), widths(recipe)[0]
+    least = sum(of_width(recipe.spec, narrow, site).nbytes(site.shape) for site in free)
+    if least > budget:
         raise SettingsError(
-            f"{recipe.average:g} bits on average: {narrow}-bit codes take {least:.4f} with their overhead; give more"
+            f"{recipe.average or 8 * budget / weights:g} bits on average: {narrow}-bit codes take "
+            f"{8 * least / weights:.4f} with their overhead; give more"
         )
-    return recipe.average * weights / 8
+    return free, budget
 
 
 def probes(recipe: Recipe, source: Source, sites: int, batches: int) -> float:
@@ -107,7 +116,9 @@ def planned(
     anchors = frozenset[str]() if samples is None else _anchors(skeleton, found, settings, samples)
     if samples is None or not measured(recipe, skeleton.source):
         return make_plan(recipe, found, settings.plan, anchors=anchors)
-    budget = allowance(recipe, found)
+    free, budget = allowance(recipe, found, settings)
+    if not free:
+        return make_plan(recipe, found, settings.plan, anchors=anchors)
 
     def size(site: Site, bits: int) -> int:
         spec = of_width(recipe.spec, bits, site)
@@ -119,14 +130,14 @@ def planned(
         if isinstance(skeleton, DiffusionSkeleton):
             bits = _by_image(skeleton, found, recipe, settings, samples, anchors, size, budget)
         else:
-            bits = _by_words(skeleton, found, recipe, settings, samples, size, budget, progress)
+            bits = _by_words(skeleton, found, recipe, settings, samples, free, size, budget, progress)
     counts = sorted(Counter(bits.values()).items())
     progress.say("bits by what errors cost: " + ", ".join(f"{n} x {width}" for width, n in counts))
     return make_plan(recipe, found, settings.plan, bits, anchors)
 
 
 def _by_words(
-    skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, samples: Samples,
+    skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, samples: Samples, free: Sequence[Site],
     size: Callable[[Site, int], int], budget: float, progress: Progress,
 ) -> dict[str, int]:  # fmt: skip
     """Bits of each site of a language model."""
@@ -134,10 +145,12 @@ def _by_words(
         raise SettingsError("sensitivity=image asks for images, which this model does not draw; leave it at output")
     zero = information(skeleton, found, samples.batches, settings.spill_bytes, progress.step)
     among, weights = widths(recipe), {site.name: site.shape[0] * site.shape[1] for site in found.sites}
-    trusted = {name: zero[name] ** TRUST * weights[name] ** (1 - TRUST) for name in zero}
+    least = LEAST * sum(zero.values()) / sum(weights.values())
     # rounded: sums differ in their last bits from machine to machine, choices should not
-    costs = {name: [float(f"{cost:.3g}") * 4.0**-bits for bits in among] for name, cost in trusted.items()}
-    return allocate(found.sites, among, costs, size, budget)
+    known = {name: float(f"{max(cost, least * weights[name]):.3g}") for name, cost in zero.items()}
+    costs = {name: [cost * 4.0**-bits for bits in among] for name, cost in known.items()}
+    chosen = allocate(free, among, costs, size, budget)
+    return {site.name: chosen.get(site.name, among[0]) for site in found.sites}  # a plan file has the others
 
 
 def _by_image(

@@ -157,7 +157,7 @@ def prepare(
     prepared = Prepared(
         source, skeleton, found, make, _draw(skeleton, found, recipe, settings, progress), recipe, settings, folded
     )
-    _ = allowance(recipe, found) if measured(recipe, source) else prepared.plan  # what is wrong is said at once
+    _ = allowance(recipe, found, settings) if measured(recipe, source) else prepared.plan  # what is wrong is said now
     return prepared
 
 
