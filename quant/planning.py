@@ -83,7 +83,7 @@ def allowance(recipe: Recipe, found: Walk, settings: Settings) -> tuple[list[Sit
         budget = recipe.average * weights / 8 - taken
     weights, narrow = sum(site.shape[0] * site.shape[1] for site in free), widths(recipe)[0]
     least = sum(of_width(recipe.spec, narrow, site).nbytes(site.shape) for site in free)
-    if least > budget:
+    if free and least > budget:
         raise SettingsError(
             f"{recipe.average or 8 * budget / weights:g} bits on average: {narrow}-bit codes take "
             f"{8 * least / weights:.4f} with their overhead; give more"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import quant
 from quant import Settings, fisher, load_recipe
 from quant.allocation import sensitivities
+from quant.errors import CalibrationError, ModelError, SettingsError
 from quant.eval.evaluate import evaluate
 from quant.eval.subject import open_subject
 from quant.models.walk import Site
@@ -98,3 +102,56 @@ def test_enough_tokens() -> None:
     assert len(fisher.enough([batch] * 32, [site(4096)])) == 16
     assert len(fisher.enough([batch] * 32, [site(14336)])) == 32
     assert len(fisher.enough([batch] * 2, [site(64)])) == 2
+
+
+TRELLIS = ["spec.base.window=8", "spec.base.length=32", "calibration.samples=4", "calibration.sequence_length=32"]
+
+
+def test_sites_of_a_plan_file_are_left_out_of_the_choice(
+    llama: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The average holds with them, others get what they leave, and with none left nothing is measured."""
+    called = list[int]()
+
+    def known(_skeleton: Any, found: Any, *_: Any) -> dict[str, float]:
+        called.append(1)
+        return {site.name: float(number**2) for number, site in enumerate(found.sites)}
+
+    monkeypatch.setattr("quant.planning.information", known)
+    recipe = override(load_recipe("balanced"), [f"calibration.text={words}", *TRELLIS, "average=3.6"])
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({"*.down_proj": quant.Uniform(bits=4, group_size=32).to_dict()}))
+    prepared = prepare(str(llama), recipe, Settings(plan=file))
+    sizes = {site.name: site.shape for site in prepared.walk.sites}
+    specs = {name: spec for name, spec in prepared.plan.specs.items() if spec is not None}
+    used = 8 * sum(spec.nbytes(sizes[name]) for name, spec in specs.items()) / sum(a * b for a, b in sizes.values())
+    assert 3.3 < used <= 3.6
+    assert {spec.core.layout for name, spec in specs.items() if "down_proj" in name} == {"uniform"}
+    assert len({spec.core.to_dict()["bits"] for name, spec in specs.items() if "down_proj" not in name}) > 1
+    assert called == [1]
+    file.write_text(json.dumps({"*": quant.Uniform(bits=4, group_size=32).to_dict()}))
+    grids = prepare(str(llama), recipe, Settings(plan=file)).plan.specs.values()
+    assert {spec.core.layout for spec in grids if spec is not None} == {"uniform"}
+    assert called == [1]
+    with pytest.raises(SettingsError, match="cannot be read"):
+        prepare(str(llama), recipe, Settings(plan=tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize(
+    ("cost", "words_"), [(0.0, "no gradient reaches it"), (math.inf, "the cost of an error is not finite")]
+)
+def test_costs_that_say_nothing(
+    cost: float, words_: str, llama: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fisher, "_cost", lambda *_: cost)
+    with pytest.raises(CalibrationError, match=f"q_proj: {words_}.*mixed=false"):
+        costs(prepare(str(llama), tiny.recipe(words)))
+
+
+def test_an_output_that_is_not_finite(llama: Path, words: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.get_parameter("model.layers.1.mlp.down_proj.weight").data.fill_(3e38)
+    model.save_pretrained(tmp_path / "large")
+    tiny.add_tokenizer(tmp_path / "large")
+    with pytest.raises(ModelError, match=r"its output is not finite.*float32"):
+        costs(prepare(str(tmp_path / "large"), tiny.recipe(words)))
