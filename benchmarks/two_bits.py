@@ -198,7 +198,7 @@ def tables(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]
             cells |= {"`--bits`": f"{row['bits']:g}", "bits on disk": f"{row['bits on disk']:.3f}"}
             cells |= {"perplexity": f"{row['ppl']:.2f}", "gap": f"{row['gap']:.4f}", "KL": f"{row['KL']:.3f}"}
             cells |= {"KL elsewhere": f"{row['KL elsewhere']:.3f}", "CPU s": f"{row['cpu seconds']:.0f}"}
-            cells |= {"rotated": str(row["rotated"])}
+            cells |= {"rotated": str(row.get("rotated", ""))}
             cells["best peer, its bits: its gap"] = "{best peer}, {peer's bits}: {peer's gap:.3f}".format_map(row)
             if "folded" in row["what"]:
                 folded.append(cells | {"folded": row["what"].removeprefix("folded").strip(", ")})
