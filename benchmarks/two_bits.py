@@ -94,10 +94,14 @@ def steps() -> list[tuple[str, Recipe, float]]:
     rows += [("signs and salient columns (PTQ1.61)", Recipe(spec=Binary()), 1.61)]
     rows += [("balanced", replace(with_spec(BALANCED, bits=int(b)), average=b), b) for b in (1.61, 2.33)]
     rows += [("balanced", with_spec(BALANCED, bits=3), 3.0)]
+    rows += [("even bits", with_spec(EVEN, bits=3), 3.0)]
     rows += [("balanced", replace(with_spec(BALANCED, bits=3), average=3.29), 3.29)]
+    rows += [("even bits, one more for some", replace(with_spec(EVEN, bits=3), average=3.29), 3.29)]
     rows += [("balanced", with_spec(BALANCED, bits=4), 4.0)]
     rows += [("even bits, a state for each weight", with_spec(replace(EVEN, spec=EACH), bits=4), 4.0)]
     rows += [("best", with_spec(BEST, bits=bits), float(bits)) for bits in (3, 4)]
+    tuned = "even bits + end-to-end tuning of scales and codes"
+    rows += [(tuned, with_spec(replace(BEST, mixed=False), bits=3), 3.0)]
     for bits in (3, 4):  # a symmetric grid of 64 has fewer bits on disk than AutoRound's 3.297 and 4.312
         learned = with_spec(ROUNDING, bits=bits, group_size=64, symmetric=True)
         rows += [("symmetric uniform grid + end-to-end tuning of codes", learned, float(bits))]
