@@ -88,7 +88,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.trains and self.calibration is None:
-            raise SettingsError("tuning trains on the calibration text, and this recipe has no calibration; give one")
+            raise SettingsError("tuning trains on the calibration text, and this recipe has none; give one")
         if self.importance is not None and not isinstance(self.importance, CHOICES["importance"]):
             raise SettingsError(f"importance is {self.importance!r}; give an Attention() in a recipe file, or null")
         if self.importance is not None and self.calibration is None:
