@@ -27,13 +27,13 @@ from quant.checkpoint.journal import FOLDER, Journal, Mode, check_place, complet
 from quant.checkpoint.provenance import provenance
 from quant.checkpoint.verify import compare_logits
 from quant.checkpoint.writer import Written, write_checkpoint
-from quant.errors import BitwrightError, ModelError, ResourceError, SettingsError, out_of_memory
+from quant.errors import BitwrightError, ResourceError, SettingsError, out_of_memory
 from quant.finish import distil
 from quant.kernels.spec import spec_from_dict
 from quant.linear import stored_name, stored_weight
 from quant.memory import give_back, peak_bytes
 from quant.models.source import STORED, first_line
-from quant.models.stream import first_tensor, outside_blocks
+from quant.models.stream import finite, first_tensor, outside_blocks
 from quant.models.walk import Block
 from quant.order import deterministic, threads
 from quant.prepare import Prepared, Settings, prepare, settled
@@ -252,16 +252,7 @@ def _advance_float(
 def _advance(replay: Replay, index: int, batches: Sequence[Batch], wanted: Sequence[int], store: Activations) -> None:
     """Block `index`'s outputs on the wanted batches replace its inputs in the store."""
     for number in wanted:
-        store[number] = _finite(replay.output(index, batches[number], store[number], number), replay.names[index])
-
-
-def _finite(output: Any, block: str) -> Any:
-    if not bool(torch.isfinite(first_tensor(output)).all()):
-        raise ModelError(
-            f"{block}: its output is not finite; the model overflows in this dtype (try --dtype float32) or its "
-            "weights are damaged"
-        )
-    return output
+        store[number] = finite(replay.output(index, batches[number], store[number], number), replay.names[index])
 
 
 @contextmanager

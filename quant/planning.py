@@ -128,19 +128,20 @@ def planned(
     order = deterministic(settings.device, gradients=not skeleton.source.is_diffusion)
     with threads(settings.threads or torch.get_num_threads()), order:
         if isinstance(skeleton, DiffusionSkeleton):
-            bits = _by_image(skeleton, found, recipe, settings, samples, anchors, size, budget)
+            bits = _by_image(skeleton, found, recipe, settings, samples, free, anchors, size, budget)
         else:
             bits = _by_words(skeleton, found, recipe, settings, samples, free, size, budget, progress)
     counts = sorted(Counter(bits.values()).items())
     progress.say("bits by what errors cost: " + ", ".join(f"{n} x {width}" for width, n in counts))
-    return make_plan(recipe, found, settings.plan, bits, anchors)
+    rest = {site.name: widths(recipe)[0] for site in found.sites}  # which a plan file has
+    return make_plan(recipe, found, settings.plan, rest | bits, anchors)
 
 
 def _by_words(
     skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, samples: Samples, free: Sequence[Site],
     size: Callable[[Site, int], int], budget: float, progress: Progress,
 ) -> dict[str, int]:  # fmt: skip
-    """Bits of each site of a language model."""
+    """Bits of each site of a language model that no plan file names."""
     if recipe.sensitivity == "image":
         raise SettingsError("sensitivity=image asks for images, which this model does not draw; leave it at output")
     zero = information(skeleton, found, samples.batches, settings.spill_bytes, progress.step)
@@ -149,15 +150,14 @@ def _by_words(
     # rounded: sums differ in their last bits from machine to machine, choices should not
     known = {name: float(f"{max(cost, least * weights[name]):.3g}") for name, cost in zero.items()}
     costs = {name: [cost * 4.0**-bits for bits in among] for name, cost in known.items()}
-    chosen = allocate(free, among, costs, size, budget)
-    return {site.name: chosen.get(site.name, among[0]) for site in found.sites}  # a plan file has the others
+    return allocate(free, among, costs, size, budget)
 
 
 def _by_image(
     skeleton: DiffusionSkeleton, found: Walk, recipe: Recipe, settings: Settings, samples: Samples,
-    anchors: frozenset[str], size: Callable[[Site, int], int], budget: float,
+    free: Sequence[Site], anchors: frozenset[str], size: Callable[[Site, int], int], budget: float,
 ) -> dict[str, int]:  # fmt: skip
-    """Bits of each site of a diffusion transformer."""
+    """Bits of each site of a diffusion transformer that no plan file names."""
     which, model, among = _probed(len(samples.batches)), skeleton.model, widths(recipe)
     batches = [moved(samples.batches[number], settings.device) for number in which]
     weights = [1.0 if samples.weights is None else samples.weights[number] for number in which]
@@ -169,10 +169,10 @@ def _by_image(
     names = skeleton.names_under("")
     skeleton.load(names)
     if draw is not None:
-        own = lambda: list(errors(model, found, batches, anchors))  # noqa: E731
+        own = lambda: [one for one in errors(model, found, batches, anchors) if one[0] in free]  # noqa: E731
         bits = decoupled(model, own, draw, among, size, budget)
     else:
-        bits = allocate(found.sites, among, sensitivities(model, found, batches, weights, among, anchors), size, budget)
+        bits = allocate(free, among, sensitivities(model, found, batches, weights, among, anchors), size, budget)
     skeleton.unload(names)
     return bits
 

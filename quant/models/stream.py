@@ -9,6 +9,7 @@ import torch
 
 from quant.calibration.batch import Batch, moved
 from quant.calibration.replay import Replay
+from quant.errors import ModelError
 from quant.memory import give_back
 from quant.models.skeleton import Skeleton
 
@@ -82,3 +83,13 @@ def first_tensor(output: Any) -> torch.Tensor:
         return output
     values = list(output.values()) if hasattr(output, "values") else list(output)
     return next(v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
+
+
+def finite(output: Any, name: str) -> Any:
+    """The output of a block or model. Raises `ModelError` if its main tensor holds a NaN or an infinity."""
+    if not bool(torch.isfinite(first_tensor(output)).all()):
+        raise ModelError(
+            f"{name}: its output is not finite; the model overflows in this dtype (try --dtype float32) or its "
+            "weights are damaged"
+        )
+    return output
