@@ -226,5 +226,5 @@ BAD = [{"steps": 0}, {"samples": -1}, {"rate": -1.0}, {"rate": float("nan")}, {"
 def test_bad_settings_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="distillation"):
         Distillation(**values)
-    with pytest.raises(SettingsError, match="has none"):
+    with pytest.raises(SettingsError, match="tuning trains on the calibration text"):
         Recipe(calibration=None, distillation=Distillation())

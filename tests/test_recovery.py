@@ -182,7 +182,7 @@ def test_bad_settings_are_refused(values: dict[str, Any]) -> None:
 
 
 def test_recipes_with_bad_recoveries_are_refused() -> None:
-    with pytest.raises(SettingsError, match="no calibration"):
+    with pytest.raises(SettingsError, match="tuning trains on the calibration text"):
         Recipe(calibration=None, recovery=BlockTuning())
     with pytest.raises(SettingsError, match="recovery kind 'Magic' is unknown; this version has Assignments"):
         recipe_from_dict({"recovery": {"kind": "Magic"}})
