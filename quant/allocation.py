@@ -32,9 +32,8 @@ from quant.models.walk import Site, Walk
 from quant.recovery.placed import as_parameter, oriented
 from quant.recovery.timesteps import output_error
 from quant.solvers.anchor import without
-from quant.solvers.factor import factorise
+from quant.solvers.factor import shaping
 
-DAMP = 0.01
 MANY = 256  # sites, from which on the program's proof of the very best can take minutes
 
 
@@ -101,10 +100,8 @@ def _factors(
         statistics: Statistics = one.finish()[0]
         anchor = statistics.anchor if stage[0].name in anchored else None
         statistics = statistics if anchor is None else without(statistics)
-        factor = factorise(statistics, "gar", DAMP, statistics.hessian.shape[0], 1)
-        if not isinstance(factor, str):
-            order = factor.order.to(factor.feedback.device)
-            factors |= {site.name: (order, factor.feedback, anchor) for site in stage}
+        if (shaped := shaping(statistics)) is not None:
+            factors |= {site.name: (*shaped, anchor) for site in stage}
     return factors
 
 

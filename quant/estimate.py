@@ -27,7 +27,7 @@ from quant.calibration.statistics import Statistics
 from quant.calibration.trajectory import passes
 from quant.checkpoint.shards import sizes
 from quant.checkpoint.writer import arrangement, promised_pieces, quantized_sites
-from quant.fisher import enough
+from quant.fisher import enough, kept
 from quant.kernels.spec import Trellis
 from quant.memory import peak_bytes
 from quant.models.stream import Forward, outside_blocks
@@ -78,7 +78,8 @@ class _Rehearsal:
 
 
 def estimate(prepared: Prepared) -> Estimate:
-    """Predicts a run. Takes about as long as one block of it."""
+    """Predicts a run. Takes about as long as one block of it; where bits are chosen by what errors cost, measuring that
+    comes on top, as much as in the run."""
     began = time.perf_counter()
     sites = quantized_sites(prepared)  # for a language model of mixed bits that is as much work as in the run
     planning = time.perf_counter() - began
@@ -96,10 +97,10 @@ def estimate(prepared: Prepared) -> Estimate:
     paths = 2 if followed and batches else 1
     activations = seen.stored * (batches + 1) * paths
     held = min(activations, prepared.settings.spill_bytes * paths)
-    measuring = 0  # what costs are measured with is kept for all blocks, in TMPDIR
+    measuring = 0  # what costs are measured with, in TMPDIR
     if measured(prepared.recipe, prepared.source) and not prepared.source.is_diffusion:
         used = len(enough(prepared.samples.batches, prepared.walk.sites))
-        measuring = seen.stored * used * (len(prepared.walk.chain) + 2) - prepared.settings.spill_bytes
+        measuring = seen.stored * used * kept(len(prepared.walk.chain)) - prepared.settings.spill_bytes
     share = weights / max(1, seen.block_weights)  # in blocks of the rehearsed size
     per_block = seen.load + seen.solve + seen.recover + (seen.collect + seen.advance * paths) * batches
     peak_gpu = torch.cuda.max_memory_allocated() + held if cuda else 0

@@ -15,8 +15,10 @@ Gradients of drawn labels have a mean of zero, so those of a batch's windows may
 matrix after another and seen at the output cost within 25 % of this at 3 bits (`tests/test_fisher.py`), and take a pass
 for each matrix and width.
 
-The model is streamed: forward, what each block is given is kept; then in reverse, each block runs again, with its
-gradient. One block is in memory at a time.
+The model is streamed, one block in memory and one window at a time: forward, and what every so many blocks are given
+is kept, as many as the root of all; then in reverse, the blocks between two of these once more, to keep what each is
+given, and each with its gradient. So gradients of a block's weights and logits of one window are what this adds to the
+memory of a forward pass, and what is kept grows with the root of the depth.
 """
 
 from __future__ import annotations
@@ -43,11 +45,10 @@ from quant.models.stream import finite, first_tensor, outside_blocks
 from quant.models.walk import Block, Site, Walk
 from quant.recovery.placed import oriented
 from quant.recovery.timesteps import has_vocabulary
-from quant.solvers.factor import factorise
+from quant.solvers.factor import shaping
 
 WINDOWS = 32  # at least
 PER_INPUT = 8  # tokens for each input of the widest matrix, lest `V` fit just these
-DAMP = 0.01
 
 Factors = Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]  # by site and expert: order of the columns and `V`
 
@@ -58,38 +59,52 @@ def information(
 ) -> dict[str, float]:
     """For each site what 0 bits would cost, nats per token (of a model without a vocabulary: squared error per token);
     `b` bits cost `4^-b` of it. `spill`: bytes of activations that are kept in memory."""
-    chain, used = found.chain, [moved(batch, skeleton.device) for batch in enough(batches, found.sites)]
+    chain, used = found.chain, [_windows(moved(batch, skeleton.device)) for batch in enough(batches, found.sites)]
+    windows = [window for some in used for window in some]
     blocks = {block.name: block for block in found.blocks}
     outside, head = outside_blocks(skeleton, chain)
     skeleton.load(outside)
     costs = dict.fromkeys((site.name for site in found.sites), 0.0)
     with tempfile.TemporaryDirectory() as folder, Replay(skeleton.model, chain) as replay:
-        share = spill // (len(chain) + 2)
-        room = lambda name: Activations(len(used), Path(folder) / name, share, skeleton.device)  # noqa: E731
-        given, gradients = [room(str(index)) for index in range(len(chain) + 1)], room("gradients")
-        for index, name in enumerate(chain):
+        share = spill // kept(len(chain))
+        room = lambda name: Activations(len(windows), Path(folder) / name, share, skeleton.device)  # noqa: E731
+        given, gradients = {0: room("0")}, room("gradients")
+
+        def forward(index: int) -> None:
             progress(f"what an error of each matrix costs: forward, block {index + 1} of {len(chain)}")
-            names = skeleton.names_under(name)
+            names = skeleton.names_under(chain[index])
             skeleton.load(names)
-            for number, batch in enumerate(used):
-                given[index + 1][number] = finite(replay.output(index, batch, given[index][number]), name)
+            given[index + 1] = room(str(index + 1))
+            for number, window in enumerate(windows):
+                given[index + 1][number] = finite(replay.output(index, window, given[index][number]), chain[index])
             skeleton.unload(names)
             give_back()
+
+        every = _every(len(chain))
+        for index in range(len(chain)):
+            forward(index)
+            if index % every:
+                given.pop(index).clear()
         skeleton.load(head)
         generator, tokens = torch.Generator().manual_seed(0), 0
-        for number, batch in enumerate(used):
-            last = _leaves(given[-1][number])
+        for number, window in enumerate(windows):
+            last = _leaves(given[len(chain)][number])
             with torch.enable_grad():
-                said = finite(first_tensor(replay.head(batch, last)), "the model")
+                said = finite(first_tensor(replay.head(window, last)), "the model")
                 loss = _surprise(skeleton.model, said, generator)
             gradients[number] = _back([loss], [torch.ones_like(loss)], _floats(last))
             tokens += said[..., 0].numel()
         skeleton.unload(head)
+        given.pop(len(chain)).clear()
         for index, name in reversed(list(enumerate(chain))):
+            for before in range(index - index % every, index):
+                if before + 1 not in given:
+                    forward(before)
             progress(f"what an error of each matrix costs: backward, block {index + 1} of {len(chain)}")
             names = skeleton.names_under(name)
             skeleton.load(names)
             _sweep(replay, index, blocks.get(name, Block(name, ())), used, given[index], gradients, costs)
+            given.pop(index).clear()
             skeleton.unload(names)
             give_back()
     skeleton.unload(outside)
@@ -110,6 +125,23 @@ def enough(batches: Sequence[Batch], sites: Sequence[Site]) -> Sequence[Batch]:
     return batches[:: max(1, len(batches) // math.ceil(windows / rows))]
 
 
+def kept(blocks: int) -> int:
+    """How many blocks' outputs `information` keeps at once, at most."""
+    every = _every(blocks)
+    return math.ceil(blocks / every) + every + 1
+
+
+def _every(blocks: int) -> int:
+    return max(1, math.isqrt(blocks))
+
+
+def _windows(batch: Batch) -> list[Batch]:
+    """A batch's rows, each a batch of its own."""
+    rows = len(batch["input_ids"])
+    cut = lambda x, row: x[row : row + 1] if x.dim() and len(x) == rows else x  # noqa: E731
+    return [pytree.tree_map_only(Tensor, lambda x: cut(x, row), batch) for row in range(rows)]  # noqa: B023
+
+
 def _surprise(model: nn.Module, said: Tensor, generator: torch.Generator) -> Tensor:
     """-log p of labels drawn from what the model says, summed over tokens; of a model without a vocabulary, its output
     along a random direction, whose squared slope has the squared error for a mean."""
@@ -121,23 +153,31 @@ def _surprise(model: nn.Module, said: Tensor, generator: torch.Generator) -> Ten
 
 
 def _sweep(
-    replay: Replay, index: int, block: Block, batches: Sequence[Batch], given: Activations, gradients: Activations,
-    costs: dict[str, float],
+    replay: Replay, index: int, block: Block, used: Sequence[Sequence[Batch]], given: Activations,
+    gradients: Activations, costs: dict[str, float],
 ) -> None:  # fmt: skip
     """Adds to the costs of a block's sites; the gradients of its outputs become those of its inputs."""
-    factors = _factors(replay, index, block, batches, given)
+    factors = _factors(replay, index, block, [window for some in used for window in some], given)
     parameters = {site.name: replay.model.get_parameter(site.parameter) for site in block.sites}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    for number, batch in enumerate(batches):
-        inputs = _leaves(given[number])
-        with torch.enable_grad():
-            outputs = _floats(replay.output(index, batch, inputs))
-        found = _back(outputs, gradients[number], [*parameters.values(), *_floats(inputs)])
-        for site, gradient in zip(block.sites, found, strict=False):
+    first = 0
+    for windows in used:
+        sums: list[Tensor] = []
+        for number, window in enumerate(windows, first):
+            inputs = _leaves(given[number])
+            with torch.enable_grad():
+                outputs = _floats(replay.output(index, window, inputs))
+            found = _back(outputs, gradients[number], [*parameters.values(), *_floats(inputs)])
+            own, gradients[number] = (
+                found[: len(parameters)],
+                [x.clone() for x in found[len(parameters) :]],
+            )  # two may be one
+            sums = [total + x for total, x in zip(sums, own, strict=True)] if sums else own
+        first += len(windows)
+        for site, gradient in zip(block.sites, sums, strict=True):
             weight = oriented(parameters[site.name], site)
             costs[site.name] += _cost(site, oriented(gradient, site), weight, factors[site.name])
-        gradients[number] = [gradient.clone() for gradient in found[len(parameters) :]]  # two may be one tensor
     for parameter in parameters.values():
         parameter.requires_grad_(False)
 
@@ -149,8 +189,7 @@ def _factors(replay: Replay, index: int, block: Block, batches: Sequence[Batch],
         collect(stages, replay, index, batches, given)
     factors: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     for stage, sites in zip(stages, block.stages, strict=True):
-        made = {n: factorise(s, "gar", DAMP, len(s.hessian), 1) for n, s in stage.finish().items()}
-        own = {n: (f.order.to(f.feedback.device), f.feedback) for n, f in made.items() if not isinstance(f, str)}
+        own = {n: shaped for n, statistics in stage.finish().items() if (shaped := shaping(statistics)) is not None}
         factors |= {site.name: own for site in sites}
     return factors
 

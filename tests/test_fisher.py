@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import quant
 from quant import Settings, fisher, load_recipe
 from quant.allocation import sensitivities
+from quant.calibration.activations import Activations
 from quant.errors import CalibrationError, ModelError, SettingsError
 from quant.eval.evaluate import evaluate
 from quant.eval.subject import open_subject
@@ -33,14 +34,9 @@ def costs(prepared: Prepared, spill: int = 1 << 30) -> dict[str, float]:
     return fisher.information(prepared.skeleton, prepared.walk, prepared.samples.batches, spill, lambda _: None)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "bert", "gemma3"])
-@pytest.mark.parametrize("spill", [0, 1 << 30], ids=["on disk", "in memory"])
-def test_streamed_gradients_are_those_of_the_whole_model(
-    name: str, spill: int, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepared = prepare(str(tiny.model(name, tmp_path / "model")), tiny.recipe(words))
-    monkeypatch.setattr(fisher, "_factors", lambda *_: {site.name: {} for site in prepared.walk.sites})
-    found, skeleton = costs(prepared, spill), prepared.skeleton
+def whole(prepared: Prepared) -> dict[str, float]:
+    """The same by the whole model's gradient, without factors."""
+    skeleton = prepared.skeleton
     skeleton.load(skeleton.names_under(""))
     model: Any = skeleton.model
     parameters = {site.name: model.get_parameter(site.parameter).requires_grad_() for site in prepared.walk.sites}
@@ -53,8 +49,50 @@ def test_streamed_gradients_are_those_of_the_whole_model(
             weight = oriented(parameters[site.name], site)
             rows = oriented(gradient, site).square().sum(-1) * weight.square().mean(-1)
             wanted[site.name] += float(rows.sum())
-    assert found == pytest.approx({site: cost / 2 / tokens for site, cost in wanted.items()}, rel=1e-3)
+    return {site: cost / 2 / tokens for site, cost in wanted.items()}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "bert", "gemma3"])
+@pytest.mark.parametrize("spill", [0, 1 << 30], ids=["on disk", "in memory"])
+def test_streamed_gradients_are_those_of_the_whole_model(
+    name: str, spill: int, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(str(tiny.model(name, tmp_path / "model")), tiny.recipe(words))
+    monkeypatch.setattr(fisher, "_factors", lambda *_: {site.name: {} for site in prepared.walk.sites})
+    found = costs(prepared, spill)
+    assert found == pytest.approx(whole(prepared), rel=1e-3)
     assert min(found.values()) > 0
+
+
+@pytest.mark.parametrize("depth", [1, 7, 9, 10])
+def test_a_deep_model_keeps_the_outputs_of_few_blocks(
+    depth: int, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the logits of one window at a time."""
+    config = AutoConfig.from_pretrained(tiny.model("llama", tmp_path / "model"))
+    config.update({"num_hidden_layers": depth, "layer_types": None})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    prepared = prepare(str(tmp_path / "model"), tiny.recipe(words))
+    monkeypatch.setattr(fisher, "_factors", lambda *_: {site.name: {} for site in prepared.walk.sites})
+    rooms, held, rows = list[Activations](), list[int](), set[int]()
+
+    class Counted(Activations):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            rooms.append(self)
+
+        def __setitem__(self, index: int, tree: Any) -> None:
+            super().__setitem__(index, tree)
+            held.append(sum(room.held > 0 for room in rooms))
+
+    surprise = fisher._surprise
+    monkeypatch.setattr(fisher, "Activations", Counted)
+    monkeypatch.setattr(fisher, "_surprise", lambda *given: rows.add(len(given[1])) or surprise(*given))
+    found = costs(prepared)
+    assert 0 < max(held) <= fisher.kept(depth) <= 2 * math.isqrt(depth) + 4
+    assert rows == {1}
+    assert not any(room.held for room in rooms if room is not rooms[1])  # all but the last gradients
+    assert found == pytest.approx(whole(prepared), rel=1e-3)
 
 
 def test_errors_cost_what_the_gradients_say(demo: Path) -> None:

@@ -74,6 +74,10 @@ class Activations:
     def __delitem__(self, index: int) -> None:
         self._drop(index)
 
+    def clear(self) -> None:
+        for index in range(len(self)):
+            self._drop(index)
+
     def _drop(self, index: int) -> None:
         item = self._items[index]
         if item is None:

@@ -1,13 +1,13 @@
 """Calibration inputs: windows of tokens cut from one text, the same for everyone with the same seed.
 
-Windows are full, so no padding ever enters a Hessian; sequences that a caller brings with padding are cut out of it.
+Windows are full, so no padding ever enters a Hessian.
 The starting places are the ones that the shared rule for comparing tools prescribes (`torch.randint`, seed 0).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,28 +99,6 @@ def noise(config: Any, length: int = 64) -> Samples:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (1, min(length, context_length(config))), generator=generator)
     return Samples(({"input_ids": ids},), "none (data-free)", "", ids.numel())
-
-
-def bring(batches: Iterable[Mapping[str, Any]]) -> Samples:
-    """A caller's own batches (`input_ids` `[B, T]`, optionally `attention_mask`), padding cut away row by row."""
-    made: list[Batch] = []
-    for batch in batches:
-        mask = batch.get("attention_mask")
-        if mask is None or bool(mask.bool().all()):
-            made.append({key: value for key, value in batch.items() if key != "attention_mask"})
-            continue
-        if set(batch) - {"input_ids", "attention_mask"}:
-            raise CalibrationError(
-                f"a padded batch with {sorted(set(batch))}: padding can be cut only from input_ids; bring rows of full "
-                "length"
-            )
-        for row, keep in zip(batch["input_ids"], mask.bool(), strict=True):
-            if bool(keep.any()):
-                made.append({"input_ids": row[keep][None]})
-    if not made:
-        raise CalibrationError("no calibration batch was given, or padding is all they hold")
-    tokens = sum(next(iter(batch.values())).numel() for batch in made)
-    return Samples(tuple(made), "the caller's own", "", tokens)
 
 
 def context_length(config: Any) -> int:

@@ -50,6 +50,13 @@ def factorise(statistics: Statistics, order: Order, damp: float, span: int, gran
     return statistics.cached(key, lambda: _factorise(statistics, order, damp, span, granularity))
 
 
+def shaping(statistics: Statistics) -> tuple[Tensor, Tensor] | None:
+    """`order` `[in]` and `V` on the statistics' device: white rounding errors `Z` of the columns in that order become
+    errors `Z V` of the weight. None where there is no factor, and errors stay white."""
+    factor = factorise(statistics, "gar", 0.01, len(statistics.hessian), 1)
+    return None if isinstance(factor, str) else (factor.order.to(factor.feedback.device), factor.feedback)
+
+
 def _factorise(statistics: Statistics, order: Order, damp: float, span: int, granularity: int) -> Factor | str:
     columns = column_order(statistics.diagonal, order, span, granularity)
     last_first = columns.flip(0).to(statistics.hessian.device)
