@@ -151,12 +151,7 @@ def main() -> None:
             with redirect_stdout(StringIO()):  # kept row by row: the whole takes hours
                 write(args.results, heading, row)
     if args.page:
-        text = PAGE.read_text(encoding="utf-8")
-        for name, lines in tables(read(args.results)).items():
-            before, after = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-            start, end = text.index(before) + len(before), text.index(after)
-            text = text[:start] + lines + "\n" + text[end:]
-        PAGE.write_text(text, encoding="utf-8")
+        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), read(args.results)), encoding="utf-8")
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -184,6 +179,15 @@ def write(folder: Path, heading: str, row: dict[str, Any]) -> None:
     order = sorted(rows, key=lambda heading: [heading.startswith(name) for name in quality.MODELS], reverse=True)
     parts = [(heading, rows[heading], SHOWN) for heading in order]
     record.save(folder, "two_bits", "Two bits, ingredient by ingredient", parts, notes)
+
+
+def page(text: str, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """docs/two-bits.md with its tables as the results have them."""
+    for name, lines in tables(results).items():
+        before, after = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+        start, end = text.index(before) + len(before), text.index(after)
+        text = text[:start] + lines + "\n" + text[end:]
+    return text
 
 
 def tables(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:

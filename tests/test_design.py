@@ -173,3 +173,10 @@ def test_import_is_silent() -> None:
     )  # fmt: skip
     assert done.stdout == ""
     assert done.stderr == ""
+
+
+def test_the_page_on_two_bits_has_the_tables_of_its_results() -> None:
+    says = "import two_bits as b, record; t = b.PAGE.read_text(encoding='utf-8'); "
+    says += "assert b.page(t, b.read(record.HERE / 'results')) == t, 'python benchmarks/two_bits.py --page'"
+    done = subprocess.run([sys.executable, "-c", says], cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
