@@ -84,8 +84,9 @@ def allowance(recipe: Recipe, found: Walk, settings: Settings) -> tuple[list[Sit
     weights, narrow = sum(site.shape[0] * site.shape[1] for site in free), widths(recipe)[0]
     least = sum(of_width(recipe.spec, narrow, site).nbytes(site.shape) for site in free)
     if free and least > budget:
+        left = f", of which the plan file leaves {8 * budget / weights:.4f} to all others" if told else ""
         raise SettingsError(
-            f"{recipe.average or 8 * budget / weights:g} bits on average: {narrow}-bit codes take "
+            f"{recipe.average or 8 * budget / weights:g} bits on average{left}: {narrow}-bit codes take "
             f"{8 * least / weights:.4f} with their overhead; give more"
         )
     return free, budget

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +66,32 @@ def test_bits_by_the_image_keep_to_the_average_and_come_again(tmp_path: Path) ->
     assert prepare(str(source), recipe).plan == plan
     with pytest.raises(SettingsError, match="2-bit codes take"):
         prepare(str(source), replace(recipe, average=2.1))
+
+
+@pytest.mark.parametrize("sensitivity", ["output", "image"])
+def test_sites_of_a_plan_file_are_left_out_of_the_choice(sensitivity: Any, tmp_path: Path) -> None:
+    source = tiny_dit.folder("DiTTransformer2DModel", tmp_path / "float", "DDIMScheduler")
+    recipe = Recipe(
+        spec=quant.Uniform(bits=2, group_size=16),
+        calibration=Calibration(samples=2, batch_size=2),
+        trajectory=Trajectory(steps=2, keep=1),
+        average=6.8,
+        widths=(2, 4),
+        sensitivity=sensitivity,
+    )
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({"*.ff.*": quant.Uniform(bits=8, group_size=16).to_dict()}))
+    prepared = prepare(str(source), recipe, quant.Settings(plan=file))
+    shapes = {site.name: site.shape for site in prepared.walk.sites}
+    specs = {name: spec for name, spec in prepared.plan.specs.items() if spec is not None}
+    told = {name for name in specs if ".ff." in name}
+    assert 0 < len(told) < len(specs)
+    assert {specs[name].core.to_dict()["bits"] for name in told} == {8}
+    assert {specs[name].core.to_dict()["bits"] for name in specs.keys() - told} == {2, 4}
+    used = sum(spec.nbytes(shapes[name]) for name, spec in specs.items())
+    assert 6.5 < 8 * used / sum(rows * columns for rows, columns in shapes.values()) <= 6.8
+    with pytest.raises(SettingsError, match=r"of which the plan file leaves \S+ to all others: 2-bit codes take 3.25"):
+        prepare(str(source), replace(recipe, average=5.5), quant.Settings(plan=file))
 
 
 def test_folded_weights_are_judged_by_the_image_too(tmp_path: Path) -> None:
