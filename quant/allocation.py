@@ -132,8 +132,14 @@ def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
     )
     if solved.x is None:
         raise SettingsError(f"the integer program of {len(costs)} sites found no solution ({solved.message})")
-    picked = np.asarray(solved.x).round().astype(bool)
-    return [int(np.flatnonzero(picked[rows == n])[0]) for n in range(len(costs))]
+    chosen = np.asarray(solved.x).round().astype(bool)
+    picked = [int(np.flatnonzero(chosen[rows == n])[0]) for n in range(len(costs))]
+    excess = sum(row[choice] for row, choice in zip(sizes, picked, strict=True)) - budget
+    if excess <= 0:
+        return picked
+    if budget - excess < least:  # within the program's tolerance of its constraints
+        return [row.index(min(row)) for row in map(list, sizes)]
+    return cheapest(costs, sizes, budget - excess)
 
 
 def allocate(

@@ -18,7 +18,7 @@ from quant.checkpoint.writer import arrangement, promised_pieces, quantized_site
 from quant.errors import SettingsError
 from quant.estimate import estimate
 from quant.plan import make_plan
-from quant.planning import measured, widths
+from quant.planning import allowance, measured, widths
 from quant.prepare import Prepared
 from quant.progress import Progress
 from quant.recipe import Recipe
@@ -105,9 +105,12 @@ def sized(
         average = math.floor(8e4 * room / weights) / 1e4
         finer = replace(made, average=average)
         try:
-            fits = measured(finer, walked.source) or _promised(walked, finer)[0] <= limit
+            if fits := measured(finer, walked.source):
+                allowance(finer, walked.walk, walked.settings)
+            else:
+                fits = _promised(walked, finer)[0] <= limit
         except SettingsError:
-            fits = False  # no codes of one bit more
+            fits = False  # no codes of one bit more, or of one less
         most = min(MOST, widths(finer)[-1]) if measured(finer, walked.source) else MOST
         chosen = finer if fits and bits < most else made
         progress.say(f"--size {size}: {average if chosen is finer else bits:g} bits per weight")

@@ -17,15 +17,17 @@ for each matrix and width.
 
 The model is streamed, one block in memory and one window at a time: forward, and what every so many blocks are given
 is kept, as many as the root of all; then in reverse, the blocks between two of these once more, to keep what each is
-given, and each with its gradient. So gradients of a block's weights and logits of one window are what this adds to the
-memory of a forward pass, and what is kept grows with the root of the depth.
+given, and each with its gradient. So what this adds to the memory of a forward pass are gradients of a block's weights,
+twice, one window's graph and logits, and the factors of one block; what is kept grows with the root of the depth.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils import _pytree as pytree
 
 from quant.calibration.activations import Activations
-from quant.calibration.batch import Batch, moved
+from quant.calibration.batch import Batch
 from quant.calibration.capture import Stage, collect
 from quant.calibration.replay import Replay
 from quant.errors import CalibrationError
@@ -45,10 +47,13 @@ from quant.models.stream import finite, first_tensor, outside_blocks
 from quant.models.walk import Block, Site, Walk
 from quant.recovery.placed import oriented
 from quant.recovery.timesteps import has_vocabulary
+from quant.recovery.tuning import floats
 from quant.solvers.factor import shaping
 
 WINDOWS = 32  # at least
 PER_INPUT = 8  # tokens for each input of the widest matrix, lest `V` fit just these
+UNMEASURED = "--set widths=[] for the same bits everywhere"
+REMEDY = f"free some space there, choose another TMPDIR, or {UNMEASURED}"
 
 Factors = Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]  # by site and expert: order of the columns and `V`
 
@@ -59,63 +64,85 @@ def information(
 ) -> dict[str, float]:
     """For each site what 0 bits would cost, nats per token (of a model without a vocabulary: squared error per token);
     `b` bits cost `4^-b` of it. `spill`: bytes of activations that are kept in memory."""
-    chain, used = found.chain, [_windows(moved(batch, skeleton.device)) for batch in enough(batches, found.sites)]
-    windows = [window for some in used for window in some]
+    chain, device = found.chain, skeleton.device
+    groups = [batch["input_ids"].to(device).split(1) for batch in enough(batches, found.sites)]
+    windows: list[Batch] = [{"input_ids": row} for rows in groups for row in rows]
     blocks = {block.name: block for block in found.blocks}
     outside, head = outside_blocks(skeleton, chain)
     skeleton.load(outside)
     costs = dict.fromkeys((site.name for site in found.sites), 0.0)
-    with tempfile.TemporaryDirectory() as folder, Replay(skeleton.model, chain) as replay:
-        share = spill // kept(len(chain))
-        room = lambda name: Activations(len(windows), Path(folder) / name, share, skeleton.device)  # noqa: E731
-        given, gradients = {0: room("0")}, room("gradients")
-
-        def forward(index: int) -> None:
-            progress(f"what an error of each matrix costs: forward, block {index + 1} of {len(chain)}")
-            names = skeleton.names_under(chain[index])
-            skeleton.load(names)
-            given[index + 1] = room(str(index + 1))
-            for number, window in enumerate(windows):
-                given[index + 1][number] = finite(replay.output(index, window, given[index][number]), chain[index])
-            skeleton.unload(names)
-            give_back()
-
-        every = _every(len(chain))
+    with tempfile.TemporaryDirectory(prefix="bitwright-costs-") as folder, Replay(skeleton.model, chain) as replay:
+        stream = _Stream(skeleton, replay, windows, Path(folder), spill // kept(len(chain)), progress)
+        starts, given, every = dict[int, Activations](), stream.room("none"), _every(len(chain))
         for index in range(len(chain)):
-            forward(index)
+            before, given = given, stream.forward(index, given)
             if index % every:
-                given.pop(index).clear()
+                before.clear()
+            else:
+                starts[index] = before
         skeleton.load(head)
-        generator, tokens = torch.Generator().manual_seed(0), 0
-        for number, window in enumerate(windows):
-            last = _leaves(given[len(chain)][number])
-            with torch.enable_grad():
-                said = finite(first_tensor(replay.head(window, last)), "the model")
-                loss = _surprise(skeleton.model, said, generator)
-            gradients[number] = _back([loss], [torch.ones_like(loss)], _floats(last))
-            tokens += said[..., 0].numel()
+        gradients, tokens = stream.head(given)
         skeleton.unload(head)
-        given.pop(len(chain)).clear()
-        for index, name in reversed(list(enumerate(chain))):
-            for before in range(index - index % every, index):
-                if before + 1 not in given:
-                    forward(before)
-            progress(f"what an error of each matrix costs: backward, block {index + 1} of {len(chain)}")
-            names = skeleton.names_under(name)
-            skeleton.load(names)
-            _sweep(replay, index, blocks.get(name, Block(name, ())), used, given[index], gradients, costs)
-            given.pop(index).clear()
-            skeleton.unload(names)
-            give_back()
+        given.clear()
+        for start in reversed(range(0, len(chain), every)):
+            stop, segment = min(start + every, len(chain)), [starts.pop(start)]
+            for index in range(start, stop - 1):
+                segment.append(stream.forward(index, segment[-1]))
+            for index in reversed(range(start, stop)):
+                with stream.block(index, "backward"):
+                    block, given = blocks.get(chain[index], Block(chain[index], ())), segment.pop()
+                    _sweep(replay, index, block, windows, [len(rows) for rows in groups], given, gradients, costs)
+                    given.clear()
     skeleton.unload(outside)
     wrong = next((name for name, cost in costs.items() if not math.isfinite(cost)), None)
     if wrong is not None or not any(costs.values()):
         what = "the cost of an error is not finite" if wrong else "no gradient reaches it"
-        raise CalibrationError(
-            f"{wrong or found.sites[0].name}: {what}; try --dtype float32, or --set mixed=false for the same bits "
-            "everywhere"
-        )
+        raise CalibrationError(f"{wrong or found.sites[0].name}: {what}; try --dtype float32, or {UNMEASURED}")
     return {name: cost / (2 * tokens) for name, cost in costs.items()}
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """The passes. `share`: bytes of the outputs of one block that are kept in memory."""
+
+    skeleton: Skeleton
+    replay: Replay
+    windows: Sequence[Batch]
+    folder: Path
+    share: int
+    progress: Callable[[str], None]
+
+    def room(self, name: str) -> Activations:
+        return Activations(len(self.windows), self.folder / name, self.share, self.skeleton.device, REMEDY)
+
+    @contextmanager
+    def block(self, index: int, way: str) -> Generator[None]:
+        """A block's weights in memory."""
+        count, names = len(self.replay.names), self.skeleton.names_under(self.replay.names[index])
+        self.progress(f"what an error of each matrix costs: {way}, block {index + 1} of {count}")
+        self.skeleton.load(names)
+        yield
+        self.skeleton.unload(names)
+        give_back()
+
+    def forward(self, index: int, given: Activations) -> Activations:
+        gives = self.room(str(index))
+        with self.block(index, "forward"):
+            for number, window in enumerate(self.windows):
+                gives[number] = finite(self.replay.output(index, window, given[number]), self.replay.names[index])
+        return gives
+
+    def head(self, given: Activations) -> tuple[Activations, int]:
+        """The gradients of what the head is given, and the tokens."""
+        generator, gradients, tokens = torch.Generator().manual_seed(0), self.room("gradients"), 0
+        for number, window in enumerate(self.windows):
+            last = _leaves(given[number])
+            with torch.enable_grad():
+                said = finite(first_tensor(self.replay.head(window, last)), "the model")
+                loss = _surprise(self.skeleton.model, said, generator)
+            gradients[number] = _back([loss], [torch.ones_like(loss)], floats(last))
+            tokens += said[..., 0].numel()
+        return gradients, tokens
 
 
 def enough(batches: Sequence[Batch], sites: Sequence[Site]) -> Sequence[Batch]:
@@ -135,13 +162,6 @@ def _every(blocks: int) -> int:
     return max(1, math.isqrt(blocks))
 
 
-def _windows(batch: Batch) -> list[Batch]:
-    """A batch's rows, each a batch of its own."""
-    rows = len(batch["input_ids"])
-    cut = lambda x, row: x[row : row + 1] if x.dim() and len(x) == rows else x  # noqa: E731
-    return [pytree.tree_map_only(Tensor, lambda x: cut(x, row), batch) for row in range(rows)]  # noqa: B023
-
-
 def _surprise(model: nn.Module, said: Tensor, generator: torch.Generator) -> Tensor:
     """-log p of labels drawn from what the model says, summed over tokens; of a model without a vocabulary, its output
     along a random direction, whose squared slope has the squared error for a mean."""
@@ -153,28 +173,27 @@ def _surprise(model: nn.Module, said: Tensor, generator: torch.Generator) -> Ten
 
 
 def _sweep(
-    replay: Replay, index: int, block: Block, used: Sequence[Sequence[Batch]], given: Activations,
+    replay: Replay, index: int, block: Block, windows: Sequence[Batch], sizes: Sequence[int], given: Activations,
     gradients: Activations, costs: dict[str, float],
 ) -> None:  # fmt: skip
-    """Adds to the costs of a block's sites; the gradients of its outputs become those of its inputs."""
-    factors = _factors(replay, index, block, [window for some in used for window in some], given)
+    """Adds to the costs of a block's sites; the gradients of its outputs become those of its inputs. `sizes`: of how
+    many windows gradients are summed first."""
+    factors = _factors(replay, index, block, windows, given)
     parameters = {site.name: replay.model.get_parameter(site.parameter) for site in block.sites}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     first = 0
-    for windows in used:
+    for size in sizes:
         sums: list[Tensor] = []
-        for number, window in enumerate(windows, first):
+        for number in range(first, first + size):
             inputs = _leaves(given[number])
             with torch.enable_grad():
-                outputs = _floats(replay.output(index, window, inputs))
-            found = _back(outputs, gradients[number], [*parameters.values(), *_floats(inputs)])
-            own, gradients[number] = (
-                found[: len(parameters)],
-                [x.clone() for x in found[len(parameters) :]],
-            )  # two may be one
-            sums = [total + x for total, x in zip(sums, own, strict=True)] if sums else own
-        first += len(windows)
+                outputs = floats(replay.output(index, windows[number], inputs))
+            own = _back(outputs, gradients[number], [*parameters.values(), *floats(inputs)])
+            own, gradients[number] = own[: len(parameters)], own[len(parameters) :]
+            sums = [total.add_(one) for total, one in zip(sums, own, strict=True)] if sums else own
+            del outputs, own  # or the next window's graph and gradients come on top
+        first += size
         for site, gradient in zip(block.sites, sums, strict=True):
             weight = oriented(parameters[site.name], site)
             costs[site.name] += _cost(site, oriented(gradient, site), weight, factors[site.name])
@@ -182,11 +201,11 @@ def _sweep(
         parameter.requires_grad_(False)
 
 
-def _factors(replay: Replay, index: int, block: Block, batches: Sequence[Batch], given: Activations) -> Factors:
+def _factors(replay: Replay, index: int, block: Block, windows: Sequence[Batch], given: Activations) -> Factors:
     """Sites of a stage share theirs. An expert that saw no token has none, and no gradient."""
     stages = [Stage(replay.model, stage, cross=False) for stage in block.stages]
     if stages:
-        collect(stages, replay, index, batches, given)
+        collect(stages, replay, index, windows, given)
     factors: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     for stage, sites in zip(stages, block.stages, strict=True):
         own = {n: shaped for n, statistics in stage.finish().items() if (shaped := shaping(statistics)) is not None}
@@ -196,8 +215,8 @@ def _factors(replay: Replay, index: int, block: Block, batches: Sequence[Batch],
 
 def _cost(site: Site, gradient: Tensor, weight: Tensor, factors: Mapping[int, tuple[Tensor, Tensor]]) -> float:
     shape, cost = (max(1, site.experts), site.out, site.inputs), 0.0
-    for number, (G, W) in enumerate(zip(gradient.reshape(shape).float(), weight.reshape(shape).float(), strict=True)):
-        scaled = G * W.square().mean(1, keepdim=True).sqrt()
+    for number, (G, W) in enumerate(zip(gradient.reshape(shape), weight.reshape(shape), strict=True)):
+        scaled = G.float() * W.float().square().mean(1, keepdim=True).sqrt()
         if number in factors:
             order, V = factors[number]
             scaled = scaled[:, order] @ V.T
@@ -209,14 +228,13 @@ def _leaves(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.is_floating_point()), tree)
 
 
-def _floats(tree: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
-
-
 def _back(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of the inputs, zero where nothing depends on them."""
+    """Gradients of the inputs, zero where nothing depends on them, each with memory of its own."""
     pairs = [(output, g) for output, g in zip(outputs, gradients, strict=True) if output.requires_grad]
     if not pairs or not inputs:
         return [torch.zeros_like(x) for x in inputs]
     some, their = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(some, inputs, their, allow_unused=True, materialize_grads=True))
+    found = torch.autograd.grad(some, inputs, their, allow_unused=True, materialize_grads=True)
+    places = [gradient.untyped_storage().data_ptr() for gradient in found]
+    shared = [0 in x.stride() or places.count(place) > 1 for x, place in zip(found, places, strict=True)]
+    return [x.clone() if twice else x for x, twice in zip(found, shared, strict=True)]

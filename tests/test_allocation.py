@@ -32,6 +32,14 @@ def test_the_program_finds_what_brute_force_finds(seed: int) -> None:
     assert sum(row[n] for row, n in zip(costs, found, strict=True)) == pytest.approx(best, rel=1e-5)
 
 
+@pytest.mark.parametrize("size", [10**6, 10**7, 10**9])
+def test_a_byte_too_many_is_too_many(size: int) -> None:
+    """The program takes constraints to a part in a million."""
+    assert cheapest([[1.0, 0.1]], [[size // 2, size + 1]], float(size)) == [0]
+    assert cheapest([[1.0, 0.1], [1.0, 0.5]], [[1, size + 1], [1, 2]], float(size)) == [0, 1]
+    assert cheapest([[1.0, 0.1]], [[size, size + 1]], float(size)) == [0]
+
+
 def test_a_budget_below_everything_is_refused() -> None:
     with pytest.raises(SettingsError, match="narrowest widths take 30"):
         cheapest([[1.0, 0.5], [1.0, 0.5]], [[10, 20], [20, 40]], 29)

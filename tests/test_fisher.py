@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import quant
 from quant import Settings, fisher, load_recipe
 from quant.allocation import sensitivities
 from quant.calibration.activations import Activations
-from quant.errors import CalibrationError, ModelError, SettingsError
+from quant.errors import CalibrationError, ModelError, ResourceError, SettingsError
 from quant.eval.evaluate import evaluate
 from quant.eval.subject import open_subject
 from quant.models.walk import Site
@@ -182,7 +183,7 @@ def test_costs_that_say_nothing(
     cost: float, words_: str, llama: Path, words: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fisher, "_cost", lambda *_: cost)
-    with pytest.raises(CalibrationError, match=f"q_proj: {words_}.*mixed=false"):
+    with pytest.raises(CalibrationError, match=rf"q_proj: {words_}.*widths=\[\]"):
         costs(prepare(str(llama), tiny.recipe(words)))
 
 
@@ -193,3 +194,42 @@ def test_an_output_that_is_not_finite(llama: Path, words: Path, tmp_path: Path) 
     tiny.add_tokenizer(tmp_path / "large")
     with pytest.raises(ModelError, match=r"its output is not finite.*float32"):
         costs(prepare(str(tmp_path / "large"), tiny.recipe(words)))
+
+
+def test_no_room_is_said_with_what_helps(llama: Path, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is journalled yet: there is nothing to resume, and --out is not where it lies."""
+    recipe = override(load_recipe("balanced"), [f"calibration.text={words}", *TRELLIS])
+    prepared = prepare(str(llama), recipe, Settings(spill_bytes=0))
+
+    def fails(error: Exception) -> Any:
+        def fail(*_: Any, **__: Any) -> None:
+            raise error
+
+        return fail
+
+    with monkeypatch.context() as patched:
+        patched.setattr("quant.calibration.activations.save_file", fails(OSError(28, "No space left on device")))
+        with pytest.raises(ResourceError) as raised:
+            _ = prepared.plan
+    assert "bitwright-costs-" in str(raised.value)
+    assert re.search(r"No space left.* choose another TMPDIR, or --set widths=\[\]", str(raised.value))
+    assert "--resume" not in str(raised.value)
+    monkeypatch.setattr("quant.planning.information", fails(MemoryError("out of memory")))
+    with pytest.raises(ResourceError, match=r"while the cost.*sequence_length=16, or --set widths=\[\]"):
+        _ = prepared.plan
+    monkeypatch.setattr("quant.planning.information", fails(RuntimeError("another")))
+    with pytest.raises(RuntimeError, match="another"):
+        _ = prepared.plan
+    even = prepare(str(llama), override(recipe, ["widths=[]"])).plan  # what helps needs no measuring
+    assert len({spec.core.to_dict()["bits"] for spec in even.specs.values() if spec is not None}) == 1
+
+
+def test_gradients_have_their_own_memory() -> None:
+    """One tensor for two inputs, or one number for many, could not be stored or added to."""
+    a, b, c, d = (torch.ones(3, requires_grad=True) for _ in range(4))
+    found = fisher._back([(a + b).square().sum() + c.sum()], [torch.ones(())], [a, b, c, d])
+    assert [gradient.tolist() for gradient in found] == [[4.0] * 3, [4.0] * 3, [1.0] * 3, [0.0] * 3]
+    assert len({gradient.data_ptr() for gradient in found}) == 4
+    for gradient in found:
+        gradient.add_(torch.arange(3.0))
+    assert [gradient.tolist() for gradient in found[:3]] == [[4, 5, 6], [4, 5, 6], [1, 2, 3]]

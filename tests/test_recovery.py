@@ -122,6 +122,22 @@ def test_killed_while_tuning(match: str, words: Path, tmp_path: Path) -> None:
     assert tiny.contents(out) == tiny.contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("around", [lambda base: base, Smoothed], ids=["branch", "smoothed branch"])
+def test_resumed_with_a_branch_beside_rounded_inputs(around: Any, words: Path, tmp_path: Path) -> None:
+    """Later blocks see what the stored branch makes of what rounding took, in both runs."""
+    model = tiny.model("gemma3", tmp_path / "model")
+    spec = around(LowRank(Uniform(bits=3, group_size=32, activations=8), rank=4))
+    recipe = replace(tiny.recipe(words), spec=spec, recovery=BlockTuning(steps=12, scales=0.01, codes=0))
+    quantize(str(model), tmp_path / "whole", recipe)
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        quantize(str(model), out, recipe, progress=KillsWhileTuning(2))
+    resumed = quantize(str(model), out, recipe, mode="resume").report
+    assert resumed["resumed_blocks"] == 2
+    assert any(block["recovery"]["after"] < block["recovery"]["before"] for block in resumed["blocks"][:2])
+    assert tiny.contents(out) == tiny.contents(tmp_path / "whole")
+
+
 def test_a_dry_run_counts_it(llama: Path, words: Path) -> None:
     recipe = tiny.recipe(words)
     without = estimate(prepare(str(llama), recipe))

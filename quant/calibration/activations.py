@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 from quant.errors import ResourceError
 from quant.models.source import first_line
 
+RESUME = "free some space, then run the same command with --resume: finished blocks are kept. Or choose another --out"
 _TENSOR = object()  # where a nest had a tensor
 
 
@@ -23,7 +23,9 @@ class Activations:
     What is read back from a file is bit for bit what was put in.
     """
 
-    def __init__(self, count: int, folder: Path, limit: int, device: str = "cpu") -> None:
+    def __init__(self, count: int, folder: Path, limit: int, device: str = "cpu", remedy: str = RESUME) -> None:
+        """`remedy`: what to do where they do not fit on the disk."""
+        self.remedy = remedy
         self.folder = folder
         self.device = device
         self.limit = limit
@@ -47,9 +49,7 @@ class Activations:
             save_file({str(place): tensor.contiguous().cpu() for place, tensor in enumerate(tensors)}, path)
         except (OSError, SafetensorError) as error:
             raise ResourceError(
-                f"{path}: activations do not fit ({first_line(error)}); they take {size:,} bytes a batch: free "
-                "some space, then run the same command with --resume: finished blocks are kept. Or choose "
-                f"another --out, or another TMPDIR in place of {tempfile.gettempdir()}"
+                f"{path}: activations do not fit ({first_line(error)}); they take {size:,} bytes a batch: {self.remedy}"
             ) from None
         self.spilled += size
         self._items[index] = (path, structure, others)

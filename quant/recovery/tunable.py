@@ -93,16 +93,18 @@ class Wrapped(Tunable):
 
 
 class TunableLowRank(Wrapped):
-    """The values of both factors too."""
+    """The values of both factors too. They stay where inputs are rounded: what rounding took from them goes through
+    the stored ones (`quant/rounding.py`)."""
 
     def __init__(self, packed: Packed, weight: Tensor, train_codes: bool) -> None:
         assert isinstance(packed, PackedLowRank)
         self.packed, self.factors = packed, (packed.lora_b, packed.lora_a)
         self.base = tunable(packed.base, weight.addmm(*(part.float() for part in self.factors), alpha=-1), train_codes)
-        self.gains = [torch.zeros_like(part, dtype=torch.float32, requires_grad=True) for part in self.factors]
+        trained = not rounds_inputs(packed.spec)
+        self.gains = [torch.zeros_like(part, dtype=torch.float32, requires_grad=trained) for part in self.factors]
 
     def scales(self) -> list[Tensor]:
-        return [*self.base.scales(), *self.gains]
+        return [*self.base.scales(), *(gain for gain in self.gains if gain.requires_grad)]
 
     def weight(self) -> Tensor:
         moved = [part.float() * (1 + gain) for part, gain in zip(self.factors, self.gains, strict=True)]

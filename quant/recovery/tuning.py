@@ -209,12 +209,12 @@ def losses(task: Task, weights: Mapping[str, Tensor]) -> tuple[float, float]:
 def distance(task: Task, weights: Mapping[str, Tensor], batch: int) -> tuple[Tensor, Tensor]:
     """Squared error and energy of the block's output on one batch."""
     with placed(task.model, {site.parameter: as_parameter(site, weights[site.name]) for site in task.sites}):
-        outputs = _floats(task.output(batch))
-    targets = _floats(task.target(batch))
+        outputs = floats(task.output(batch))
+    targets = floats(task.target(batch))
     pairs = [(output.float(), target.float()) for output, target in zip(outputs, targets, strict=True)]
     errors = [(output - target).square().sum() for output, target in pairs]
     return torch.stack(errors).sum(), torch.stack([target.square().sum() for _, target in pairs]).sum()
 
 
-def _floats(nest: Any) -> list[Tensor]:
+def floats(nest: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
