@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quant.checkpoint import words
-from quant.checkpoint.journal import FOLDER
+from quant.checkpoint.journal import FOLDER, PLAN, check_block
 from quant.checkpoint.manifest import CHECKSUMS, METHOD, PackedSite, read_config, read_sites, stored_tensors, verify
 from quant.checkpoint.pipelines import component
 from quant.checkpoint.provenance import command as quantize_command
@@ -96,7 +96,7 @@ def look(folder: Path, check: bool = True, out: Path | None = None) -> dict[str,
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     common: dict[str, Any] = {"folder": str(folder), "folder_bytes": size}
     if (folder / FOLDER).is_dir():
-        return {"kind": "unfinished", **common, **_unfinished(folder, out or home)}
+        return {"kind": "unfinished", **common, **_unfinished(folder, out or home, check)}
     if not any((folder / name).is_file() for name in ("config.json", CHECKSUMS)):
         raise SettingsError(f"{folder}: no config.json; give the folder of a checkpoint")
     config = read_config(folder)
@@ -188,21 +188,25 @@ def _told_site(site: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _unfinished(folder: Path, out: Path) -> dict[str, Any]:
+def _unfinished(folder: Path, out: Path, check: bool) -> dict[str, Any]:
     """A journal's own account. Without run.json the run had done nothing yet."""
     journal = folder / FOLDER
     if not (journal / "run.json").exists():
         return {"blocks_done": 0, "next": "nothing is done yet; begin anew with quantize --restart"}
     try:
         run = json.loads((journal / "run.json").read_bytes())
-        records = [json.loads(file.read_bytes()) for file in sorted(journal.glob("[0-9]*.json"))]
+        files = sorted(journal.glob("[0-9]*.json"))
+        records = [record for file in files if "sites" in (record := json.loads(file.read_bytes()))]  # or of tuning
+        for file in files if check else ():
+            check_block(file.with_suffix(".safetensors"))
+        command = quantize_command(run, str(journal / PLAN))
         return {
             **{key: run[key] for key in RUN},
             "blocks_done": len(records),
             "sites_done": sum(len(record["sites"]) for record in records),
             "sites_planned": sum(spec is not None for spec in run["plan"].values()),
             "made": words.provenance_rows(run),
-            "resume": f"{quantize_command(run)} --out {shlex.quote(str(out))} --resume",
+            "resume": f"{command} --out {shlex.quote(str(out))} --resume",
         }
     except DAMAGE:
         raise ResumeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -18,12 +19,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-import quant
+import quant.cli
 from quant import Settings, quantize
 from quant.checkpoint import journal, shards
 from quant.checkpoint.journal import FOLDER, Journal
 from quant.errors import CheckpointError, ResumeError
+from quant.inspect import look
+from quant.progress import Progress
+from quant.recipe import override
 from tests import tiny
 from tests.architectures import make
 from tests.processes import PATIENCE, Start, quiet, wait_for
@@ -298,6 +303,40 @@ def test_a_damaged_journal_is_refused(name: str, unfinished: tuple[Path, Path, P
     with pytest.raises(ResumeError, match=rf"{name}: cannot be read \(.*\); begin anew with --restart"):
         quantize(str(model), out, tiny.recipe(text), mode="resume")
     quantize(str(model), out, tiny.recipe(text), mode="restart")
+
+
+def test_a_flipped_bit_in_a_finished_block_is_refused(unfinished: tuple[Path, Path, Path]) -> None:
+    """Where nothing else would tell: a header can be read, and codes are as good as others."""
+    model, text, out = unfinished
+    file = out / FOLDER / "00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    for attempt in (lambda: quantize(str(model), out, tiny.recipe(text), mode="resume"), lambda: look(out)):
+        with pytest.raises(ResumeError, match=r"00000.safetensors: cannot be read \(it was altered.*; begin anew"):
+            attempt()
+    assert look(out, check=False)["blocks_done"] == 1
+
+
+def test_the_command_that_continues_names_the_plan(words: Path, tmp_path: Path) -> None:
+    """Bits that were measured are not measured again: the plan lies in the journal."""
+    model, out = tiny.model("llama", tmp_path / "model"), tmp_path / "out"
+    short = ["calibration.samples=4", "calibration.sequence_length=32", "spec.base.window=8", "spec.base.length=32"]
+    recipe = override(quant.load_recipe("balanced"), [f"calibration.text={words}", *short])
+
+    class Kills(Progress):
+        def advanced(self, index: int, weights: int) -> None:
+            raise KeyboardInterrupt
+
+    quantize(str(model), tmp_path / "whole", recipe)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(model), out, recipe, progress=Kills())
+    said = shlex.split(look(out)["resume"])
+    assert Path(said[said.index("--plan") + 1]) == out / FOLDER / "plan.json"
+    done = CliRunner().invoke(quant.cli.app, said[1:], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "measuring" not in done.output
+    assert tiny.contents(out) == tiny.contents(tmp_path / "whole")
 
 
 # --- which folder

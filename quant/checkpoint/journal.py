@@ -2,15 +2,17 @@
 
 The output folder holds `.bitwright/` while a run is under way: `run.json` says what the run is (recipe, plan, model,
 text, versions), `lock` keeps a second run out, and each finished block has two files: `00007.safetensors` with its
-packed tensors and `00007.json` with its records. Both appear by rename, the record last: a block is finished when its
-record is there. Resuming compares `run.json` key by key and refuses a run that is not the same one, by name of the
-difference. `files.json` lists what the run writes beside the journal: what a restart may delete, and nothing else.
+packed tensors and `00007.json` with its records and their sha256. Both appear by rename, the record last: a block is
+finished when its record is there. `plan.json` is the run's plan, for `--plan`. Resuming compares `run.json` key by
+key and refuses a run that is not the same one, by name of the difference. `files.json` lists what the run writes
+beside the journal: what a restart may delete, and nothing else.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -39,6 +41,7 @@ from quant.errors import CheckpointError, ResourceError, ResumeError
 FOLDER = JOURNAL
 DONE = ".bitwright-done"
 FILES = "files.json"
+PLAN = "plan.json"
 SAME = ("model", "recipe", "plan", "calibration")  # what makes a finished checkpoint the one that is asked for
 Mode = Literal["new", "resume", "restart"]
 
@@ -129,10 +132,11 @@ class Journal:
         elif path.exists():
             if self.mode == "new":
                 self._refuse_unfinished()
-            _compare(self._read(path), self.run, f"{self.out}: the unfinished run there is another one")
+            _compare(_read(path), self.run, f"{self.out}: the unfinished run there is another one")
         shutil.rmtree(self.folder / "activations", ignore_errors=True)
         for stale in self.folder.glob("*.part"):
             stale.unlink()
+        write_text(self.folder / PLAN, json.dumps(self.run.get("plan", {}), indent=2) + "\n")
         write_text(path, json.dumps(self.run, indent=2) + "\n")
 
     def _clear(self) -> None:
@@ -141,7 +145,7 @@ class Journal:
         listed = self.folder / FILES
         names = set(_written_files(self.out))
         with suppress(ResumeError, CheckpointError, KeyError, TypeError):
-            names.update(plain_name(name, listed) for name in self._read(listed)["files"])
+            names.update(plain_name(name, listed) for name in _read(listed)["files"])
         for name in sorted(names, key=lambda name: (name in (CHECKSUMS, "config.json"), name)):
             (self.out / name).unlink(missing_ok=True)
             (self.out / f"{name}.part").unlink(missing_ok=True)
@@ -158,38 +162,60 @@ class Journal:
 
     def write(self, index: int, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
         """Marks a block finished."""
-        with Atomic(self.folder / f"{index:05d}.safetensors") as out:
-            out.write(save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}))
+        data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+        with Atomic(self.tensors(index)) as out:
+            out.write(data)
+        record = {**record, "sha256": hashlib.sha256(data).hexdigest()}
         write_text(self.folder / f"{index:05d}.json", json.dumps(record) + "\n")
 
     def tensors(self, index: int) -> Path:
         return self.folder / f"{index:05d}.safetensors"
 
     def load(self, index: int) -> dict[str, torch.Tensor]:
+        """A finished block's tensors. Raises `ResumeError` where they are not what was written."""
+        check_block(self.tensors(index))
         try:
             return load_file(self.tensors(index))
         except (OSError, SafetensorError) as error:
-            raise ResumeError(f"{self.tensors(index)}: cannot be read ({error}); begin anew with --restart") from None
+            raise _unreadable(self.tensors(index), error) from None
 
     def pieces(self, index: int) -> dict[str, Piece]:
         return read_pieces(self.tensors(index))
 
     def record(self, index: int) -> dict[str, Any]:
-        return self._read(self.folder / f"{index:05d}.json")
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        try:
-            data = json.loads(path.read_bytes())
-            if not isinstance(data, dict):
-                raise ValueError("not a JSON object")
-        except (OSError, ValueError, RecursionError) as error:
-            raise ResumeError(f"{path}: cannot be read ({error}); begin anew with --restart") from None
-        return data  # pyright: ignore[reportUnknownVariableType]
+        record = _read(self.folder / f"{index:05d}.json")
+        return {key: value for key, value in record.items() if key != "sha256"}
 
     def close(self) -> None:
         """The checkpoint is complete: the journal goes, by a rename first, so that no half of it is ever found."""
         self.folder.rename(self.out / DONE)
         shutil.rmtree(self.out / DONE, ignore_errors=True)
+
+
+def check_block(tensors: Path) -> None:
+    """Raises `ResumeError` where a finished block's file is not what its record says."""
+    record = _read(tensors.with_suffix(".json"))
+    try:
+        with tensors.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(tensors, error) from None
+    if found != record.get("sha256"):
+        raise _unreadable(tensors, "it was altered since it was written")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+        if not isinstance(data, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, error) from None
+    return data  # pyright: ignore[reportUnknownVariableType]
+
+
+def _unreadable(path: Path, reason: object) -> ResumeError:
+    return ResumeError(f"{path}: cannot be read ({reason}); begin anew with --restart")
 
 
 def _cannot_create(out: Path, error: OSError) -> ResourceError:
