@@ -91,6 +91,7 @@ def command(
             networks = (text, judge, real, clip, reward, lpips)
             show(models, against, rule, Showing(*networks, sheet, plot_to, json_to, device, dtype, card, quiet))
             return
+        _idle(models[0], judge=judge, real=real, clip=clip, reward=reward, lpips=lpips, sheet=sheet)
         settings = {"text": resolve(text), "window": window, "stride": stride, "max_windows": max_windows}
         settings |= {"device": device, "dtype": dtype}
         original, reports = _judge(models, against, 0 if no_generate else prompts, quiet, settings)
@@ -109,6 +110,13 @@ def command(
         for report in reports if card else []:
             if report.path and packed_by_us(Path(report.path)):
                 add_evaluation(report.path, report.to_dict())
+
+
+def _idle(model: str, **drawn: Any) -> None:
+    """Raises `SettingsError` for an option that judges images, of a model that makes none."""
+    given = next((name for name, value in drawn.items() if value is not None), None)
+    if given is not None:
+        raise SettingsError(f"--{given} judges images, and {model} makes none; leave it out.")
 
 
 def main() -> None:
@@ -166,7 +174,7 @@ def _errors() -> Generator[None]:
 
 
 def _fail(error: BitwrightError) -> None:
-    typer.echo(f"Error: {error}", err=True)
+    typer.echo(f"error: {error}", err=True)
     raise typer.Exit(error.exit_code) from None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -41,14 +42,16 @@ class Generation:
 @torch.no_grad()
 def greedy(subject: Subject, ids_BT: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
     """Yields the most likely next tokens `[B]`, `steps` times; the first yield is the end of the prefill."""
+    # transformers 5.24 calls it `cache`, and warns of the name that it had until then
+    name = "cache" if "cache" in signature(subject.model.forward).parameters else "past_key_values"
     cache: Any = None
     step_BT = ids_BT.to(subject.device)
     seen_BT = step_BT
     for _ in range(steps):
-        out = subject.model(input_ids=step_BT, past_key_values=cache, use_cache=True)
+        out = subject.model(input_ids=step_BT, use_cache=True, **{name: cache})
         next_B = out.logits[:, -1].argmax(-1)
         yield next_B
-        cache = getattr(out, "past_key_values", None)
+        cache = getattr(out, name, None)
         seen_BT = torch.cat([seen_BT, next_B[:, None]], 1)
         step_BT = next_B[:, None] if cache is not None else seen_BT  # no cache: the whole sequence again
 

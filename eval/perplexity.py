@@ -220,7 +220,7 @@ def main(
         rule = rule_for(subject, window, stride, max_windows)
         got = measure(subject, encode(subject.tokenizer(), source), rule)
     except BitwrightError as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
     word = "-" if got.word is None else f"{got.word:.4f}"
     per_byte = "-" if got.bits_per_byte is None else f"{got.bits_per_byte:.5f}"

@@ -48,19 +48,23 @@ def within(
         SettingsError: none fits, with what the fastest would take.
     """
     limit, began = seconds(budget), time.perf_counter()
-    predicted = 0.0
+    name, predicted = "", 0.0
     for name in RECIPES:
         progress.step(f"rehearsing recipe {name}")
-        predicted = estimate(prepared(recipe(name))).seconds
+        tried = prepared(recipe(name))
+        predicted = estimate(tried).seconds
         left = limit - (time.perf_counter() - began)
         if predicted <= left:
             progress.say(f"recipe {name}: about {_seconds(predicted)} of the {_seconds(left)} left of {budget}")
-            return name, prepared(recipe(name))  # anew: the rehearsal has used the model
+            anew = prepared(recipe(name))  # the rehearsal has used the model
+            return name, replace(anew, make=lambda _, plan=tried.plan: plan)  # which may have been measured
         progress.say(
             f"not recipe {name}: about {_seconds(predicted)}, and {_seconds(max(0.0, left))} are left of {budget}"
         )
+        if left <= 0:
+            break
     raise SettingsError(
-        f"--time-budget {budget}: recipe {RECIPES[-1]} alone takes about {_seconds(predicted)} here, after "
+        f"--time-budget {budget}: recipe {name} alone takes about {_seconds(predicted)} here, after "
         f"{_seconds(time.perf_counter() - began)} to find that out; give more time, fewer --samples, or --recipe rtn, "
         "which reads no text"
     )

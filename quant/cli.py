@@ -38,7 +38,7 @@ from quant.stopped import BEGUN, INTERRUPTED, TERMINATED, Terminated, terminate
 HELP = f"""Turn a float model into a packed low-bit checkpoint.
 
 Shipped recipes: {", ".join(shipped_recipes())}. The default is balanced (trellis codes) below 4 bits and
-gptq (uniform grids) above, or where a flag of a grid is given.
+gptq (uniform grids) from there on, at 4 bits where none are given, or where a flag of a grid is.
 
 Examples:
 
@@ -50,7 +50,11 @@ Examples:
 
   quantize --model ./model --bits 4 --dry-run
 
-  quantize --model ./model --bits 2 --recipe rtn
+  quantize --model ./model --bits 2 --time-budget 2h
+
+  quantize --model ./model --bits 2 --recipe best --plan plan.json    (an edited one of another run)
+
+  quantize --model ./pipeline --bits 4 --components transformer,text_encoder
 
   quantize --model ./model --bits 3 --skip '*.down_proj' --set solver.damp=0.05
 
@@ -69,7 +73,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def quantize(
     model: Annotated[str, typer.Option(help="A local folder, or a name on the Hugging Face hub.")],
     bits: Annotated[
-        float | None, typer.Option(help="Bits of each code, 1 to 8, scales on top; 2.5: an average, all included.")
+        float | None, typer.Option(help="Of each code, 1 to 8, scales on top; 2.5: an average of all; default: 4.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: <model>-<bits>bit here.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; -1 for whole rows.")] = None,

@@ -23,7 +23,7 @@ from quant.calibration.activations import Activations
 from quant.calibration.replay import Replay
 from quant.calibration.samples import Batch, moved
 from quant.checkpoint.components import check_home, copy_beside, copy_card
-from quant.checkpoint.journal import FOLDER, Journal, Mode, check_place, complete, finished_report
+from quant.checkpoint.journal import FOLDER, Journal, Mode, check_place, check_same, complete, finished_report
 from quant.checkpoint.provenance import provenance
 from quant.checkpoint.verify import compare_logits
 from quant.checkpoint.writer import Written, write_checkpoint
@@ -104,9 +104,11 @@ def run(
     check_home(out, source, parts)
     place = out / source.inside
     check_place(place, (), mode)
+    if mode == "resume":
+        check_same(place, prepared.known())
     prepared = settled(prepared)
     if mode == "resume" and complete(place):
-        progress.step("checking: the checkpoint is already complete")
+        progress.say("the checkpoint is already complete: its files are checked, and nothing else is done")
         report = finished_report(place, prepared.identity())
         return Result(out, Written(place, report["files"], report["bits"]["measured"]), report)
     order = deterministic(prepared.settings.device, prepared.recipe.trains and not source.is_diffusion)

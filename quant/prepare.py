@@ -109,15 +109,30 @@ class Prepared:
         first = self.samples.batches[0]
         return {key: value[:1, :PROBE_TOKENS].to(self.settings.device) for key, value in first.items()}
 
+    def known(self) -> dict[str, Any]:
+        """What of `identity` takes no time to tell."""
+        return {
+            "model": {"name": self.source.name, "sha256": self.source.fingerprint(), **self._part()},
+            "recipe": self.recipe.to_dict(),
+            "compute": {
+                "device": self.settings.device,
+                "dtype": self.settings.dtype,
+                "threads": self.threads,
+                "machine": platform.machine(),
+            },
+            "versions": versions(),
+        }
+
+    def _part(self) -> dict[str, str]:
+        return {} if self.source.inside in ("", COMPONENT) else {"component": self.source.inside}
+
     def identity(self) -> dict[str, Any]:
         """What two runs must share to give the same bytes."""
-        part = self.source.inside
-        named = {"component": part} if part not in ("", COMPONENT) else {}
-        times = self.samples.by_timestep()
+        known, times = self.known(), self.samples.by_timestep()
         folding = {"folding": {"folded": self.folded.said}} if self.recipe.folding is not None else {}
         return {
-            "model": {"name": self.source.name, "sha256": self.source.fingerprint(), **named},
-            "recipe": self.recipe.to_dict(),
+            "model": known["model"],
+            "recipe": known["recipe"],
             **folding,
             "plan": self.plan.to_dict(),
             "calibration": {
@@ -126,13 +141,8 @@ class Prepared:
                 "tokens_sha256": self.samples.tokens_sha256(),
                 **({"timesteps": times} if times else {}),
             },
-            "compute": {
-                "device": self.settings.device,
-                "dtype": self.settings.dtype,
-                "threads": self.threads,
-                "machine": platform.machine(),
-            },
-            "versions": versions(),
+            "compute": known["compute"],
+            "versions": known["versions"],
         }
 
 

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -286,15 +287,31 @@ def test_a_size_is_used_and_kept(quantize, size: str, bits: set[int], tmp_path: 
 
 def test_a_time_budget_picks_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of best, balanced, fast whose prediction fits: here they take 100, 10 and 1 s."""
-    taken = {"best": 100.0, "balanced": 10.0, "fast": 1.0}
-    monkeypatch.setattr(budget, "estimate", lambda recipe: SimpleNamespace(seconds=taken[recipe]))
+    taken, tried = {"best": 100.0, "balanced": 10.0, "fast": 1.0}, list[str]()
+
+    @dataclass(frozen=True)
+    class Ready:
+        recipe: str
+        plan: str = "measured"
+        make: Any = None
+
+    def predict(ready: Ready) -> SimpleNamespace:
+        tried.append(ready.recipe)
+        return SimpleNamespace(seconds=taken[ready.recipe])
+
+    monkeypatch.setattr(budget, "estimate", predict)
     said: list[str] = []
     monkeypatch.setattr(Progress, "say", lambda _, what: said.append(what))
     for limit, name in (("2m", "best"), ("1m30s", "balanced"), ("5s", "fast")):
-        assert budget.within(limit, cast(Any, str), cast(Any, str), Progress()) == (name, name)
+        found, ready = budget.within(limit, cast(Any, str), cast(Any, Ready), Progress())
+        assert (found, ready.recipe, cast(Any, ready.make)(None)) == (name, name, "measured")  # and not once more
         assert said[-1].startswith(f"recipe {name}: about ")
     with pytest.raises(SettingsError, match="give more time"):
-        budget.within("0.5s", cast(Any, str), cast(Any, str), Progress())
+        budget.within("0.5s", cast(Any, str), cast(Any, Ready), Progress())
+    tried.clear()
+    with pytest.raises(SettingsError, match="recipe best alone takes about 100 s here"):
+        budget.within("0s", cast(Any, str), cast(Any, Ready), Progress())
+    assert tried == ["best"]  # what is over is not spent further
 
 
 def test_parts_of_a_recipe_are_set_whole_and_taken_away() -> None:

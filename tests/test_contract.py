@@ -265,9 +265,9 @@ def test_a_text_that_is_too_short(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=said):
         quantize(str(llama), tmp_path / "out", tiny.recipe(tmp_path / "short.txt"))
     (tmp_path / "blank.txt").write_text(" \n")
-    with pytest.raises(SettingsError, match=r"text blank\.txt: it is empty"):
+    with pytest.raises(CalibrationError, match=r"text blank\.txt: it is empty"):
         quantize(str(llama), tmp_path / "out", tiny.recipe(tmp_path / "blank.txt"))
-    with pytest.raises(SettingsError, match=r"gone\.txt: no such file, and not a known name"):
+    with pytest.raises(CalibrationError, match=r"gone\.txt: no such file, and not a known name"):
         quantize(str(llama), tmp_path / "out", tiny.recipe(tmp_path / "gone.txt"))
     assert not (tmp_path / "out").exists()
 

@@ -148,7 +148,7 @@ def test_perplexity_as_a_module_fails_in_a_sentence(llama: Path, capsys: pytest.
     with pytest.raises(typer.Exit) as exit_:
         perplexity.main(str(llama), text="nonsense")
     assert exit_.value.exit_code == 2
-    assert capsys.readouterr().err.startswith("Error: text nonsense: no such file")
+    assert capsys.readouterr().err.startswith("error: text nonsense: no such file")
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

@@ -27,6 +27,7 @@ from quant.checkpoint import journal, shards
 from quant.checkpoint.journal import FOLDER, Journal
 from quant.errors import CheckpointError, ResumeError
 from quant.inspect import look
+from quant.prepare import Prepared
 from quant.progress import Progress
 from quant.recipe import override
 from tests import tiny
@@ -250,6 +251,16 @@ def test_another_recipe_is_refused(unfinished: tuple[Path, Path, Path]) -> None:
         quantize(str(model), out, tiny.recipe(text, "solver.damp=0.05"), mode="resume")
     with pytest.raises(ResumeError, match=r"recipe\.calibration\.seed = 0 then, 1 now"):
         quantize(str(model), out, tiny.recipe(text, "calibration.seed=1"), mode="resume")
+
+
+def test_another_recipe_is_refused_before_anything_is_measured(
+    unfinished: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text, out = unfinished
+    monkeypatch.setattr(Prepared, "plan", property(lambda _: pytest.fail("a plan was made")))
+    other = override(quant.load_recipe("balanced"), [f"calibration.text={text}", "calibration.sequence_length=32"])
+    with pytest.raises(ResumeError, match=r"the unfinished run there is another one: recipe\.spec\."):
+        quantize(str(model), out, other, mode="resume")
 
 
 def test_another_model_is_refused(unfinished: tuple[Path, Path, Path]) -> None:

@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from quant.calibration.batch import Batch as Batch
 from quant.calibration.batch import moved as moved
 from quant.calibration.ranges import timestep
-from quant.calibration.texts import encode, resolve
-from quant.errors import CalibrationError, ModelError
+from quant.calibration.texts import Text, encode, resolve
+from quant.errors import CalibrationError, ModelError, SettingsError
 from quant.models.source import Source
 from quant.recipe import Calibration
 
@@ -66,13 +66,21 @@ def load_tokenizer(source: Source) -> Any:
         ) from None
 
 
+def read_text(calibration: Calibration) -> Text:
+    """Raises `CalibrationError` for a text that cannot be read."""
+    try:
+        return resolve(calibration.text)
+    except SettingsError as error:
+        raise CalibrationError(f"calibration {error}") from None
+
+
 def draw(calibration: Calibration, source: Source, config: Any) -> Samples:
     """`samples` windows from the calibration text.
 
     Raises:
         CalibrationError: the text is shorter than one window.
     """
-    text = resolve(calibration.text)
+    text = read_text(calibration)
     ids = encode(load_tokenizer(source), text).ids
     length = min(calibration.sequence_length, context_length(config))
     if len(ids) <= length + 1:

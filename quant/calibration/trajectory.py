@@ -23,8 +23,7 @@ from torch import Tensor
 from quant.calibration.batch import UNBATCHED, Batch, joined, rows
 from quant.calibration.effects import SAMPLES, Answer, Draw, effects, honest, relative
 from quant.calibration.pictures import Pictures, fresh, pictures
-from quant.calibration.samples import Samples
-from quant.calibration.texts import resolve
+from quant.calibration.samples import Samples, read_text
 from quant.checkpoint.shards import sha256
 from quant.errors import CalibrationError, SettingsError
 from quant.models.arguments import build, cast, own_size, packed_time
@@ -136,7 +135,7 @@ def _told(calibration: Calibration, given: Mapping[str, Any]) -> tuple[dict[str,
     if calibration.text == Calibration.text:
         return {}, conditions if len(given) > 2 else "no condition", ""
     if path.suffix != ".safetensors":
-        text = resolve(calibration.text)
+        text = read_text(calibration)
         lines = [line.strip() for line in text.text.splitlines() if line.strip()]
         if "class_labels" not in given or not all(line.isdecimal() for line in lines):
             raise CalibrationError(

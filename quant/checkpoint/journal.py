@@ -35,6 +35,7 @@ from quant.checkpoint.manifest import (
     verify,
     weight_files,
 )
+from quant.checkpoint.same import compare
 from quant.checkpoint.shards import STEMS, Atomic, Piece, disk_error, index_name, read_pieces, write_text
 from quant.errors import CheckpointError, ResourceError, ResumeError
 
@@ -132,7 +133,7 @@ class Journal:
         elif path.exists():
             if self.mode == "new":
                 self._refuse_unfinished()
-            _compare(_read(path), self.run, f"{self.out}: the unfinished run there is another one")
+            compare(_read(path), self.run, f"{self.out}: the unfinished run there is another one")
         shutil.rmtree(self.folder / "activations", ignore_errors=True)
         for stale in self.folder.glob("*.part"):
             stale.unlink()
@@ -235,6 +236,14 @@ def check_place(out: Path, parts: Iterable[str], mode: Mode) -> None:
             Journal(place, {}, mode).check()
 
 
+def check_same(out: Path, known: Mapping[str, Any]) -> None:
+    """Raises `ResumeError` where the unfinished run in `out` is another one by what is known of a run before its plan
+    is made."""
+    if (path := out / FOLDER / "run.json").exists():
+        before = {key: value for key, value in _read(path).items() if key in known}
+        compare(before, json.loads(json.dumps(known)), f"{out}: the unfinished run there is another one")
+
+
 def complete(out: Path) -> bool:
     """Whether `out` holds a finished checkpoint of ours and no run is under way."""
     return not (out / FOLDER).exists() and _ours(out)
@@ -266,7 +275,7 @@ def finished_report(out: Path, run: Mapping[str, Any]) -> dict[str, Any]:
             "--out, or --restart to replace it"
         ) from None
     now = json.loads(json.dumps({key: run[key] for key in SAME}))
-    _compare(before, now, f"{out}: the finished checkpoint there is another one")
+    compare(before, now, f"{out}: the finished checkpoint there is another one")
     return report
 
 
@@ -280,22 +289,3 @@ def _written_files(out: Path) -> list[str]:
     with suppress(CheckpointError):
         weights = weight_files(out)
     return ["config.json", "generation_config.json", *map(index_name, STEMS), *weights]
-
-
-def _compare(before: dict[str, Any], now: dict[str, Any], what: str) -> None:
-    for key in {**now, **before}:
-        if before.get(key) != now.get(key):
-            place, was, given = _difference(before.get(key), now.get(key), key)
-            raise ResumeError(
-                f"{what}: {place} = {was} then, {given} now. Resume with what it was begun with, or use --restart to "
-                "begin anew"
-            )
-
-
-def _difference(before: Any, now: Any, where: str) -> tuple[str, str, str]:
-    """The first place where two nests differ, and what is there in each."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted({*before, *now}, key=str):  # pyright: ignore[reportUnknownArgumentType]
-            if before.get(key) != now.get(key):
-                return _difference(before.get(key), now.get(key), f"{where}.{key}")
-    return where, json.dumps(before), json.dumps(now)
