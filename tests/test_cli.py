@@ -128,7 +128,7 @@ def test_dry_run_table(quantize) -> None:
         (("--size", "300kB"), 2, "narrowest codes make 383,640 bytes"),
         (("--size", "1MB", "--time-budget", "1h"), 2, "picks the bits"),
         (("--only", "*.nothing"), 3, "matches no site"),
-        (("--calibration", "no/such/file.txt"), 2, "no such file"),
+        (("--calibration", "no/such/file.txt"), 4, "calibration text no/such/file.txt: no such file"),
         (("--plan", "no-such-plan.json"), 2, "cannot be read"),
         (("--resume", "--samples", 1), 7, "no unfinished run"),
     ],

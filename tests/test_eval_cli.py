@@ -103,6 +103,7 @@ def test_errors_are_a_sentence_and_a_code(packed_llama: Path, llama: Path, words
         ((tmp_path / "nothing", "--text", words), 3, "not a folder"),
         (("somebody/model", "--text", words), 3, "path of a local folder"),
         ((broken, "--text", words), 6, "model.safetensors"),
+        ((llama, "--text", words, "--judge", tmp_path / "j.safetensors"), 2, "--judge judges images"),
         ((), 2, "MODEL"),
     ]:
         result = call(*arguments)
