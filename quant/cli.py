@@ -124,7 +124,7 @@ def quantize(
     with Display(console) if not quiet else _Silent() as shown:
         ready = lambda made, part="": prepare(model, made, place, shown, part)  # noqa: E731
         parts = _prepared(names, recipe, time_budget, size, make, ready, shown)
-        shown.say(_said(parts[0].recipe, BEGUN.recipe or recipe, bits, bool(size), *grid))
+        shown.say(_said(parts[0], BEGUN.recipe or recipe, bits, bool(size), *grid))
         done = (_rehearse if dry_run else _run)(parts, out or _folder(model, parts[0].recipe), mode, shown)
     if isinstance(done, Result):
         show_results(parts, done, console, as_json)
@@ -173,11 +173,13 @@ def _named(
     return name or ("balanced" if bits is not None and 1 <= bits < 4 and not grid else "gptq")
 
 
-def _said(recipe: Recipe, name: str | None, bits: float | None, sized: bool, *grid: Any) -> str:
+def _said(part: Prepared, name: str | None, bits: float | None, sized: bool, *grid: Any) -> str:
     """What a run is going to do, in a line."""
+    recipe, plan = part.recipe, part.settings.plan
     name = _named(name, code_bits(recipe.spec.to_dict()) if sized else bits, *grid)
     average = f", {recipe.average:g} bits on average" if recipe.average else ""
-    return f"recipe {name}: {spec_words(recipe.spec.to_dict())}{average}"
+    told = f"; sites that {plan} names as it says" if plan else ""
+    return f"recipe {name}: {spec_words(recipe.spec.to_dict())}{average}{told}"
 
 
 def _recipe(

@@ -125,7 +125,7 @@ def planned(
         spec = of_width(recipe.spec, bits, site)
         return (with_anchor(spec) if site.name in anchors else spec).nbytes(site.shape)
 
-    progress.step("measuring what an error of each site costs")
+    progress.say("measuring what an error of each site costs")
     order = deterministic(settings.device, gradients=not skeleton.source.is_diffusion)
     with threads(settings.threads or torch.get_num_threads()), order:
         if isinstance(skeleton, DiffusionSkeleton):

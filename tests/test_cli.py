@@ -15,6 +15,7 @@ import pytest
 
 from quant import budget, cli
 from quant.errors import SettingsError
+from quant.place import Settings
 from quant.progress import Progress
 from quant.recipe import load_recipe, override
 from quant.recovery.tuning import BlockTuning
@@ -174,7 +175,7 @@ def test_interrupted_says_how_to_go_on(quantize, tmp_path: Path, monkeypatch: py
     assert code == 130
     assert "--resume" in err
     assert f"--out '{tmp_path}/a b'" in err
-    chosen = SimpleNamespace(recipe=load_recipe("balanced"), source=SimpleNamespace(inside=""))
+    chosen = SimpleNamespace(recipe=load_recipe("balanced"), source=SimpleNamespace(inside=""), settings=Settings())
     monkeypatch.setattr(cli, "within", lambda *_: ("balanced", chosen))
     code, _, err = quantize("--model", MODEL, "--bits", 2, "--time-budget", "2h", "--restart", "--out", tmp_path / "q")
     assert code == 130

@@ -346,7 +346,8 @@ def test_the_command_that_continues_names_the_plan(words: Path, tmp_path: Path) 
     assert Path(said[said.index("--plan") + 1]) == out / FOLDER / "plan.json"
     done = CliRunner().invoke(quant.cli.app, said[1:], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert "measuring" not in done.output
+    assert "measuring" not in done.output  # stderr included
+    assert "plan.json names as it says" in done.output
     assert tiny.contents(out) == tiny.contents(tmp_path / "whole")
 
 
