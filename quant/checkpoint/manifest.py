@@ -189,8 +189,8 @@ def _verify_files(folder: Path, config: dict[str, Any]) -> None:
             raise CheckpointError(f"{file}: missing; copy the checkpoint again, whole")
         if (config_digest(config) if name == "config.json" else sha256(file)) != digest:
             raise CheckpointError(
-                f"{file}: its content is not what was written (checksum differs); copy it again, or load with "
-                "verify=False if you changed it on purpose"
+                f"{file}: its content is not what was written (checksum differs); copy it again, or, if it was "
+                "changed on purpose, load it in Python with verify=False"
             )
 
 
