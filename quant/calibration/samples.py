@@ -61,8 +61,8 @@ def load_tokenizer(source: Source) -> Any:
     except Exception as error:  # tokenizers raise of every kind, down to a bare Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{source.name}: its tokenizer cannot be loaded ({reason.rstrip(': ')}); calibration needs one: add tokenizer.json, or "
-            "use --recipe rtn, which reads no text"
+            f"{source.name}: its tokenizer cannot be loaded ({reason.rstrip(': ')}); calibration needs one: add "
+            "tokenizer.json, or use --recipe rtn, which reads no text"
         ) from None
 
 
