@@ -138,7 +138,7 @@ def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
     if excess <= 0:
         return picked
     if budget - excess < least:  # within the program's tolerance of its constraints
-        return [row.index(min(row)) for row in map(list, sizes)]
+        return [row.index(min(row)) for row in sizes]
     return cheapest(costs, sizes, budget - excess)
 
 

@@ -109,14 +109,14 @@ def sized(
         average = math.floor(8e4 * room / weights) / 1e4
         finer = replace(made, average=average)
         try:
-            if fits := measured(finer, walked.source):
+            if measured(finer, walked.source):
                 allowance(finer, walked.walk, walked.settings)
+                fits = bits < min(MOST, widths(finer)[-1])
             else:
-                fits = _promised(walked, finer)[0] <= limit
+                fits = bits < MOST and _promised(walked, finer)[0] <= limit
         except SettingsError:
             fits = False  # no codes of one bit more, or of one less
-        most = min(MOST, widths(finer)[-1]) if measured(finer, walked.source) else MOST
-        chosen = finer if fits and bits < most else made
+        chosen = finer if fits else made
         progress.say(f"--size {size}: {average if chosen is finer else bits:g} bits per weight")
         return prepared(chosen)
     raise SettingsError(

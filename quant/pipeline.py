@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,12 @@ from quant.checkpoint.journal import FOLDER, Journal, Mode, check_place, check_s
 from quant.checkpoint.provenance import provenance
 from quant.checkpoint.verify import compare_logits
 from quant.checkpoint.writer import Written, write_checkpoint
-from quant.errors import BitwrightError, ResourceError, SettingsError, out_of_memory
+from quant.errors import SettingsError
 from quant.finish import distil
 from quant.kernels.spec import spec_from_dict
 from quant.linear import stored_name, stored_weight
-from quant.memory import give_back, peak_bytes
-from quant.models.source import STORED, first_line
+from quant.memory import enough_memory, give_back, peak_bytes
+from quant.models.source import STORED
 from quant.models.stream import finite, first_tensor, outside_blocks
 from quant.models.walk import Block
 from quant.order import deterministic, threads
@@ -112,7 +111,11 @@ def run(
         report = finished_report(place, prepared.identity())
         return Result(out, Written(place, report["files"], report["bits"]["measured"]), report)
     order = deterministic(prepared.settings.device, prepared.recipe.trains and not source.is_diffusion)
-    with _out_of_memory(place), threads(prepared.threads), order, Journal(place, prepared.identity(), mode) as journal:
+    memory = enough_memory(
+        "lower --set calibration.batch_size=1 or --samples, then --restart; --dry-run predicts the peak. Unfinished "
+        f"work is in {place / FOLDER}"
+    )
+    with memory, threads(prepared.threads), order, Journal(place, prepared.identity(), mode) as journal:
         resumed = sum(journal.finished(i) for i in range(len(prepared.walk.chain)))
         logits = _blocks(prepared, journal, progress)
         if prepared.recipe.distillation is not None:
@@ -255,19 +258,6 @@ def _advance(replay: Replay, index: int, batches: Sequence[Batch], wanted: Seque
     """Block `index`'s outputs on the wanted batches replace its inputs in the store."""
     for number in wanted:
         store[number] = finite(replay.output(index, batches[number], store[number], number), replay.names[index])
-
-
-@contextmanager
-def _out_of_memory(out: Path) -> Generator[None]:
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, BitwrightError) or not out_of_memory(error):
-            raise
-        raise ResourceError(
-            f"out of memory ({first_line(error)}); lower --set calibration.batch_size=1 or --samples, then --restart; "
-            f"--dry-run predicts the peak. Unfinished work is in {out / FOLDER}"
-        ) from None
 
 
 def _report(prepared: Prepared, records: Sequence[dict[str, Any]]) -> dict[str, Any]:

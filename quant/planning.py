@@ -20,12 +20,13 @@ from quant.calibration.effects import SAMPLES
 from quant.calibration.samples import Batch, Samples, moved
 from quant.calibration.trajectory import drawer
 from quant.decoupled import SPLITS, decoupled
-from quant.errors import BitwrightError, ResourceError, SettingsError, out_of_memory
+from quant.errors import SettingsError
 from quant.fisher import UNMEASURED, information
 from quant.kernels.spec import Trellis
+from quant.memory import enough_memory
 from quant.models.diffusion import DiffusionSkeleton
 from quant.models.skeleton import Skeleton
-from quant.models.source import Source, first_line
+from quant.models.source import Source
 from quant.models.stream import Forward, first_tensor
 from quant.models.walk import Site, Walk
 from quant.order import deterministic, threads
@@ -145,15 +146,10 @@ def _by_words(
     """Bits of each site of a language model that no plan file names."""
     if recipe.sensitivity == "image":
         raise SettingsError("sensitivity=image asks for images, which this model does not draw; leave it at output")
-    try:
+    half = samples.batches[0]["input_ids"].shape[1] // 2
+    remedy = f"it takes gradients: --set calibration.sequence_length={half}, or {UNMEASURED}"
+    with enough_memory(remedy, " while the cost of errors was measured"):
         zero = information(skeleton, found, samples.batches, settings.spill_bytes, progress.step)
-    except Exception as error:
-        if isinstance(error, BitwrightError) or not out_of_memory(error):
-            raise
-        raise ResourceError(
-            f"out of memory while the cost of errors was measured ({first_line(error)}), which takes gradients; "
-            f"--set calibration.sequence_length={samples.batches[0]['input_ids'].shape[1] // 2}, or {UNMEASURED}"
-        ) from None
     among, weights = widths(recipe), {site.name: site.shape[0] * site.shape[1] for site in found.sites}
     least = LEAST * sum(zero.values()) / sum(weights.values())
     # rounded: sums differ in their last bits from machine to machine, choices should not

@@ -111,8 +111,10 @@ class Prepared:
 
     def known(self) -> dict[str, Any]:
         """What of `identity` takes no time to tell."""
+        part = self.source.inside
+        named = {"component": part} if part not in ("", COMPONENT) else {}
         return {
-            "model": {"name": self.source.name, "sha256": self.source.fingerprint(), **self._part()},
+            "model": {"name": self.source.name, "sha256": self.source.fingerprint(), **named},
             "recipe": self.recipe.to_dict(),
             "compute": {
                 "device": self.settings.device,
@@ -123,16 +125,12 @@ class Prepared:
             "versions": versions(),
         }
 
-    def _part(self) -> dict[str, str]:
-        return {} if self.source.inside in ("", COMPONENT) else {"component": self.source.inside}
-
     def identity(self) -> dict[str, Any]:
         """What two runs must share to give the same bytes."""
-        known, times = self.known(), self.samples.by_timestep()
+        times = self.samples.by_timestep()
         folding = {"folding": {"folded": self.folded.said}} if self.recipe.folding is not None else {}
         return {
-            "model": known["model"],
-            "recipe": known["recipe"],
+            **self.known(),
             **folding,
             "plan": self.plan.to_dict(),
             "calibration": {
@@ -141,8 +139,6 @@ class Prepared:
                 "tokens_sha256": self.samples.tokens_sha256(),
                 **({"timesteps": times} if times else {}),
             },
-            "compute": known["compute"],
-            "versions": known["versions"],
         }
 
 
