@@ -204,30 +204,38 @@ class BlockSolver:
         spec = self.plan.specs[sites[0].name]
         assert spec is not None
         weight = self._weight(sites[0]) if len(sites) == 1 else torch.cat([self._weight(site) for site in sites])
+        counts = self.plan.counts(sites[0].name)
+        rows = None if counts is None else counts.to(weight.device)
         with threads(worth(weight.shape[-2] * weight.shape[-1])):
-            return self._solve_matrices(sites[0], spec, weight, stats, began)
+            return self._solve_matrices(sites[0], spec, weight, stats, rows, began)
 
     def _solve_matrices(
-        self, site: Site, spec: Spec, weight: torch.Tensor, stats: dict[int, Statistics], began: float
-    ) -> Solved:
+        self, site: Site, spec: Spec, weight: torch.Tensor, stats: dict[int, Statistics], rows: torch.Tensor | None,
+        began: float,
+    ) -> Solved:  # fmt: skip
         tokens = tuple(stats[e].tokens for e in sorted(stats))
         if site.kind == "linear":
-            parts = [self._solve(site.name, weight, stats[0], spec)]
+            parts = [self._solve(site.name, weight, stats[0], spec, rows)]
             notes = parts[0].notes
         else:
             stats, notes = self._with_priors(stats)
             if self.float_store is not None:
                 notes = ("matches its own outputs: the float path may send a token to other experts", *notes)
-            parts = [self._solve(f"{site.name}[{e}]", weight[e], stats[e], spec) for e in range(site.experts)]
+            counts = [None] * site.experts if rows is None else rows.split(site.out)
+            parts = [
+                self._solve(f"{site.name}[{e}]", weight[e], stats[e], spec, counts[e]) for e in range(site.experts)
+            ]
             notes += tuple(f"expert {e}: {note}" for e, part in enumerate(parts) for note in part.notes)
         packed = parts[0].packed if len(parts) == 1 else concatenate([part.packed for part in parts])
         weights = [max(1, count) for count in tokens]
         error = sum(part.error * w for part, w in zip(parts, weights, strict=True)) / sum(weights)
         return Solved(site, spec, packed, error, tokens, notes, time.perf_counter() - began)
 
-    def _solve(self, name: str, weight: torch.Tensor, statistics: Statistics, spec: Spec) -> Solution:
+    def _solve(
+        self, name: str, weight: torch.Tensor, statistics: Statistics, spec: Spec, rows: torch.Tensor | None
+    ) -> Solution:
         try:
-            return self.recipe.solver.solve(weight, statistics, spec)
+            return self.recipe.solver.solve(weight, statistics, spec, rows)
         except SolverError as error:
             raise SolverError(f"{name}: {error}") from None
 

@@ -32,7 +32,7 @@ from quant.kernels.spec import Trellis
 from quant.memory import peak_bytes
 from quant.models.stream import Forward, outside_blocks
 from quant.order import threads
-from quant.planning import measured, probes, weighed
+from quant.planning import probes, weighed
 from quant.prepare import Prepared, skeleton_of
 from quant.recovery.block import task
 from quant.recovery.tunable import training_bytes
@@ -98,7 +98,7 @@ def estimate(prepared: Prepared) -> Estimate:
     activations = seen.stored * (batches + 1) * paths
     held = min(activations, prepared.settings.spill_bytes * paths)
     measuring = 0  # what costs are measured with, in TMPDIR
-    if measured(prepared.recipe, prepared.source) and not prepared.source.is_diffusion:
+    if prepared.measures and not prepared.source.is_diffusion:
         used = len(enough(prepared.samples.batches, prepared.walk.sites))
         measuring = seen.stored * used * kept(len(prepared.walk.chain)) - prepared.settings.spill_bytes
     share = weights / max(1, seen.block_weights)  # in blocks of the rehearsed size

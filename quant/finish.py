@@ -21,6 +21,7 @@ from quant.linear import stored_name, stored_weight
 from quant.models.skeleton import Skeleton
 from quant.models.source import STORED
 from quant.models.stream import first_tensor
+from quant.plan import row_counts
 from quant.prepare import Prepared
 from quant.progress import Progress
 from quant.recovery.distillation import Tuned, Whole
@@ -71,6 +72,7 @@ def _whole(
         prepared.walk.chain,
         {site.name: site for site in prepared.walk.sites},
         packed,
+        {name: row_counts(rows).to(prepared.settings.device) for name, rows in prepared.plan.rows.items()},
         {name: STORED[entries[key].dtype] for name, key in vectors.items()},
         shown if mixed is None else mixed,
         batches if mixed is None else mixed,

@@ -11,6 +11,9 @@ mean over `Z` is closed, and one pass back through the model gives the costs of 
 
     cost(bits) = 4^-bits / (2 T) * mean |diag(s) G V^T|^2
 
+Its rows' parts, without `s`, say how much an error in each row counts: codes that share bits among rows spend them
+where that is much (`solvers/trellis.py`).
+
 Gradients of drawn labels have a mean of zero, so those of a batch's windows may be summed first. Errors put into one
 matrix after another and seen at the output cost within 25 % of this at 3 bits (`tests/test_fisher.py`), and take a pass
 for each matrix and width.
@@ -27,7 +30,7 @@ import math
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,25 +55,39 @@ from quant.solvers.factor import shaping
 
 WINDOWS = 32  # at least
 PER_INPUT = 8  # tokens for each input of the widest matrix, lest `V` fit just these
-UNMEASURED = "--set widths=[] for the same bits everywhere"
+UNMEASURED = "--set mixed=false --set widths=[] for the same bits everywhere"
 REMEDY = f"free some space there, choose another TMPDIR, or {UNMEASURED}"
 
 Factors = Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]  # by site and expert: order of the columns and `V`
 
 
+@dataclass
+class Cost:
+    """Of a site's errors. `rows` float32 `[rows of all experts]`: what errors of one size cost in each row, nats per
+    token (of a model without a vocabulary: squared error per token). `energy`: each row's mean square, which is its
+    errors' at 0 bits."""
+
+    rows: Tensor
+    energy: Tensor
+
+    @property
+    def zero(self) -> float:
+        """What 0 bits would cost; `b` bits cost `4^-b` of it."""
+        return float(self.rows.double() @ self.energy.double())
+
+
 @torch.no_grad()
 def information(
     skeleton: Skeleton, found: Walk, batches: Sequence[Batch], spill: int, progress: Callable[[str], None]
-) -> dict[str, float]:
-    """For each site what 0 bits would cost, nats per token (of a model without a vocabulary: squared error per token);
-    `b` bits cost `4^-b` of it. `spill`: bytes of activations that are kept in memory."""
+) -> dict[str, Cost]:
+    """The cost of errors in each site. `spill`: bytes of activations that are kept in memory."""
     chain, device = found.chain, skeleton.device
     groups = [batch["input_ids"].to(device).split(1) for batch in enough(batches, found.sites)]
     windows: list[Batch] = [{"input_ids": row} for rows in groups for row in rows]
     blocks = {block.name: block for block in found.blocks}
     outside, head = outside_blocks(skeleton, chain)
     skeleton.load(outside)
-    costs = dict.fromkeys((site.name for site in found.sites), 0.0)
+    costs = {site.name: Cost(*torch.zeros((2, site.shape[0]))) for site in found.sites}
     with tempfile.TemporaryDirectory(prefix="bitwright-costs-") as folder, Replay(skeleton.model, chain) as replay:
         stream = _Stream(skeleton, replay, windows, Path(folder), spill // kept(len(chain)), progress)
         starts, given, every = dict[int, Activations](), stream.room("none"), _every(len(chain))
@@ -94,11 +111,11 @@ def information(
                     _sweep(replay, index, block, windows, [len(rows) for rows in groups], given, gradients, costs)
                     given.clear()
     skeleton.unload(outside)
-    wrong = next((name for name, cost in costs.items() if not math.isfinite(cost)), None)
-    if wrong is not None or not any(costs.values()):
+    wrong = next((name for name, cost in costs.items() if not math.isfinite(cost.zero)), None)
+    if wrong is not None or not any(cost.zero for cost in costs.values()):
         what = "the cost of an error is not finite" if wrong else "no gradient reaches it"
         raise CalibrationError(f"{wrong or found.sites[0].name}: {what}; try --dtype float32, or {UNMEASURED}")
-    return {name: cost / (2 * tokens) for name, cost in costs.items()}
+    return {name: replace(cost, rows=cost.rows / (2 * tokens)) for name, cost in costs.items()}
 
 
 @dataclass(frozen=True)
@@ -174,12 +191,16 @@ def _surprise(model: nn.Module, said: Tensor, generator: torch.Generator) -> Ten
 
 def _sweep(
     replay: Replay, index: int, block: Block, windows: Sequence[Batch], sizes: Sequence[int], given: Activations,
-    gradients: Activations, costs: dict[str, float],
+    gradients: Activations, costs: Mapping[str, Cost],
 ) -> None:  # fmt: skip
     """Adds to the costs of a block's sites; the gradients of its outputs become those of its inputs. `sizes`: of how
     many windows gradients are summed first."""
     factors = _factors(replay, index, block, windows, given)
     parameters = {site.name: replay.model.get_parameter(site.parameter) for site in block.sites}
+    for site in block.sites:
+        costs[site.name].energy = (
+            oriented(parameters[site.name], site).reshape(site.shape).float().square().mean(1).cpu()
+        )
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     first = 0
@@ -195,8 +216,7 @@ def _sweep(
             del outputs, own  # or the next window's graph and gradients come on top
         first += size
         for site, gradient in zip(block.sites, sums, strict=True):
-            weight = oriented(parameters[site.name], site)
-            costs[site.name] += _cost(site, oriented(gradient, site), weight, factors[site.name])
+            costs[site.name].rows += _rows(site, oriented(gradient, site), factors[site.name]).cpu()
     for parameter in parameters.values():
         parameter.requires_grad_(False)
 
@@ -213,15 +233,13 @@ def _factors(replay: Replay, index: int, block: Block, windows: Sequence[Batch],
     return factors
 
 
-def _cost(site: Site, gradient: Tensor, weight: Tensor, factors: Mapping[int, tuple[Tensor, Tensor]]) -> float:
-    shape, cost = (max(1, site.experts), site.out, site.inputs), 0.0
-    for number, (G, W) in enumerate(zip(gradient.reshape(shape), weight.reshape(shape), strict=True)):
-        scaled = G.float() * W.float().square().mean(1, keepdim=True).sqrt()
-        if number in factors:
-            order, V = factors[number]
-            scaled = scaled[:, order] @ V.T
-        cost += float(scaled.square().sum())
-    return cost
+def _rows(site: Site, gradient: Tensor, factors: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor:
+    """`|G V^T|^2` of each row, all experts' one after another."""
+    rows = list[Tensor]()
+    for number, G in enumerate(gradient.reshape(max(1, site.experts), site.out, site.inputs).float()):
+        order, V = factors.get(number, (slice(None), None))
+        rows.append((G[:, order] if V is None else G[:, order] @ V.T).square().sum(1))
+    return torch.cat(rows)
 
 
 def _leaves(tree: Any) -> Any:

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quant.checkpoint import words
-from quant.checkpoint.journal import FOLDER, PLAN, check_block
+from quant.checkpoint.journal import FOLDER, check_block
 from quant.checkpoint.manifest import CHECKSUMS, METHOD, PackedSite, read_config, read_sites, stored_tensors, verify
 from quant.checkpoint.pipelines import component
 from quant.checkpoint.provenance import command as quantize_command
@@ -199,7 +199,7 @@ def _unfinished(folder: Path, out: Path, check: bool) -> dict[str, Any]:
         records = [record for file in files if "sites" in (record := json.loads(file.read_bytes()))]  # or of tuning
         for file in files if check else ():
             check_block(file.with_suffix(".safetensors"))
-        command = quantize_command(run, str(journal / PLAN))
+        command = quantize_command(run, "")
         return {
             **{key: run[key] for key in RUN},
             "blocks_done": len(records),

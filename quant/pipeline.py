@@ -24,6 +24,7 @@ from quant.calibration.samples import Batch, moved
 from quant.checkpoint.components import check_home, copy_beside, copy_card
 from quant.checkpoint.journal import FOLDER, Journal, Mode, check_place, check_same, complete, finished_report
 from quant.checkpoint.provenance import provenance
+from quant.checkpoint.recall import keep, recall
 from quant.checkpoint.verify import compare_logits
 from quant.checkpoint.writer import Written, write_checkpoint
 from quant.errors import SettingsError
@@ -35,7 +36,7 @@ from quant.models.source import STORED
 from quant.models.stream import finite, first_tensor, outside_blocks
 from quant.models.walk import Block
 from quant.order import deterministic, threads
-from quant.prepare import Prepared, Settings, prepare, settled
+from quant.prepare import Prepared, Settings, prepare, settled, with_plan
 from quant.progress import Progress
 from quant.recipe import Recipe, load_recipe
 from quant.recovery.block import put
@@ -105,6 +106,8 @@ def run(
     check_place(place, (), mode)
     if mode == "resume":
         check_same(place, prepared.known())
+        if prepared.measures and (plan := recall(place)) is not None:
+            prepared = with_plan(prepared, plan)
     prepared = settled(prepared)
     if mode == "resume" and complete(place):
         progress.say("the checkpoint is already complete: its files are checked, and nothing else is done")
@@ -116,6 +119,7 @@ def run(
         f"work is in {place / FOLDER}"
     )
     with memory, threads(prepared.threads), order, Journal(place, prepared.identity(), mode) as journal:
+        keep(journal.folder, prepared.plan)
         resumed = sum(journal.finished(i) for i in range(len(prepared.walk.chain)))
         logits = _blocks(prepared, journal, progress)
         if prepared.recipe.distillation is not None:

@@ -3,13 +3,16 @@ file a pattern (`*.down_proj`) may stand for many sites."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Set
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from quant.errors import SettingsError
 from quant.kernels.spec import (
@@ -31,12 +34,29 @@ from quant.recipe import Recipe, respec
 
 @dataclass(frozen=True)
 class Plan:
-    """The spec of every site, by name in call order; None keeps a site float."""
+    """The spec of every site, by name in call order; None keeps a site float. `rows` int8 `[rows]`, of sites where it
+    was measured: how much an error in each row counts, `2^(r / 4)`."""
 
     specs: dict[str, Spec | None]
+    rows: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def counts(self, name: str) -> Tensor | None:
+        """How much an error in each row of a site counts, float32 `[rows]`; None where all count the same."""
+        return row_counts(self.rows[name]) if name in self.rows else None
+
+    def fingerprint(self) -> str:
+        """Of `rows`."""
+        digest = hashlib.sha256()
+        for name, counts in sorted(self.rows.items()):
+            digest.update(f"{name}:".encode() + counts.numpy().tobytes())
+        return digest.hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         return {name: None if spec is None else spec.to_dict() for name, spec in self.specs.items()}
+
+
+def row_counts(rows: Tensor) -> Tensor:
+    return (rows.float() / 4).exp2()
 
 
 def make_plan(

@@ -1,17 +1,18 @@
 """The plan of a run: specs from a recipe and a file, and what is measured on the calibration inputs first.
 
-Bits by what a site's error costs (`fisher.py`, `allocation.py`, `decoupled.py`), and the sites of a diffusion
-transformer whose first token stays in float (`calibration/anchors.py`).
+Bits by what a site's error costs (`fisher.py`, `allocation.py`, `decoupled.py`), how much each row of a matrix counts
+(`fisher.py`), and the sites of a diffusion transformer whose first token stays in float (`calibration/anchors.py`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from quant.allocation import allocate, errors, sensitivities
 from quant.calibration import painting
@@ -21,7 +22,7 @@ from quant.calibration.samples import Batch, Samples, moved
 from quant.calibration.trajectory import drawer
 from quant.decoupled import SPLITS, decoupled
 from quant.errors import SettingsError
-from quant.fisher import UNMEASURED, information
+from quant.fisher import UNMEASURED, Cost, information
 from quant.kernels.spec import Trellis
 from quant.memory import enough_memory
 from quant.models.diffusion import DiffusionSkeleton
@@ -37,6 +38,8 @@ from quant.recipe import Recipe, respec
 
 WIDTHS = (2, 3, 4, 8)
 LEAST = 1e-3  # of the mean cost of a weight, for matrices that no gradient reaches
+POWER = 0.75  # of a row's cost, which is an estimate: its weight in a search. 0.5 to 1 tried on two models
+FAINTEST = 2.0**-6  # weight of a row, beside 1 for the mean cost
 PROBED = 20  # batches that the sensitivity of a site is measured on, spread over all
 
 
@@ -49,6 +52,15 @@ def measured(recipe: Recipe, source: Source) -> bool:
         return True
     among = widths(recipe)
     return mixed and isinstance(core, Trellis) and (recipe.average is not None or among[0] < core.bits < among[-1])
+
+
+def weighed_rows(recipe: Recipe, source: Source, found: Walk, settings: Settings) -> bool:
+    """Whether rows count by what an error in each costs: where codes share bits among them."""
+    if not recipe.mixed or recipe.calibration is None or source.is_diffusion:
+        return False
+    told = given(settings.plan, found)
+    specs = [told.get(site.name, recipe.spec) for site in found.sites]
+    return any(spec is not None and isinstance(spec.core, Trellis) for spec in specs)
 
 
 def widths(recipe: Recipe) -> list[int]:
@@ -116,10 +128,9 @@ def planned(
     """The spec of each site. `samples`: the calibration inputs, for what is chosen by measurement; None before there
     are any."""
     anchors = frozenset[str]() if samples is None else _anchors(skeleton, found, settings, samples)
-    if samples is None or not measured(recipe, skeleton.source):
-        return make_plan(recipe, found, settings.plan, anchors=anchors)
-    free, budget = allowance(recipe, found, settings)
-    if not free:
+    chosen, counted = measured(recipe, skeleton.source), weighed_rows(recipe, skeleton.source, found, settings)
+    free, budget = allowance(recipe, found, settings) if chosen else ([], 0.0)
+    if samples is None or not (free or counted):
         return make_plan(recipe, found, settings.plan, anchors=anchors)
 
     def size(site: Site, bits: int) -> int:
@@ -128,34 +139,48 @@ def planned(
 
     progress.say("measuring what an error of each site costs")
     order = deterministic(settings.device, gradients=not skeleton.source.is_diffusion)
+    bits, rows = dict[str, int](), dict[str, Tensor]()
     with threads(settings.threads or torch.get_num_threads()), order:
         if isinstance(skeleton, DiffusionSkeleton):
             bits = _by_image(skeleton, found, recipe, settings, samples, free, anchors, size, budget)
         else:
-            bits = _by_words(skeleton, found, recipe, settings, samples, free, size, budget, progress)
-    counts = sorted(Counter(bits.values()).items())
-    progress.say("bits by what errors cost: " + ", ".join(f"{n} x {width}" for width, n in counts))
-    rest = {site.name: widths(recipe)[0] for site in found.sites}  # which a plan file has
-    return make_plan(recipe, found, settings.plan, rest | bits, anchors)
+            costs = _costs(skeleton, found, recipe, settings, samples, progress)
+            rows = {name: relative(cost) for name, cost in costs.items()} if counted else rows
+            bits = _by_words(recipe, found, costs, free, size, budget) if free else bits
+    if bits:
+        counts = sorted(Counter(bits.values()).items())
+        progress.say("bits by what errors cost: " + ", ".join(f"{n} x {width}" for width, n in counts))
+        bits = {site.name: widths(recipe)[0] for site in found.sites} | bits  # those that a plan file has
+    return replace(make_plan(recipe, found, settings.plan, bits or None, anchors), rows=rows)
 
 
-def _by_words(
-    skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, samples: Samples, free: Sequence[Site],
-    size: Callable[[Site, int], int], budget: float, progress: Progress,
-) -> dict[str, int]:  # fmt: skip
-    """Bits of each site of a language model that no plan file names."""
+def _costs(
+    skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, samples: Samples, progress: Progress
+) -> dict[str, Cost]:
     if recipe.sensitivity == "image":
         raise SettingsError("sensitivity=image asks for images, which this model does not draw; leave it at output")
     half = samples.batches[0]["input_ids"].shape[1] // 2
     remedy = f"it takes gradients: --set calibration.sequence_length={half}, or {UNMEASURED}"
     with enough_memory(remedy, " while the cost of errors was measured"):
-        zero = information(skeleton, found, samples.batches, settings.spill_bytes, progress.step)
+        return information(skeleton, found, samples.batches, settings.spill_bytes, progress.step)
+
+
+def _by_words(
+    recipe: Recipe, found: Walk, costs: Mapping[str, Cost], free: Sequence[Site], size: Callable[[Site, int], int],
+    budget: float,
+) -> dict[str, int]:  # fmt: skip
+    """Bits of each site of a language model that no plan file names."""
     among, weights = widths(recipe), {site.name: site.shape[0] * site.shape[1] for site in found.sites}
-    least = LEAST * sum(zero.values()) / sum(weights.values())
+    least = LEAST * sum(cost.zero for cost in costs.values()) / sum(weights.values())
     # rounded: sums differ in their last bits from machine to machine, choices should not
-    known = {name: float(f"{max(cost, least * weights[name]):.3g}") for name, cost in zero.items()}
-    costs = {name: [cost * 4.0**-bits for bits in among] for name, cost in known.items()}
-    return allocate(free, among, costs, size, budget)
+    zero = {name: float(f"{max(cost.zero, least * weights[name]):.3g}") for name, cost in costs.items()}
+    return allocate(free, among, {name: [cost * 4.0**-b for b in among] for name, cost in zero.items()}, size, budget)
+
+
+def relative(cost: Cost) -> Tensor:
+    """`Plan.rows` of a site; rounded for the same reason."""
+    share = cost.rows.double() / cost.rows.double().mean().clamp_min(1e-300)
+    return (4 * share.pow(POWER).clamp_min(FAINTEST).log2()).round().clamp_max(127).to(torch.int8)
 
 
 def _by_image(

@@ -30,8 +30,8 @@ from quant.models.stream import Forward
 from quant.models.walk import Walk, turned, walk
 from quant.order import threads
 from quant.place import Settings as Settings
-from quant.plan import Plan
-from quant.planning import allowance, measured, planned, weighed
+from quant.plan import Plan, given, make_plan
+from quant.planning import allowance, measured, planned, weighed, weighed_rows
 from quant.progress import Progress
 from quant.recipe import Calibration, Recipe
 from quant.recovery.tunable import check_tunable
@@ -64,7 +64,7 @@ class Prepared:
 
     @cached_property
     def plan(self) -> Plan:
-        plan = self.make(self.samples if measured(self.recipe, self.source) else None)
+        plan = self.make(self.samples if self.measures else None)
         for name, spec in plan.specs.items() if isinstance(self.recipe.solver, Nearest) else ():
             if spec is not None and not isinstance(spec.core, Uniform):
                 raise SettingsError(
@@ -79,6 +79,12 @@ class Prepared:
             self.recipe.distillation.check({*plan.specs, *(name for name, _ in self.skeleton.model.named_parameters())})
         self.folded.packed = frozenset(s.parameter for s in self.walk.sites if plan.specs[s.name] is not None)
         return plan
+
+    @property
+    def measures(self) -> bool:
+        """Whether the plan is made by what errors cost."""
+        recipe, source = self.recipe, self.source
+        return measured(recipe, source) or weighed_rows(recipe, source, self.walk, self.settings)
 
     @property
     def outline(self) -> tuple[Batch, int]:
@@ -133,6 +139,7 @@ class Prepared:
             **self.known(),
             **folding,
             "plan": self.plan.to_dict(),
+            **({"rows": self.plan.fingerprint()} if self.plan.rows else {}),
             "calibration": {
                 "text": self.samples.text,
                 "sha256": self.samples.sha256,
@@ -163,7 +170,12 @@ def prepare(
     prepared = Prepared(
         source, skeleton, found, make, _draw(skeleton, found, recipe, settings, progress), recipe, settings, folded
     )
-    _ = allowance(recipe, found, settings) if measured(recipe, source) else prepared.plan  # what is wrong is said now
+    if measured(recipe, source):  # what is wrong is said now
+        allowance(recipe, found, settings)
+    elif prepared.measures:
+        make_plan(recipe, found, settings.plan)
+    else:
+        _ = prepared.plan
     return prepared
 
 
@@ -177,6 +189,12 @@ def _fold(skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, p
     with threads(settings.threads or torch.get_num_threads()):
         skeleton.change = folded = find_folds(alone, found.chain, batch, recipe.folding)
     return folded
+
+
+def with_plan(prepared: Prepared, plan: Plan) -> Prepared:
+    """With a plan that was made before, and what the plan file says now."""
+    plan = replace(plan, specs=plan.specs | given(prepared.settings.plan, prepared.walk))
+    return replace(prepared, make=lambda _: plan)
 
 
 def settled(prepared: Prepared) -> Prepared:

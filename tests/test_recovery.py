@@ -30,7 +30,9 @@ from quant.progress import Progress
 from quant.recipe import override, recipe_from_dict
 from quant.recovery.distillation import Distillation
 from quant.recovery.tunable import KINDS, tunable
+from quant.recovery.tunable_trellis import TunableTrellis
 from quant.recovery.tuning import BlockTuning, Task, saliencies
+from quant.solvers.basis import rotation
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
 from tests import tiny
@@ -281,6 +283,33 @@ def test_what_is_trained_is_what_is_stored(spec: Spec, codes: bool) -> None:
         rtol=0,
         atol=1e-6 if isinstance(spec, Rotated | Smoothed | Codebook) else 0,
     )
+
+
+def test_codes_are_found_by_what_rows_count() -> None:
+    """Places moved alike: where rows count more, the paths that are found lie nearer to them; not where rotated outputs
+    mix rows."""
+    rows = torch.tensor([16.0, 1.0, 1.0, 1.0]).repeat(16)
+
+    def found(packed: Packed, weight: torch.Tensor, counts: torch.Tensor | None) -> tuple[Packed, torch.Tensor]:
+        one = tunable(packed, weight, True, counts)
+        (place,), inner = one.codes(), one
+        with torch.no_grad():
+            place += 0.5 * torch.randn(place.shape, generator=torch.Generator().manual_seed(1))
+        for step in range(200):
+            one.settle(step)
+        while not isinstance(inner, TunableTrellis):
+            inner = inner.base  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+        return one.pack(), (inner.levels.float() - place.detach() * inner.unit).square().mean(1)
+
+    for spec in (Trellis(window=8), Rotated(Trellis(window=8), measured=False), Smoothed(Trellis(window=8))):
+        weight, packed = solved(spec)
+        (_, heavy), (_, even) = found(packed, weight, rows), found(packed, weight, None)
+        assert float(heavy[::4].mean()) < 0.7 * float(even[::4].mean())
+        assert float(heavy.mean()) > float(even.mean())
+    weight, packed = solved(Trellis(window=8))
+    bases = [rotation(n, 128, weight) for n in reversed(weight.shape)]
+    mixing = PackedRotated.around(Rotated(packed.spec, outputs=True), packed, *bases)
+    assert torch.equal(*(found(mixing, weight, counts)[0].dequantize() for counts in (rows, None)))
 
 
 def test_a_layout_without_a_tunable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

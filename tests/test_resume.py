@@ -329,8 +329,8 @@ def test_a_flipped_bit_in_a_finished_block_is_refused(unfinished: tuple[Path, Pa
     assert look(out, check=False)["blocks_done"] == 1
 
 
-def test_the_command_that_continues_names_the_plan(words: Path, tmp_path: Path) -> None:
-    """Bits that were measured are not measured again: the plan lies in the journal."""
+def test_what_was_measured_is_not_measured_again(words: Path, tmp_path: Path) -> None:
+    """Bits and how much rows count lie in the journal; what was altered there is refused."""
     model, out = tiny.model("llama", tmp_path / "model"), tmp_path / "out"
     short = ["calibration.samples=4", "calibration.sequence_length=32", "spec.base.window=8", "spec.base.length=32"]
     recipe = override(quant.load_recipe("balanced"), [f"calibration.text={words}", *short])
@@ -343,12 +343,32 @@ def test_the_command_that_continues_names_the_plan(words: Path, tmp_path: Path) 
     with pytest.raises(KeyboardInterrupt):
         quantize(str(model), out, recipe, progress=Kills())
     said = shlex.split(look(out)["resume"])
-    assert Path(said[said.index("--plan") + 1]) == out / FOLDER / "plan.json"
+    assert "--plan" not in said
+    altered = shutil.copytree(out, tmp_path / "altered")
+    rows = load_file(altered / FOLDER / "rows.safetensors")
+    assert len(rows) == 14
+    rows[next(iter(rows))][0] += 1
+    save_file(rows, altered / FOLDER / "rows.safetensors")
+    with pytest.raises(ResumeError, match='is another one: rows = "'):
+        quantize(str(model), altered, recipe, mode="resume")
+    (altered / FOLDER / "rows.safetensors").write_bytes(b"0" * 40)
+    with pytest.raises(ResumeError, match=r"cannot be read .*begin anew with --restart"):
+        quantize(str(model), altered, recipe, mode="resume")
+    (plan := altered / FOLDER / "plan.json").write_text(plan.read_text().replace('"trellis"', '"treadmill"'))
+    with pytest.raises(ResumeError, match=r"cannot be read .*treadmill.*begin anew with --restart"):
+        quantize(str(model), altered, recipe, mode="resume")
+    edited = tmp_path / "edited.json"
+    edited.write_text('{"model.layers.1.mlp.up_proj": null}')
+    with pytest.raises(ResumeError, match=r"plan\.model\.layers\.1\.mlp\.up_proj = \{.* then, null now"):
+        quantize(str(model), out, recipe, settings=Settings(plan=edited), mode="resume")
     done = CliRunner().invoke(quant.cli.app, said[1:], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "measuring" not in done.output  # stderr included
-    assert "plan.json names as it says" in done.output
     assert tiny.contents(out) == tiny.contents(tmp_path / "whole")
+    again = CliRunner().invoke(quant.cli.app, said[1:], catch_exceptions=False)
+    assert again.exit_code == 0
+    assert "already complete" in again.output
+    assert "measuring" not in again.output
 
 
 # --- which folder

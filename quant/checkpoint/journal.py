@@ -3,9 +3,9 @@
 The output folder holds `.bitwright/` while a run is under way: `run.json` says what the run is (recipe, plan, model,
 text, versions), `lock` keeps a second run out, and each finished block has two files: `00007.safetensors` with its
 packed tensors and `00007.json` with its records and their sha256. Both appear by rename, the record last: a block is
-finished when its record is there. `plan.json` is the run's plan, for `--plan`. Resuming compares `run.json` key by
-key and refuses a run that is not the same one, by name of the difference. `files.json` lists what the run writes
-beside the journal: what a restart may delete, and nothing else.
+finished when its record is there. `plan.json` and `rows.safetensors` are the run's plan (`recall.py`). Resuming
+compares `run.json` key by key and refuses a run that is not the same one, by name of the difference. `files.json` lists
+what the run writes beside the journal: what a restart may delete, and nothing else.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from quant.errors import CheckpointError, ResourceError, ResumeError
 FOLDER = JOURNAL
 DONE = ".bitwright-done"
 FILES = "files.json"
-PLAN = "plan.json"
 SAME = ("model", "recipe", "plan", "calibration")  # what makes a finished checkpoint the one that is asked for
 Mode = Literal["new", "resume", "restart"]
 
@@ -133,11 +132,10 @@ class Journal:
         elif path.exists():
             if self.mode == "new":
                 self._refuse_unfinished()
-            compare(_read(path), self.run, f"{self.out}: the unfinished run there is another one")
+            compare(read_json(path), self.run, f"{self.out}: the unfinished run there is another one")
         shutil.rmtree(self.folder / "activations", ignore_errors=True)
         for stale in self.folder.glob("*.part"):
             stale.unlink()
-        write_text(self.folder / PLAN, json.dumps(self.run.get("plan", {}), indent=2) + "\n")
         write_text(path, json.dumps(self.run, indent=2) + "\n")
 
     def _clear(self) -> None:
@@ -146,7 +144,7 @@ class Journal:
         listed = self.folder / FILES
         names = set(_written_files(self.out))
         with suppress(ResumeError, CheckpointError, KeyError, TypeError):
-            names.update(plain_name(name, listed) for name in _read(listed)["files"])
+            names.update(plain_name(name, listed) for name in read_json(listed)["files"])
         for name in sorted(names, key=lambda name: (name in (CHECKSUMS, "config.json"), name)):
             (self.out / name).unlink(missing_ok=True)
             (self.out / f"{name}.part").unlink(missing_ok=True)
@@ -178,13 +176,13 @@ class Journal:
         try:
             return load_file(self.tensors(index))
         except (OSError, SafetensorError) as error:
-            raise _unreadable(self.tensors(index), error) from None
+            raise unreadable(self.tensors(index), error) from None
 
     def pieces(self, index: int) -> dict[str, Piece]:
         return read_pieces(self.tensors(index))
 
     def record(self, index: int) -> dict[str, Any]:
-        record = _read(self.folder / f"{index:05d}.json")
+        record = read_json(self.folder / f"{index:05d}.json")
         return {key: value for key, value in record.items() if key != "sha256"}
 
     def close(self) -> None:
@@ -195,27 +193,27 @@ class Journal:
 
 def check_block(tensors: Path) -> None:
     """Raises `ResumeError` where a finished block's file is not what its record says."""
-    record = _read(tensors.with_suffix(".json"))
+    record = read_json(tensors.with_suffix(".json"))
     try:
         with tensors.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise _unreadable(tensors, error) from None
+        raise unreadable(tensors, error) from None
     if found != record.get("sha256"):
-        raise _unreadable(tensors, "it was altered since it was written")
+        raise unreadable(tensors, "it was altered since it was written")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes())
         if not isinstance(data, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     return data  # pyright: ignore[reportUnknownVariableType]
 
 
-def _unreadable(path: Path, reason: object) -> ResumeError:
+def unreadable(path: Path, reason: object) -> ResumeError:
     return ResumeError(f"{path}: cannot be read ({reason}); begin anew with --restart")
 
 
@@ -240,7 +238,7 @@ def check_same(out: Path, known: Mapping[str, Any]) -> None:
     """Raises `ResumeError` where the unfinished run in `out` is another one by what is known of a run before its plan
     is made."""
     if (path := out / FOLDER / "run.json").exists():
-        before = {key: value for key, value in _read(path).items() if key in known}
+        before = {key: value for key, value in read_json(path).items() if key in known}
         compare(before, json.loads(json.dumps(known)), f"{out}: the unfinished run there is another one")
 
 

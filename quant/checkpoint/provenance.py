@@ -59,7 +59,7 @@ def origin(source: Source) -> dict[str, Any]:
 
 def command(run: Mapping[str, Any], plan: str = "plan.json") -> str:
     """The `quantize` command that makes the same bytes on the same kind of machine. `run`: `Prepared.identity()`;
-    `plan`: where its plan lies."""
+    `plan`: where its plan lies; "" if that need not be said."""
     recipe, compute = run["recipe"], run["compute"]
     name, changes = _nearest(_flat(recipe))
     words = ["quantize", "--model", run["model"]["name"], "--recipe", name]
@@ -71,7 +71,7 @@ def command(run: Mapping[str, Any], plan: str = "plan.json") -> str:
         changes.pop(place, None)
     for path, value in changes.items():
         words += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
-    if any(spec != recipe["spec"] for spec in run["plan"].values()):
+    if plan and any(spec != recipe["spec"] for spec in run["plan"].values()):
         words += ["--plan", plan]
     words += ["--device", compute["device"], "--dtype", compute["dtype"]]
     return shlex.join(words + (["--threads", str(compute["threads"])] if compute["device"] == "cpu" else []))

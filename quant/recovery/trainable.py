@@ -27,6 +27,10 @@ class Tunable(ABC):
         none to their base's."""
         return 0.0
 
+    def weigh(self, rows: Tensor) -> None:
+        """`rows` `[out]`: how much an error in each counts when `settle` finds codes that share bits among rows."""
+        return
+
     def codes(self) -> list[Tensor]:
         """Parameters that decide the codes; a step of 1 is about one level."""
         return []

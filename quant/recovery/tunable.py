@@ -85,6 +85,9 @@ class Wrapped(Tunable):
     def scales(self) -> list[Tensor]:
         return self.base.scales()
 
+    def weigh(self, rows: Tensor) -> None:
+        self.base.weigh(rows)
+
     def settle(self, step: int) -> None:
         self.base.settle(step)
 
@@ -128,6 +131,10 @@ class TunableRotated(Wrapped):
         turned = self.outputs.apply(self.inputs.apply(weight).T).T.contiguous()
         self.base = tunable(packed.base, turned, train_codes)
 
+    def weigh(self, rows: Tensor) -> None:
+        if self.outputs.signs is None:  # which would mix rows
+            self.base.weigh(rows)
+
     def weight(self) -> Tensor:
         return self.outputs.undo(self.inputs.undo(self.base.weight()).T).T
 
@@ -170,10 +177,13 @@ KINDS: dict[type[Packed], type[Tunable]] = {
 }
 
 
-def tunable(packed: Packed, weight: Tensor, train_codes: bool) -> Tunable:
-    """Raises `SettingsError` for a layout that has nothing to train."""
+def tunable(packed: Packed, weight: Tensor, train_codes: bool, rows: Tensor | None = None) -> Tunable:
+    """`rows`: see `Tunable.weigh`. Raises `SettingsError` for a layout that has nothing to train."""
     check_tunable(packed.spec)
-    return KINDS[type(packed)](packed, weight, train_codes)
+    made = KINDS[type(packed)](packed, weight, train_codes)
+    if rows is not None:
+        made.weigh(rows)
+    return made
 
 
 def training_bytes(spec: Spec, train_codes: bool) -> float:

@@ -38,6 +38,7 @@ class TunableTrellis(Tunable):
         self.start = packed.row_scales()
         self.peaks = packed.peaks.repeat_interleave(packed.spec.length)[: packed.shape[0]]
         self.gain = torch.zeros_like(self.start, requires_grad=True)
+        self.rows = torch.ones_like(self.start)
         self.place: Tensor | None = None
         if train_codes:
             scale = torch.where(self.start > 0, self.start, torch.inf)[:, None]
@@ -58,12 +59,15 @@ class TunableTrellis(Tunable):
     def scales(self) -> list[Tensor]:
         return [self.gain] if self.table is None else [self.gain, self.table]
 
+    def weigh(self, rows: Tensor) -> None:
+        self.rows = rows
+
     def settle(self, step: int) -> None:
         if self.place is None:
             return
         known = self._values().detach()
-        scales = scale_values(self._codes(), self.peaks)
-        weight = scales.square() / scales.square().mean().clamp_min(1e-30)
+        energy = scale_values(self._codes(), self.peaks).square() * self.rows
+        weight = energy / energy.mean().clamp_min(1e-30)
         columns = torch.arange(step % EVERY, self.shape[1], EVERY, device=self.place.device)
         wanted = self.place.detach()[:, columns].T * self.unit
         own = (1 << self.spec.step) - 1  # bits of a state that are its own, its code

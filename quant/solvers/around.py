@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,23 @@ AROUND: dict[type[Spec], Callable[[Solver, Tensor, Statistics, Any], Solution]] 
 }
 
 
-def solve_around(solver: Solver, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution | None:
-    """The solution of a spec that lies around another one; None for codes alone."""
+@dataclass(frozen=True)
+class _Weighed:
+    """A solver that is told how much each row counts."""
+
+    solver: Solver
+    rows: Tensor
+
+    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, rows: Tensor | None = None) -> Solution:
+        return self.solver.solve(weight, statistics, spec, self.rows if rows is None else rows)
+
+
+def solve_around(
+    solver: Solver, weight: Tensor, statistics: Statistics, spec: Spec, rows: Tensor | None
+) -> Solution | None:
+    """The solution of a spec that lies around another one; None for codes alone. Rotated outputs mix rows: there all
+    count the same."""
     around = AROUND.get(type(spec))
+    if rows is not None and not (isinstance(spec, Rotated) and spec.outputs):
+        solver = _Weighed(solver, rows)
     return None if around is None else around(solver, weight, statistics, spec)

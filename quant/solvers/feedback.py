@@ -68,15 +68,15 @@ class Feedback:
                 "damp is finite and at least 0, block at least 1, sweeps at least 0"
             )
 
-    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution:
+    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, rows: Tensor | None = None) -> Solution:
         check(weight, statistics)
-        around = solve_around(self, weight, statistics, spec)
+        around = solve_around(self, weight, statistics, spec, rows)
         if around is not None:
             return around
-        rounder = rounder_for(spec, (weight.shape[0], weight.shape[1]), weight.device, self.search)
+        rounder = rounder_for(spec, (weight.shape[0], weight.shape[1]), weight.device, self.search, rows)
         factor = factorise(of_rounded(statistics, spec), self.order, self.damp, rounder.span, rounder.granularity)
         if isinstance(factor, str):
-            return self._without_feedback(weight, statistics, spec, f"{factor}; rounded to nearest")
+            return self._without_feedback(weight, statistics, spec, rows, f"{factor}; rounded to nearest")
         target = weight.float() if factor.match is None else weight.float() @ factor.match
         static = self.static_groups or self.order == "act"
         quantized = feed(target, factor, rounder, factor.hessian.diagonal(), self.block, static)
@@ -84,14 +84,16 @@ class Feedback:
             for _ in range(self.sweeps):
                 quantized = descend(target, quantized, factor.hessian, factor.order, rounder, self.block)
                 quantized = rounder.refit(target, factor.hessian)
-        return solution(rounder.pack(), weight, statistics, factor.notes)
+        return solution(rounder.pack(), weight, statistics, factor.notes, rows=rows)
 
-    def _without_feedback(self, weight: Tensor, statistics: Statistics, spec: Spec, note: str) -> Solution:
+    def _without_feedback(
+        self, weight: Tensor, statistics: Statistics, spec: Spec, rows: Tensor | None, note: str
+    ) -> Solution:
         """A grid by `Nearest`; of other codes what is nearest where all inputs count alike."""
         if isinstance(spec, Uniform):
             return replace(Nearest(search=self.search).solve(weight, statistics, spec), notes=(note,))
         alike = Statistics.identity(statistics.features, weight.device)
-        nearest = replace(self, sweeps=0).solve(weight, alike, spec)
+        nearest = replace(self, sweeps=0).solve(weight, alike, spec, rows)
         return solution(nearest.packed, weight, statistics, (note,))
 
 

@@ -31,9 +31,9 @@ class Nearest:
 
     search: Search = SEARCH
 
-    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution:
+    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, rows: Tensor | None = None) -> Solution:
         check(weight, statistics)
-        around = solve_around(self, weight, statistics, spec)
+        around = solve_around(self, weight, statistics, spec, rows)
         if around is not None:
             return around
         if not isinstance(spec, Uniform):

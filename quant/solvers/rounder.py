@@ -77,14 +77,17 @@ class Rounder(Protocol):
         ...
 
 
-def rounder_for(spec: Spec, shape: tuple[int, int], device: torch.device, search: Search) -> Rounder:
-    """The rounder of a spec. Raises `SolverError` for a spec that has none."""
+def rounder_for(
+    spec: Spec, shape: tuple[int, int], device: torch.device, search: Search, rows: Tensor | None = None
+) -> Rounder:
+    """The rounder of a spec. `rows` `[out]`: how much an error in each row counts. Raises `SolverError` for a spec that
+    has none."""
     if isinstance(spec, Uniform):
         return UniformRounder(spec, shape, device, search)
     if isinstance(spec, Trellis):
         from quant.solvers.trellis import TrellisRounder
 
-        return TrellisRounder(spec, shape, device)
+        return TrellisRounder(spec, shape, device, rows)
     if isinstance(spec, Codebook):
         from quant.solvers.codebook import CodebookRounder
 

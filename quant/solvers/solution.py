@@ -8,7 +8,8 @@ calibration tokens,
 
 plus, where its inputs are rounded, what that costs (`noise`, over the same energy; see `rounding.py`),
 so 0.01 reads "one per cent of the output's energy" and sites of different size compare. A solver that aims at the float
-path's outputs leaves these on purpose: it lowers `missed`, the same for the distance from `W x_float`, which is
+path's outputs leaves these on purpose: it lowers `missed`, the same for the distance from `W x_float`, rows counted as
+the solver counts them, which is without counts
 
     error - 2 tr(D (H - CT) WT) / tr(W H WT) + what no solver can change,   C = mean of x_float xT.
 """
@@ -44,26 +45,32 @@ class Solution:
 
 
 class Solver(Protocol):
-    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution:
+    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, rows: Tensor | None = None) -> Solution:
         """Quantizes `weight` `[out, in]`. With a uniform spec no row's result depends on another row: sites that share
-        statistics are solved as one. Raises `SolverError` where the numbers do not allow it, naming what is wrong.
+        statistics are solved as one. `rows` `[out]`: how much an error in each row counts, where codes share bits among
+        rows; None: all the same. Raises `SolverError` where the numbers do not allow it, naming what is wrong.
         """
         ...
 
 
 def solution(
-    packed: Packed, weight: Tensor, statistics: Statistics, notes: tuple[str, ...] = (), noise: float | None = None
-) -> Solution:
+    packed: Packed, weight: Tensor, statistics: Statistics, notes: tuple[str, ...] = (), noise: float | None = None,
+    rows: Tensor | None = None,
+) -> Solution:  # fmt: skip
     """Completes a `Solution`: dequantizes `packed` and measures its error against the float `weight`. `noise`: of the
-    codes inside, for a spec that lies around them."""
+    codes inside, for a spec that lies around them. `rows`: how much each counts in `missed`."""
     quantized = packed.dequantize()
     noise = noise_energy(quantized, statistics, packed.spec) if noise is None else noise
     target = weight.float()
-    D, whole = target - quantized, _energy(target, statistics.hessian)
-    error = missed = _share(_energy(D, statistics.hessian) + noise, whole)
+    lost, whole = target - quantized, _energy(target, statistics.hessian)
+    error = missed = _share(_energy(lost, statistics.hessian) + noise, whole)
+    if rows is not None:
+        lost, target = (part * rows.sqrt()[:, None] for part in (lost, target))
+        whole = _energy(target, statistics.hessian)
+        missed = _share(_energy(lost, statistics.hessian) + noise, whole)
     if statistics.cross is not None and whole > 0:
         away = target @ (statistics.hessian - statistics.cross)
-        missed -= 2 * float(D.mul_(away).sum(dtype=torch.float64)) / whole
+        missed -= 2 * float(lost.mul_(away).sum(dtype=torch.float64)) / whole
     return Solution(packed, quantized, error, missed, notes, noise)
 
 

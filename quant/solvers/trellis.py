@@ -2,7 +2,8 @@
 
 Because a sequence runs along the outputs, feedback still corrects after every single column; with the 16 x 16 tiles of
 QTIP (arXiv 2406.11235) it corrects after 16, which costs most where columns are few. A column's rows have scales of
-their own, and an error in a row counts as that row's scale squared, so the search is told those weights.
+their own, and an error in a row counts as that row's scale squared, so the search is told those weights; and where it
+is known what an error in each row costs the model (`fisher.py`), that much more or less.
 
 Descent fits this code especially well: with all other columns fixed, rows do not know of each other, so a search for
 the nearest path is the exact best column (but for the seam, which is kept at one of two places in turn).
@@ -40,8 +41,9 @@ class TrellisRounder:
 
     granularity = 1
 
-    def __init__(self, spec: Trellis, shape: tuple[int, int], device: torch.device) -> None:
+    def __init__(self, spec: Trellis, shape: tuple[int, int], device: torch.device, rows: Tensor | None = None) -> None:
         self.spec, self.shape, self.span = spec, shape, shape[1]
+        self.rows = torch.ones(shape[0], device=device) if rows is None else rows.to(device)
         sequences = spec.sequences(shape[0])
         self.lengths = [padded for _, padded in sequences]
         starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
@@ -71,7 +73,8 @@ class TrellisRounder:
         column, scales = int(columns), self.scales
         target, weight = values.new_zeros((2, sum(self.lengths)))
         target[self.place] = torch.where(scales > 0, values[:, 0] / scales, 0.0)
-        weight[self.place] = scales.square() / scales.square().mean().clamp_min(1e-30)
+        energy = scales.square() * self.rows
+        weight[self.place] = energy / energy.mean().clamp_min(1e-30)
         states, again = self.states[column], column in self.rounded
         for length, first, last in self._alike():
             x, w = (part[first:last].view(-1, length) for part in (target, weight))
