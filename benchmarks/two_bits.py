@@ -58,6 +58,7 @@ def steps() -> list[tuple[str, Recipe, float]]:
         "+ descent": replace(TRELLIS, solver=Feedback()),
         "+ rotation": replace(TRELLIS, solver=Feedback(), spec=Rotated()),
         "+ float path's outputs": EVEN,
+        "+ rows counted by what their errors cost": replace(BALANCED, widths=()),
         "+ bits where they count (balanced)": BALANCED,
         "balanced + end-to-end tuning of scales and codes (best)": BEST,
         "even bits + token importance (RSQ)": replace(EVEN, importance=Attention()),
