@@ -106,7 +106,7 @@ def run(
     check_place(place, (), mode)
     if mode == "resume":
         check_same(place, prepared.known())
-        if prepared.measures and (plan := recall(place)) is not None:
+        if (plan := recall(place)) is not None:
             prepared = with_plan(prepared, plan)
     prepared = settled(prepared)
     if mode == "resume" and complete(place):

@@ -329,19 +329,34 @@ def test_a_flipped_bit_in_a_finished_block_is_refused(unfinished: tuple[Path, Pa
     assert look(out, check=False)["blocks_done"] == 1
 
 
+def test_a_plan_need_not_be_given_again(words: Path, tmp_path: Path) -> None:
+    model, plan = tiny.model("llama", tmp_path / "model"), tmp_path / "plan.json"
+    plan.write_text(json.dumps({"*.up_proj": None, "*.down_proj": quant.Uniform(bits=3, group_size=32).to_dict()}))
+    settings, recipe, out = Settings(plan=plan), tiny.recipe(words), tmp_path / "out"
+    quantize(str(model), tmp_path / "whole", recipe, settings=settings)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(model), out, recipe, settings=settings, progress=Stops())
+    quantize(str(model), out, recipe, mode="resume")
+    assert tiny.contents(out) == tiny.contents(tmp_path / "whole")
+    assert quantize(str(model), out, recipe, mode="resume").out == out  # finished
+
+
+class Stops(Progress):
+    """Kills a run after its first block."""
+
+    def advanced(self, index: int, weights: int) -> None:
+        raise KeyboardInterrupt
+
+
 def test_what_was_measured_is_not_measured_again(words: Path, tmp_path: Path) -> None:
     """Bits and how much rows count lie in the journal; what was altered there is refused."""
     model, out = tiny.model("llama", tmp_path / "model"), tmp_path / "out"
     short = ["calibration.samples=4", "calibration.sequence_length=32", "spec.base.window=8", "spec.base.length=32"]
     recipe = override(quant.load_recipe("balanced"), [f"calibration.text={words}", *short])
 
-    class Kills(Progress):
-        def advanced(self, index: int, weights: int) -> None:
-            raise KeyboardInterrupt
-
     quantize(str(model), tmp_path / "whole", recipe)
     with pytest.raises(KeyboardInterrupt):
-        quantize(str(model), out, recipe, progress=Kills())
+        quantize(str(model), out, recipe, progress=Stops())
     said = shlex.split(look(out)["resume"])
     assert "--plan" not in said
     altered = shutil.copytree(out, tmp_path / "altered")

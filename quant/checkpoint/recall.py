@@ -1,4 +1,4 @@
-"""What was measured before a run's first block, kept in its journal: a run that goes on does not measure it again."""
+"""A run's plan, kept in its journal: a run that goes on need not be told it, nor measure again what it was made by."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def recall(out: Path) -> Plan | None:
     if not (folder / PLAN).exists():
         return None
     try:
-        specs = {name: spec and spec_from_dict(spec) for name, spec in read_json(folder / PLAN).items()}
+        told = read_json(folder / PLAN)
+        specs = {name: None if spec is None else spec_from_dict(spec) for name, spec in told.items()}
         return Plan(specs, load_file(folder / ROWS) if folder != out else {})
     except (OSError, SafetensorError, SpecError) as error:
-        raise unreadable(folder, error) from None
+        raise unreadable(folder / PLAN, error) from None
