@@ -78,10 +78,10 @@ class _Rehearsal:
 
 
 def estimate(prepared: Prepared) -> Estimate:
-    """Predicts a run. Takes about as long as one block of it; where bits are chosen by what errors cost, measuring that
-    comes on top, as much as in the run."""
+    """Predicts a run. Takes about as long as one block of it; where it matters what errors cost, measuring that comes
+    on top, as much as in the run."""
     began = time.perf_counter()
-    sites = quantized_sites(prepared)  # for a language model of mixed bits that is as much work as in the run
+    sites = quantized_sites(prepared)  # where errors are measured that is as much work as in the run
     planning = time.perf_counter() - began
     weights = sum(site.shape[0] * site.shape[1] for site, _ in sites.values())
     packed = sum(spec.nbytes(site.shape) for site, spec in sites.values())

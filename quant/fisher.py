@@ -198,9 +198,8 @@ def _sweep(
     factors = _factors(replay, index, block, windows, given)
     parameters = {site.name: replay.model.get_parameter(site.parameter) for site in block.sites}
     for site in block.sites:
-        costs[site.name].energy = (
-            oriented(parameters[site.name], site).reshape(site.shape).float().square().mean(1).cpu()
-        )
+        matrices = _matrices(site, oriented(parameters[site.name], site))
+        costs[site.name].energy = torch.cat([W.float().square().mean(1).cpu() for W in matrices])
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     first = 0
@@ -236,10 +235,16 @@ def _factors(replay: Replay, index: int, block: Block, windows: Sequence[Batch],
 def _rows(site: Site, gradient: Tensor, factors: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor:
     """`|G V^T|^2` of each row, all experts' one after another."""
     rows = list[Tensor]()
-    for number, G in enumerate(gradient.reshape(max(1, site.experts), site.out, site.inputs).float()):
+    for number, G in enumerate(_matrices(site, gradient)):
         order, V = factors.get(number, (slice(None), None))
-        rows.append((G[:, order] if V is None else G[:, order] @ V.T).square().sum(1))
+        shaped = G.float()[:, order]
+        rows.append((shaped if V is None else shaped @ V.T).square().sum(1))
     return torch.cat(rows)
+
+
+def _matrices(site: Site, parameter: Tensor) -> Tensor:
+    """`[experts or 1, out, in]`, so that one at a time is made float32."""
+    return parameter.reshape(max(1, site.experts), site.out, site.inputs)
 
 
 def _leaves(tree: Any) -> Any:

@@ -23,7 +23,7 @@ from quant.calibration.trajectory import drawer
 from quant.decoupled import SPLITS, decoupled
 from quant.errors import SettingsError
 from quant.fisher import UNMEASURED, Cost, information
-from quant.kernels.spec import Trellis
+from quant.kernels.spec import Spec, Trellis
 from quant.memory import enough_memory
 from quant.models.diffusion import DiffusionSkeleton
 from quant.models.skeleton import Skeleton
@@ -59,8 +59,11 @@ def weighed_rows(recipe: Recipe, source: Source, found: Walk, settings: Settings
     if not recipe.mixed or recipe.calibration is None or source.is_diffusion:
         return False
     told = given(settings.plan, found)
-    specs = [told.get(site.name, recipe.spec) for site in found.sites]
-    return any(spec is not None and isinstance(spec.core, Trellis) for spec in specs)
+    return any(_shares(told.get(site.name, recipe.spec)) for site in found.sites)
+
+
+def _shares(spec: Spec | None) -> bool:
+    return spec is not None and isinstance(spec.core, Trellis)
 
 
 def widths(recipe: Recipe) -> list[int]:
@@ -139,19 +142,20 @@ def planned(
 
     progress.say("measuring what an error of each site costs")
     order = deterministic(settings.device, gradients=not skeleton.source.is_diffusion)
-    bits, rows = dict[str, int](), dict[str, Tensor]()
+    bits, costs = dict[str, int](), dict[str, Cost]()
     with threads(settings.threads or torch.get_num_threads()), order:
         if isinstance(skeleton, DiffusionSkeleton):
             bits = _by_image(skeleton, found, recipe, settings, samples, free, anchors, size, budget)
         else:
             costs = _costs(skeleton, found, recipe, settings, samples, progress)
-            rows = {name: relative(cost) for name, cost in costs.items()} if counted else rows
             bits = _by_words(recipe, found, costs, free, size, budget) if free else bits
     if bits:
         counts = sorted(Counter(bits.values()).items())
         progress.say("bits by what errors cost: " + ", ".join(f"{n} x {width}" for width, n in counts))
         bits = {site.name: widths(recipe)[0] for site in found.sites} | bits  # those that a plan file has
-    return replace(make_plan(recipe, found, settings.plan, bits or None, anchors), rows=rows)
+    plan = make_plan(recipe, found, settings.plan, bits or None, anchors)
+    shared = [s for s in found.sites if counted and s.name in costs and _shares(plan.specs[s.name])]
+    return replace(plan, rows={site.name: relative(costs[site.name], site.experts) for site in shared})
 
 
 def _costs(
@@ -177,9 +181,10 @@ def _by_words(
     return allocate(free, among, {name: [cost * 4.0**-b for b in among] for name, cost in zero.items()}, size, budget)
 
 
-def relative(cost: Cost) -> Tensor:
-    """`Plan.rows` of a site; rounded for the same reason."""
-    share = cost.rows.double() / cost.rows.double().mean().clamp_min(1e-300)
+def relative(cost: Cost, experts: int) -> Tensor:
+    """`Plan.rows` of a site, each expert's for itself; rounded for the same reason."""
+    rows = cost.rows.double().view(max(1, experts), -1)
+    share = (rows / rows.mean(1, keepdim=True).clamp_min(1e-300)).flatten()
     return (4 * share.pow(POWER).clamp_min(FAINTEST).log2()).round().clamp_max(127).to(torch.int8)
 
 

@@ -30,7 +30,7 @@ from quant.models.stream import Forward
 from quant.models.walk import Walk, turned, walk
 from quant.order import threads
 from quant.place import Settings as Settings
-from quant.plan import Plan, given, make_plan
+from quant.plan import Plan, given
 from quant.planning import allowance, measured, planned, weighed, weighed_rows
 from quant.progress import Progress
 from quant.recipe import Calibration, Recipe
@@ -172,10 +172,8 @@ def prepare(
     )
     if measured(recipe, source):  # what is wrong is said now
         allowance(recipe, found, settings)
-    elif prepared.measures:
-        make_plan(recipe, found, settings.plan)
     else:
-        _ = prepared.plan
+        _ = replace(prepared, make=lambda _: make(None)).plan
     return prepared
 
 
@@ -192,7 +190,9 @@ def _fold(skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, p
 
 
 def with_plan(prepared: Prepared, plan: Plan) -> Prepared:
-    """With a plan that was made before, and what the plan file says now."""
+    """With a plan that was made before for these sites, and what the plan file says now."""
+    if plan.specs.keys() != {site.name for site in prepared.walk.sites}:
+        return prepared
     plan = replace(plan, specs=plan.specs | given(prepared.settings.plan, prepared.walk))
     return replace(prepared, make=lambda _: plan)
 

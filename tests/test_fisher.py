@@ -24,10 +24,11 @@ from quant.eval.subject import open_subject
 from quant.kernels.spec import Trellis
 from quant.models.walk import Site
 from quant.pipeline import run
-from quant.planning import measured, widths
+from quant.planning import measured, relative, widths
 from quant.prepare import Prepared, prepare
 from quant.recipe import override, with_spec
 from quant.recovery.placed import oriented
+from quant.recovery.tunable_trellis import TunableTrellis
 from quant.solvers.feedback import Feedback
 from quant.solvers.solution import solution
 from tests import tiny
@@ -189,6 +190,21 @@ def test_each_expert_has_its_own_rows(words: Path, tmp_path: Path, monkeypatch: 
     assert torch.equal(torch.cat(seen), torch.cat([rows for rows in wanted if rows is not None]))
     assert len(seen) == sum(site.experts for site in prepared.walk.sites) > 2
     assert sum(len(rows.unique()) > 1 for rows in seen) > len(seen) / 2  # those that saw tokens
+    few = fisher.Cost(torch.cat([torch.tensor([1.0, 4.0]), torch.tensor([1.0, 4.0]) / 1e4]), torch.ones(4))
+    assert relative(few, 2).tolist() == [-4, 2] * 2  # an expert that is rarely asked has rows of its own, too
+
+
+def test_the_tuning_is_told_what_rows_count(
+    llama: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = ["distillation.steps=1", "distillation.samples=4"]
+    prepared = prepare(str(llama), override(load_recipe("best"), [f"calibration.text={words}", *TRELLIS, *short]))
+    told, weigh = list[torch.Tensor](), TunableTrellis.weigh
+    monkeypatch.setattr(TunableTrellis, "weigh", lambda self, rows: told.append(rows) or weigh(self, rows))
+    run(prepared, tmp_path / "out")
+    wanted = [prepared.plan.counts(site.name) for site in prepared.walk.sites]
+    assert len(told) == len(wanted) == 14
+    assert all(rows is not None and torch.equal(one, rows) for one, rows in zip(told, wanted, strict=True))
 
 
 def test_what_is_measured(llama: Path, words: Path) -> None:
@@ -224,7 +240,7 @@ TRELLIS = ["spec.base.window=8", "spec.base.length=32", "calibration.samples=4",
 def test_sites_of_a_plan_file_are_left_out_of_the_choice(
     llama: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The average holds with them, others get what they leave, and with none left nothing is measured."""
+    """The average holds with them, others get what they leave, and with no trellis left nothing is measured."""
     called = list[int]()
 
     def known(_skeleton: Any, found: Any, *_: Any) -> dict[str, fisher.Cost]:
@@ -250,6 +266,14 @@ def test_sites_of_a_plan_file_are_left_out_of_the_choice(
     assert again.specs == prepared.plan.specs  # rows of trellises are weighed, and bits are as they were
     assert again.fingerprint() == prepared.plan.fingerprint()
     assert called == [1, 1]
+    some = {"*.0.self_attn.*": quant.Uniform(bits=4, group_size=32).to_dict(), "*.1.mlp.up_proj": None}
+    file.write_text(json.dumps(some))  # grids of a stage are solved as one, and no row of theirs knows of another
+    mixture = prepare(str(llama), recipe, Settings(plan=file))
+    assert {name for name, spec in mixture.plan.specs.items() if spec and spec.core.layout == "trellis"} == set(
+        mixture.plan.rows
+    )
+    run(mixture, tmp_path / "mixture")
+    called.pop()
     file.write_text(json.dumps({"*": quant.Uniform(bits=4, group_size=32).to_dict()}))
     grids = prepare(str(llama), recipe, Settings(plan=file)).plan.specs.values()
     assert {spec.core.layout for spec in grids if spec is not None} == {"uniform"}

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -339,6 +340,11 @@ def test_a_plan_need_not_be_given_again(words: Path, tmp_path: Path) -> None:
     quantize(str(model), out, recipe, mode="resume")
     assert tiny.contents(out) == tiny.contents(tmp_path / "whole")
     assert quantize(str(model), out, recipe, mode="resume").out == out  # finished
+    with pytest.raises(ResumeError, match=r"the finished checkpoint there is another one: recipe\.only"):
+        quantize(str(model), out, replace(recipe, only=("*.q_proj",)), mode="resume")
+    (out / "report.json").unlink()  # it says no more whose it is
+    with pytest.raises(ResumeError, match="does not say what it was made from"):
+        quantize(str(model), out, replace(recipe, only=("*.q_proj",)), mode="resume")
 
 
 class Stops(Progress):

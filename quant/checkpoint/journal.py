@@ -148,7 +148,7 @@ class Journal:
         for name in sorted(names, key=lambda name: (name in (CHECKSUMS, "config.json"), name)):
             (self.out / name).unlink(missing_ok=True)
             (self.out / f"{name}.part").unlink(missing_ok=True)
-        for item in sorted(self.folder.iterdir(), key=lambda item: item.name == FILES):
+        for item in sorted(self.folder.iterdir(), key=lambda item: (item.name == FILES, item.name == "run.json")):
             if item.name != "lock":
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
 
@@ -235,11 +235,15 @@ def check_place(out: Path, parts: Iterable[str], mode: Mode) -> None:
 
 
 def check_same(out: Path, known: Mapping[str, Any]) -> None:
-    """Raises `ResumeError` where the unfinished run in `out` is another one by what is known of a run before its plan
-    is made."""
+    """Raises `ResumeError` where the run in `out` is another one by what is known of a run before its plan is made."""
+    now = json.loads(json.dumps(known))
     if (path := out / FOLDER / "run.json").exists():
         before = {key: value for key, value in read_json(path).items() if key in known}
-        compare(before, json.loads(json.dumps(known)), f"{out}: the unfinished run there is another one")
+        compare(before, now, f"{out}: the unfinished run there is another one")
+    elif complete(out):
+        before = read_json(out / "report.json") if (out / "report.json").exists() else {}
+        now = {key: now[key] for key in SAME if key in now and key in before}
+        compare({key: before[key] for key in now}, now, f"{out}: the finished checkpoint there is another one")
 
 
 def complete(out: Path) -> bool:

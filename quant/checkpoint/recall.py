@@ -18,8 +18,9 @@ PLAN, ROWS = "plan.json", "rows.safetensors"
 
 def keep(folder: Path, plan: Plan) -> None:
     """Puts the plan into the journal `folder`."""
-    with Atomic(folder / ROWS) as out:
-        out.write(save(dict(plan.rows)))
+    if plan.rows:
+        with Atomic(folder / ROWS) as out:
+            out.write(save(dict(plan.rows)))
     write_text(folder / PLAN, json.dumps(plan.to_dict(), indent=2) + "\n")
 
 
@@ -35,6 +36,6 @@ def recall(out: Path) -> Plan | None:
     try:
         told = read_json(folder / PLAN)
         specs = {name: None if spec is None else spec_from_dict(spec) for name, spec in told.items()}
-        return Plan(specs, load_file(folder / ROWS) if folder != out else {})
+        return Plan(specs, load_file(folder / ROWS) if (folder / ROWS).exists() else {})
     except (OSError, SafetensorError, SpecError) as error:
         raise unreadable(folder / PLAN, error) from None

@@ -30,7 +30,7 @@ class _Weighed:
     rows: Tensor
 
     def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, rows: Tensor | None = None) -> Solution:
-        return self.solver.solve(weight, statistics, spec, self.rows if rows is None else rows)
+        return self.solver.solve(weight, statistics, spec, self.rows)
 
 
 def solve_around(

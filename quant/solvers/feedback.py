@@ -94,7 +94,7 @@ class Feedback:
             return replace(Nearest(search=self.search).solve(weight, statistics, spec), notes=(note,))
         alike = Statistics.identity(statistics.features, weight.device)
         nearest = replace(self, sweeps=0).solve(weight, alike, spec, rows)
-        return solution(nearest.packed, weight, statistics, (note,))
+        return solution(nearest.packed, weight, statistics, (note,), rows=rows)
 
 
 def feed(weight: Tensor, factor: Factor, rounder: Rounder, importance: Tensor, block: int, static: bool) -> Tensor:

@@ -8,8 +8,8 @@ calibration tokens,
 
 plus, where its inputs are rounded, what that costs (`noise`, over the same energy; see `rounding.py`),
 so 0.01 reads "one per cent of the output's energy" and sites of different size compare. A solver that aims at the float
-path's outputs leaves these on purpose: it lowers `missed`, the same for the distance from `W x_float`, rows counted as
-the solver counts them, which is without counts
+path's outputs leaves these on purpose: it lowers `missed`, the same for the distance from `W x_float`, in which rows
+count as codes were told that they do; all the same it is
 
     error - 2 tr(D (H - CT) WT) / tr(W H WT) + what no solver can change,   C = mean of x_float xT.
 """
