@@ -21,7 +21,6 @@ from quant.linear import stored_name, stored_weight
 from quant.models.skeleton import Skeleton
 from quant.models.source import STORED
 from quant.models.stream import first_tensor
-from quant.plan import row_counts
 from quant.prepare import Prepared
 from quant.progress import Progress
 from quant.recovery.distillation import Tuned, Whole
@@ -66,13 +65,15 @@ def _whole(
     batches = [moved(batch, prepared.settings.device) for batch in prepared.samples.batches]
     mixed = Mixed(batches, prepared.recipe.trajectory.mix) if prepared.source.is_diffusion else None
     shown = [moved(batch, prepared.settings.device) for batch in prepared.windows()] or batches
+    device, counts = prepared.settings.device, prepared.plan.counts
+    rows = {name: one.to(device) for name in packed if (one := counts(name)) is not None}
     return Whole(
         prepared.skeleton.model,
         lambda batch: first_tensor(prepared.skeleton.model(**batch)),
         prepared.walk.chain,
         {site.name: site for site in prepared.walk.sites},
         packed,
-        {name: row_counts(rows).to(prepared.settings.device) for name, rows in prepared.plan.rows.items()},
+        rows,
         {name: STORED[entries[key].dtype] for name, key in vectors.items()},
         shown if mixed is None else mixed,
         batches if mixed is None else mixed,

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
 from torch import Tensor
 
 from quant.errors import SettingsError
@@ -42,21 +43,14 @@ class Plan:
 
     def counts(self, name: str) -> Tensor | None:
         """How much an error in each row of a site counts, float32 `[rows]`; None where all count the same."""
-        return row_counts(self.rows[name]) if name in self.rows else None
+        return (self.rows[name].float() / 4).exp2() if name in self.rows else None
 
     def fingerprint(self) -> str:
         """Of `rows`."""
-        digest = hashlib.sha256()
-        for name, counts in sorted(self.rows.items()):
-            digest.update(f"{name}:".encode() + counts.numpy().tobytes())
-        return digest.hexdigest()
+        return hashlib.sha256(save(dict(self.rows))).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         return {name: None if spec is None else spec.to_dict() for name, spec in self.specs.items()}
-
-
-def row_counts(rows: Tensor) -> Tensor:
-    return (rows.float() / 4).exp2()
 
 
 def make_plan(

@@ -83,8 +83,7 @@ class Prepared:
     @property
     def measures(self) -> bool:
         """Whether the plan is made by what errors cost."""
-        recipe, source = self.recipe, self.source
-        return measured(recipe, source) or weighed_rows(recipe, source, self.walk, self.settings)
+        return measured(self.recipe, self.source) or weighed_rows(self.recipe, self.source, self.walk, self.settings)
 
     @property
     def outline(self) -> tuple[Batch, int]:
