@@ -154,7 +154,7 @@ def planned(
         progress.say("bits by what errors cost: " + ", ".join(f"{n} x {width}" for width, n in counts))
         bits = {site.name: widths(recipe)[0] for site in found.sites} | bits  # those that a plan file has
     plan = make_plan(recipe, found, settings.plan, bits or None, anchors)
-    shared = [s for s in found.sites if counted and s.name in costs and _shares(plan.specs[s.name])]
+    shared = [site for site in found.sites if counted and _shares(plan.specs[site.name])]
     return replace(plan, rows={site.name: relative(costs[site.name], site.experts) for site in shared})
 
 

@@ -131,7 +131,7 @@ def test_rows_and_bits_by_what_they_cost_beat_all_alike(demo: Path, tmp_path: Pa
     recipes = {"both": mixed, "none": replace(mixed, mixed=False), "rows": rows, "alike": replace(rows, mixed=False)}
     for name, recipe in recipes.items():
         result = quant.quantize(str(demo), tmp_path / name, recipe, settings=Settings(threads=1))
-        assert result.report["bits"]["promised"] <= 2.08
+        assert result.report["bits"]["promised"] <= (2.08 if recipe.only else 2.07)  # of smaller matrices
         divergence = evaluate(result.out, against=open_subject(demo), max_windows=16).divergence
         assert divergence is not None
         found.append(divergence.kl)
@@ -323,7 +323,9 @@ def test_no_room_is_said_with_what_helps(llama: Path, words: Path, monkeypatch: 
     )
     assert "--resume" not in str(raised.value)
     monkeypatch.setattr("quant.planning.information", fails(MemoryError("out of memory")))
-    with pytest.raises(ResourceError, match=r"while the cost.*sequence_length=16, or --set mixed=false"):
+    with pytest.raises(
+        ResourceError, match=r"while the cost.*sequence_length=16, or --set mixed=false --set widths=\[\]"
+    ):
         _ = prepared.plan
     monkeypatch.setattr("quant.planning.information", fails(RuntimeError("another")))
     with pytest.raises(RuntimeError, match="another"):

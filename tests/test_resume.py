@@ -375,7 +375,9 @@ def test_what_was_measured_is_not_measured_again(words: Path, tmp_path: Path) ->
     (altered / FOLDER / "rows.safetensors").write_bytes(b"0" * 40)
     with pytest.raises(ResumeError, match=r"cannot be read .*begin anew with --restart"):
         quantize(str(model), altered, recipe, mode="resume")
-    (plan := altered / FOLDER / "plan.json").write_text(plan.read_text().replace('"trellis"', '"treadmill"'))
+    told = json.loads((altered / FOLDER / "run.json").read_text())
+    told["plan"]["model.layers.0.mlp.up_proj"]["layout"] = "treadmill"
+    (altered / FOLDER / "run.json").write_text(json.dumps(told))
     with pytest.raises(ResumeError, match=r"cannot be read .*treadmill.*begin anew with --restart"):
         quantize(str(model), altered, recipe, mode="resume")
     edited = tmp_path / "edited.json"

@@ -3,9 +3,9 @@
 The output folder holds `.bitwright/` while a run is under way: `run.json` says what the run is (recipe, plan, model,
 text, versions), `lock` keeps a second run out, and each finished block has two files: `00007.safetensors` with its
 packed tensors and `00007.json` with its records and their sha256. Both appear by rename, the record last: a block is
-finished when its record is there. `plan.json` and `rows.safetensors` are the run's plan (`recall.py`). Resuming
-compares `run.json` key by key and refuses a run that is not the same one, by name of the difference. `files.json` lists
-what the run writes beside the journal: what a restart may delete, and nothing else.
+finished when its record is there. `rows.safetensors` is what of the plan `run.json` has no room for (`recall.py`).
+Resuming compares `run.json` key by key and refuses a run that is not the same one, by name of the difference.
+`files.json` lists what the run writes beside the journal: what a restart may delete, and nothing else.
 """
 
 from __future__ import annotations
@@ -236,14 +236,20 @@ def check_place(out: Path, parts: Iterable[str], mode: Mode) -> None:
 
 def check_same(out: Path, known: Mapping[str, Any]) -> None:
     """Raises `ResumeError` where the run in `out` is another one by what is known of a run before its plan is made."""
-    now = json.loads(json.dumps(known))
-    if (path := out / FOLDER / "run.json").exists():
-        before = {key: value for key, value in read_json(path).items() if key in known}
-        compare(before, now, f"{out}: the unfinished run there is another one")
-    elif complete(out):
-        before = read_json(out / "report.json") if (out / "report.json").exists() else {}
-        now = {key: now[key] for key in SAME if key in now and key in before}
-        compare({key: before[key] for key in now}, now, f"{out}: the finished checkpoint there is another one")
+    before, unfinished = begun(out), (out / FOLDER).exists()
+    keys = [key for key in known if key in before and (unfinished or key in SAME)]
+    now = json.loads(json.dumps({key: known[key] for key in keys}))
+    which = "unfinished run" if unfinished else "finished checkpoint"
+    compare({key: before[key] for key in keys}, now, f"{out}: the {which} there is another one")
+
+
+def begun(out: Path) -> dict[str, Any]:
+    """What the run in `out`, finished or not, says that it is; nothing where none does."""
+    if (out / FOLDER).exists():
+        path = out / FOLDER / "run.json"
+        return read_json(path) if path.exists() else {}
+    path = out / "report.json"
+    return read_json(path) if path.exists() and complete(out) else {}
 
 
 def complete(out: Path) -> bool:

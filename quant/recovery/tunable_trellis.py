@@ -12,6 +12,7 @@ from quant.kernels.spec import Trellis
 from quant.kernels.trellis import PackedTrellis, deviation, read, scale_codes, scale_values, state_values
 from quant.kernels.viterbi import improve
 from quant.recovery.trainable import EVERY, MOST, Tunable, through
+from quant.solvers.trellis import counted
 
 LEAN_TRELLIS = 0.5
 
@@ -66,8 +67,7 @@ class TunableTrellis(Tunable):
         if self.place is None:
             return
         known = self._values().detach()
-        energy = scale_values(self._codes(), self.peaks).square() * self.rows
-        weight = energy / energy.mean().clamp_min(1e-30)
+        weight = counted(scale_values(self._codes(), self.peaks), self.rows)
         columns = torch.arange(step % EVERY, self.shape[1], EVERY, device=self.place.device)
         wanted = self.place.detach()[:, columns].T * self.unit
         own = (1 << self.spec.step) - 1  # bits of a state that are its own, its code

@@ -36,6 +36,12 @@ def start_table(bits: int) -> Tensor:
     return kmeans(pairs, torch.ones_like(pairs), 1 << bits).half()
 
 
+def counted(scales: Tensor, rows: Tensor) -> Tensor:
+    """How much an error of an unscaled value counts in each row of a search, of mean 1."""
+    energy = scales.square() * rows
+    return energy / energy.mean().clamp_min(1e-30)
+
+
 class TrellisRounder:
     """States of a trellis code; see the module. Holds them column after column, rows padded as on disk."""
 
@@ -43,7 +49,7 @@ class TrellisRounder:
 
     def __init__(self, spec: Trellis, shape: tuple[int, int], device: torch.device, rows: Tensor | None = None) -> None:
         self.spec, self.shape, self.span = spec, shape, shape[1]
-        self.rows = torch.ones(shape[0], device=device) if rows is None else rows.to(device)
+        self.rows = torch.ones(shape[0], device=device) if rows is None else rows
         sequences = spec.sequences(shape[0])
         self.lengths = [padded for _, padded in sequences]
         starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
@@ -73,8 +79,7 @@ class TrellisRounder:
         column, scales = int(columns), self.scales
         target, weight = values.new_zeros((2, sum(self.lengths)))
         target[self.place] = torch.where(scales > 0, values[:, 0] / scales, 0.0)
-        energy = scales.square() * self.rows
-        weight[self.place] = energy / energy.mean().clamp_min(1e-30)
+        weight[self.place] = counted(scales, self.rows)
         states, again = self.states[column], column in self.rounded
         for length, first, last in self._alike():
             x, w = (part[first:last].view(-1, length) for part in (target, weight))
