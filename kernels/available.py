@@ -44,6 +44,12 @@ def unsupported(device: torch.device) -> str | None:
     return None
 
 
+def clusters(device: torch.device) -> bool:
+    """Whether blocks may be a cluster, and reach into each other's shared memory: on compute capability 9.x, where it
+    was tried."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def early(device: torch.device) -> dict[str, bool]:
     """What to give a kernel that calls `warp.waited`: it may be launched while the one before it is still at work
     (programmatic dependent launch), and waits for it itself. On compute capability 9.x, where it was tried; elsewhere

@@ -105,8 +105,15 @@ def gate(apply: Callable[..., Iterator[Any]]) -> int:
         )
     ]  # fmt: skip
     cases.append(Case(16, *size, Trellis(bits=2), "bf16", Config(16, 256, 1, 1, 1)))  # many chunks of one warp
-    wide = (Config(2, 256, warps, 1, splits) for warps, splits in ((16, 1), (8, 2), (16, 2)) * cuda)
-    cases += [Case(1, size[0], 8192, Trellis(bits=2), "bf16", config, block=128) for config in wide]
+    shapes = ((256, 16, 1), (256, 8, 2), (256, 16, 4), (128, 8, 2), (128, 16, 1), (128, 4, 8)) * cuda
+    for bn, warps, splits in shapes:  # clusters, where blocks share K
+        config = Config(2, bn, warps, 1, splits)
+        cases += [Case(1, size[0], 8192, Trellis(bits=2), "bf16", config, block=128)]
+        cases += [Case(1, *size, Trellis(bits=2), "fp16", config)]
+    cases += [
+        Case(tokens, *size, Codebook(bits=2.0), "bf16", Config(4, 128, warps, 1, splits))
+        for tokens, warps, splits in ((1, 4, 4), (3, 8, 2), (1, 16, 2), (1, 8, 8)) * cuda
+    ]
     cases += [
         Case(tokens, *size, Codebook(length=length, index_bits=bits, second_bits=second, share=share, rows=rows), kind)
         for tokens, length, bits, second, share, rows, kind in (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels.available import early
+from quant.kernels.available import clusters, early
 from quant.kernels.blocks import Config, even_splits
 from quant.kernels.codebook import FAST, Codebook
 from quant.kernels.codebook_order import ROWS, TILE, ArrangedCodebook, column_tiles, row_tiles, width
@@ -44,16 +44,29 @@ def choose(tokens: int, rows: int, columns: int, length: int, processors: int, s
 
 
 def choose_shared(tokens: int, rows: int, columns: int, processors: int, bn: int = 0, warps: int = 4) -> Config:
-    """Of `codebook_shared.py`'s kernel. Warps take units of 64 columns in turn, and a program's beginning and end are
-    worth about 4 of them (so that the choice is what was fastest on an H200). K is split so that a multiprocessor has
-    12 warps at least and the one with most programs is done soonest: shared memory bounds them all together."""
+    """Of `codebook_shared.py`'s kernel. A program's beginning and end are worth about 4 units of 64 columns of each of
+    its warps, and fewer than 12 warps of a multiprocessor take longer, 4 of them 1.8 times (so that the choice is what
+    was fastest on an H200). K is split so that the multiprocessor with most programs is done soonest: shared memory
+    bounds them all together. One token's is split by a power of two; of more a multiprocessor has 12 warps at least."""
     bm = next((size for size in (4, 8) if tokens <= size), 16)
     bn = bn or 128
     programs, count = -(-rows // bn) * -(-tokens // bm), -(-columns // (64 * warps))
-    least = min(count, 32, -(-processors * 12 // (programs * warps)))
-    takes = lambda splits: -(-programs * splits // processors) * (4 + -(-count // splits))  # noqa: E731
-    best = min(range(least, min(count, 32) + 1), key=takes)
+    least = min(count, 32, -(-processors * 12 // (programs * warps))) if tokens > 1 else 1
+    most = 8 if tokens == 1 and programs * 8 <= processors else 32  # a cluster has 8 blocks at most
+
+    def takes(splits: int) -> float:
+        several = -(-programs * splits // processors)
+        return several * (4 + -(-count // splits) * (1 + max(0, 12 - several * warps) / 10))
+
+    some = range(least, min(count, most) + 1)
+    best = min((1 << i for i in range(6) if 1 << i in some) if tokens == 1 else some, key=takes)
     return Config(bm, bn, warps, 1, even_splits(columns, best, 64 * warps))
+
+
+def blocks_of(config: Config, programs: int, processors: int, clusters: bool) -> int:
+    """Blocks of a program, each with a part of K: all parts, where there are `clusters` and it was faster."""
+    fits = config.splits == 2 or (config.splits in (4, 8) and programs * config.splits <= processors)
+    return config.splits if clusters and config.bm == 4 and fits else 1
 
 
 def candidates(
@@ -188,22 +201,32 @@ def launch_shared(
     config = config or choose_shared(tokens, rows, inputs, processor(x.device)[0])
     made, units = row_tiles(Codebook(length=FAST[0], index_bits=FAST[1], rows=group), rows), 2 * column_tiles(inputs)
     blocks = sum(-(-tiles * 64 // config.bn) for tiles in made)
-    grid = (blocks, config.splits, -(-tokens // config.bm))
+    ctas = blocks_of(config, blocks, processor(x.device)[0], clusters(x.device))
+    splits = config.splits // ctas
+    grid = (blocks, splits, -(-tokens // config.bm))
     partial, counters = out, out
-    if config.splits > 1:
+    if splits > 1:
         size = grid[0] * grid[1] * grid[2] * config.bn * config.bm
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
         counters = fresh_counters(grid[0] * grid[2], x.device)
-    each = -(-units // (config.splits * config.warps))
+    each = 2 * -(-units // (2 * config.splits * config.warps))
+    steps = steps_of(tokens, each, config.warps) * (x.device.type == "cuda")
     with torch.cuda.device_of(x):
         codebook_shared_kernel[grid](
             x, weight, codebook, scales, peaks, scale_table(x.device), out if bias is None else bias, out, partial,
             counters, tokens, rows, x.shape[1], x.stride(0), units, each, sum(made), made[0],
-            GROUP=group, BM=config.bm, TILES=config.bn // 32, WARPS=config.warps, ONE=tokens == 1,
-            SPLIT=config.splits > 1, EVEN=inputs % TILE == 0 and units == each * config.splits * config.warps,
-            BIAS=bias is not None, NATIVE=x.device.type == "cuda", num_warps=config.warps, num_stages=1,
+            GROUP=group, BM=config.bm, TILES=config.bn // 32, WARPS=config.warps, CTAS=ctas, STEPS=steps,
+            ONE=tokens == 1, SPLIT=splits > 1, EVEN=inputs % TILE == 0 and units == each * config.splits * config.warps,
+            BIAS=bias is not None, NATIVE=x.device.type == "cuda", num_warps=config.warps, num_ctas=ctas, num_stages=1,
             enable_fp_fusion=True, **early(x.device),
         )  # fmt: skip
+
+
+def steps_of(tokens: int, each: int, warps: int) -> int:
+    """Steps in which a warp takes the inputs of its `each` units as a whole, one token's, where they have room within
+    48 KiB; or 0."""
+    steps = -(-each // 4)
+    return steps if tokens == 1 and steps <= 8 and steps * warps <= 24 else 0
 
 
 def run(x: Tensor, arranged: ArrangedCodebook, config: Config, out: Tensor) -> None:

@@ -5,12 +5,12 @@ copy, 8 bytes]`: entries are 128 bytes apart, lane `l` reads copy `l % 16`, and 
 twice. What bounds the kernel then is the width of shared memory, 128 bytes per clock: two clocks of a multiprocessor
 for 128 weights.
 
-A program has 32 TILES rows, and its warps take the units of 64 columns of its part of K in turn. Which thread holds
-what is written down (`warp.py`): lane `(g, t)` has of each tile of 8 vector rows the row `g`, and of a unit 16 columns,
-16 bytes of indices. An entry is two words, rows 0, 1 and rows 2, 3 of one column, and each goes into the tensor core as
-it is: a pair along the product's contracted index stands for two rows of *one* column, and `x` of that column is
-`(x, 0)` in an even column of the right operand and `(0, x)` in the odd one after it. So nothing is packed anew, and the
-8 columns of a product are 4 tokens. Half of the tensor core multiplies by zero; it has time.
+A program has 32 TILES rows, and its warps share the units of 64 columns of its part of K. Which thread holds what is
+written down (`warp.py`): lane `(g, t)` has of each tile of 8 vector rows the row `g`, and of a unit 16 columns, 16
+bytes of indices. An entry is two words, rows 0, 1 and rows 2, 3 of one column, and each goes into the tensor core as it
+is: a pair along the product's contracted index stands for two rows of *one* column, and `x` of that column is `(x, 0)`
+in an even column of the right operand and `(0, x)` in the odd one after it. So nothing is packed anew, and the 8
+columns of a product are 4 tokens. Half of the tensor core multiplies by zero; it has time.
 
 At the end the warps' parts are added through the memory that held the table, in the warps' order, and those of programs
 that share K as in `uniform.py`, in theirs. Scales of rows come on last. A bfloat16 `x` is scaled as in
@@ -25,27 +25,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quant.kernels.cluster import all_opened, exchanged, own_part, planned, room, store_half
+from quant.kernels.codebook_inputs import all_inputs, operand, powers_of, taken_inputs
 from quant.kernels.codebook_product import scale_of
-from quant.kernels.shared import added, entries, filled, look_up
-from quant.kernels.uniform import inverse, is_last, power
+from quant.kernels.shared import added, entries, filled, get_four, look_up
+from quant.kernels.uniform import inverse, is_last
 from quant.kernels.warp import (
-    joined,
-    largest_of,
-    load_inputs,
+    fetch,
     load_words,
     nothing,
-    numbers,
-    permuted,
     product,
     shuffled,
     waited,
 )
 
+FETCH = tl.constexpr(2)
+"""Units that are asked for ahead of time, into the second-level cache."""
+
 
 @triton.constexpr_function
-def held_bytes(tiles: int, warps: int) -> int:
-    """Shared memory of a program: the table's copies, later what the warps have of four tokens."""
-    return max(32768, warps * 16 * (32 * tiles + 8))
+def held_bytes(tiles: int, warps: int, steps: int) -> int:
+    """Shared memory of a block: the table's copies, later what the warps have of four tokens; and `x`."""
+    return max(32768, warps * 16 * (32 * tiles + 8)) + steps * warps * 512
 
 
 @triton.jit
@@ -65,67 +66,6 @@ def _unit_words(at, unit, last, TILES: tl.constexpr, NATIVE: tl.constexpr):
     for tile in tl.static_range(TILES):
         words = words + load_words(at[tile // 2] + tl.minimum(unit, last) * 256 + tile % 2 * 128, 4, False, NATIVE)
     return words
-
-
-@triton.jit
-def _unit_inputs(place, unit, end, K, t, EVEN: tl.constexpr, NATIVE: tl.constexpr):
-    """16 columns of `x` of a unit, in eight words; zero from unit `end` and from column K on."""
-    k = unit // 2 * 128 + unit % 2 * 16
-    first = load_inputs(place + k, (unit < end) & (k + t * 32 < K), 4, EVEN, NATIVE)
-    return first + load_inputs(place + k + 8, (unit < end) & (k + t * 32 + 8 < K), 4, EVEN, NATIVE)
-
-
-@triton.jit
-def _all_inputs(places, unit, end, K, t, PARTS: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr):
-    """Those of each part."""
-    made = ()
-    for part in tl.static_range(PARTS):
-        made = made + (_unit_inputs(places[part], unit, end, K, t, EVEN, NATIVE),)
-    return made
-
-
-@triton.jit
-def _sided(word, left, HIGH: tl.constexpr, NATIVE: tl.constexpr):
-    """The high or the low half of a word, in the low half or, where `left`, the high one, beside zero."""
-    select = tl.where(left, 0x3244 if HIGH else 0x1044, 0x4432 if HIGH else 0x4410)  # 4: a byte of zero
-    return permuted(word, 0, select, NATIVE)
-
-
-@triton.jit
-def _operand(word, up, left, KIND: tl.constexpr, NATIVE: tl.constexpr):
-    """Two columns of `x` as the right operand of a product."""
-    if KIND == "bf16":
-        x0, x1 = numbers(word, KIND)
-        word = joined(x0 * up, x1 * up, NATIVE)
-    return _sided(word, left, False, NATIVE), _sided(word, left, True, NATIVE)
-
-
-@triton.jit
-def _powers(
-    places, begin, end, each, K, lanes,
-    WARPS: tl.constexpr, PARTS: tl.constexpr, ONE: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """By what the token of a lane is multiplied in each part, so that the largest `|x|` of its warp's units fits. All
-    `g` have the one token, or two of them the same, and take the units in turn."""
-    TURNS: tl.constexpr = 8 if ONE else 2
-    found = ()
-    for _ in tl.static_range(PARTS):
-        found = found + (tl.zeros(lanes.shape, tl.float32),)
-    for i in range(0, each, TURNS):
-        unit = begin + (i + lanes // 4 % TURNS) * WARPS + lanes // 32
-        fresh = ()
-        for part in tl.static_range(PARTS):
-            words, most = _unit_inputs(places[part], unit, end, K, lanes % 4, False, NATIVE), found[part]
-            for w in tl.static_range(8):
-                low, high = numbers(words[w], "bf16")
-                either = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
-                most = tl.maximum(most, either, propagate_nan=tl.PropagateNan.ALL)
-            fresh = fresh + (most,)
-        found = fresh
-    powers = ()
-    for part in tl.static_range(PARTS):
-        powers = powers + (power(largest_of(found[part], lanes, 5 if ONE else 3, NATIVE)),)
-    return powers
 
 
 @triton.jit
@@ -159,18 +99,36 @@ def _collected(at, left, lanes, LANES: tl.constexpr, ROWS: tl.constexpr, SIZE: t
 
 @triton.jit
 def _stored(
-    sums, held, out, begin, inside, token, lanes, M, N,
-    LANES: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr,
+    sums, made, bias, out, begin, inside, token, first, most, local, M, N,
+    LANES: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, UNSEEN: tl.constexpr,
 ):  # fmt: skip
-    """Scales and stores a part's sums, as `shared.added` gives them. `inside`: how many rows there are from `begin`."""
-    scales, table, bias, peak = held
+    """Stores a part's sums, as `shared.added` gives them from place `first` on, `most` of them, times `made`.
+    `inside`: how many rows there are from `begin`."""
     for i in tl.static_range(len(sums)):
-        row, mine = (i * LANES + lanes) % ROWS, token + (i * LANES + lanes) // ROWS
-        here = (row < inside) & (mine < M)
-        value = sums[i] * scale_of(scales, table, peak, begin + row, here)
+        place = first + i * LANES + local
+        row, mine = place % ROWS, token + place // ROWS
+        here = (row < inside) & (mine < M) & (i * LANES + local < most)
+        value = sums[i] * made[i]
         if BIAS:
             value += tl.load(bias + begin + row, mask=here, other=0.0).to(tl.float32)
-        tl.store(out + mine.to(tl.int64) * N + begin + row, value.to(out.dtype.element_ty), mask=here)
+        value = value.to(out.dtype.element_ty)
+        if UNSEEN:
+            store_half(out + mine.to(tl.int64) * N + begin + row, value, here)
+        else:
+            tl.store(out + mine.to(tl.int64) * N + begin + row, value, mask=here)
+
+
+@triton.jit
+def _scales(held, begin, inside, first, most, local, COUNT: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
+    """Those of the rows of COUNT places of each lane, for `_stored`. Asked for before they are wanted: each is two
+    loads, one after the other."""
+    scales, table, peak = held
+    made = ()
+    for i in tl.static_range(COUNT):
+        row = (first + i * LANES + local) % ROWS
+        here = (row < inside) & (i * LANES + local < most)
+        made = made + (scale_of(scales, table, peak, begin + row, here),)
+    return made
 
 
 @triton.jit
@@ -182,7 +140,7 @@ def _products(
     for pair in tl.static_range(8):
         operands = ()
         for part in tl.static_range(PARTS):
-            operands = operands + (_operand(inputs[part][pair], up[part], left, KIND, NATIVE),)
+            operands = operands + (operand(inputs[part][pair], up[part], left, KIND, NATIVE),)
         fresh = ()
         for tile in tl.static_range(TILES):
             word = words[tile * 4 + pair // 2]
@@ -197,92 +155,140 @@ def _products(
 
 @triton.jit
 def _finish(
-    acc, up, start, held, out, partial, counters, row, inside, M, N,
-    BM: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, ONE: tl.constexpr, SPLIT: tl.constexpr,
-    BIAS: tl.constexpr, NATIVE: tl.constexpr,
+    acc, up, start, held, bias, out, partial, counters, row, inside, lanes, mine, local, M, N,
+    BM: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, CTAS: tl.constexpr, STEPS: tl.constexpr,
+    ONE: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Adds the warps' products, and those of all programs, and stores the `inside` rows from `row` on."""
+    """Adds the warps' products, and those of all blocks or programs, and stores the `inside` rows from `row` on."""
     LANES: tl.constexpr = 32 * WARPS
     ROWS: tl.constexpr = 32 * TILES
-    COUNT: tl.constexpr = (ROWS // LANES if ROWS > LANES else 1) if ONE else 4 * ROWS // LANES
+    PLACES: tl.constexpr = ROWS if ONE else 4 * ROWS
+    COUNT: tl.constexpr = -(-PLACES // LANES)
     SIZE: tl.constexpr = BM * ROWS
-    lanes = tl.arange(0, LANES)
-    place = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-    place = partial + place.to(tl.int64) * tl.num_programs(1) * SIZE + lanes
     first = tl.program_id(2) * BM
-    for part in tl.static_range(BM // 4):
-        down = shuffled(inverse(up[part]), lanes // 32 * 32 + lanes % 4 * 8, NATIVE)
-        sums = added(acc, down, start, lanes, part, BM // 4, TILES, WARPS, COUNT, NATIVE)
-        token = first + part * 4
+    if CTAS > 1 and NATIVE:
+        OWN: tl.constexpr = PLACES // CTAS
+        planned(counters, M)
+        made = _scales(held, row, inside, mine * OWN, OWN, local, -(-OWN // LANES), LANES, ROWS)
+        down = shuffled(inverse(up[0]), lanes // 32 * 32 + lanes % 4 * 8, NATIVE)
+        sums = added(acc, down, start, local, 0, 1, TILES, WARPS, COUNT, NATIVE)
+        all_opened(lanes)
+        sums = exchanged(sums, start + held_bytes(TILES, WARPS, STEPS), mine, local, LANES, PLACES, CTAS)
+        _stored(sums, made, bias, out, row, inside, first, mine * OWN, OWN, local, M, N, LANES, ROWS, BIAS, True)
+    else:
+        place = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        place = partial + place.to(tl.int64) * tl.num_programs(1) * SIZE + local
+        made = _scales(held, row, inside, 0, PLACES, local, COUNT, LANES, ROWS)
+        for part in tl.static_range(BM // 4):
+            down = shuffled(inverse(up[part]), lanes // 32 * 32 + lanes % 4 * 8, NATIVE)
+            sums = added(acc, down, start, local, part, BM // 4, TILES, WARPS, COUNT, NATIVE)
+            token = first + part * 4
+            if SPLIT:
+                _left(sums, place + mine * SIZE + part * 4 * ROWS, token, local, M, LANES, ROWS)
+            else:
+                _stored(sums, made, bias, out, row, inside, token, 0, PLACES, local, M, N, LANES, ROWS, BIAS, False)
         if SPLIT:
-            _left(sums, place + tl.program_id(1) * SIZE + part * 4 * ROWS, token, lanes, M, LANES, ROWS)
-        else:
-            _stored(sums, held, out, row, inside, token, lanes, M, N, LANES, ROWS, BIAS)
-    if SPLIT:
-        if is_last(counters):
-            for some in range(first, tl.minimum(first + BM, M), 4):
-                sums = _collected(place + (some - first) * ROWS, M - some, lanes, LANES, ROWS, SIZE, COUNT)
-                _stored(sums, held, out, row, inside, some, lanes, M, N, LANES, ROWS, BIAS)
+            if is_last(counters):
+                for some in range(first, tl.minimum(first + BM, M), 4):
+                    sums = _collected(place + (some - first) * ROWS, M - some, local, LANES, ROWS, SIZE, COUNT)
+                    _stored(sums, made, bias, out, row, inside, some, 0, PLACES, local, M, N, LANES, ROWS, BIAS, False)
+
+
+@triton.jit
+def _summed(
+    words, at, asked, places, columns, codebook, copy, up, begin, end, each, last, K, g, t,
+    KIND: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The products of a warp's units. `words`: of its first one; `columns`: where its inputs lie in shared memory;
+    `asked`: where a lane asks for a line of a unit."""
+    HALF: tl.constexpr = "fp16" if STEPS > 0 else KIND
+    BEFORE: tl.constexpr = STEPS == 0 and PARTS == 1  # more have no registers for the next inputs
+    acc, unit = nothing(TILES * PARTS, False, g.shape[0]), begin
+    if BEFORE:
+        inputs = all_inputs(places, unit, end, K, t, PARTS, EVEN, NATIVE)
+    for i in range(each):
+        if NATIVE and PARTS == 1:
+            fetch(asked + tl.minimum(unit + FETCH, last) * 256)
+        if STEPS > 0:
+            place = columns + (i // 2 * 256 + i % 2 * 32 + t * 64).to(tl.uint32)
+            inputs = (get_four(place) + get_four(place + 16),)
+        elif PARTS > 1:
+            inputs = all_inputs(places, unit, end, K, t, PARTS, EVEN, NATIVE)
+        unit += 1
+        then = _unit_words(at, unit, last, TILES, NATIVE)
+        if BEFORE:
+            later = all_inputs(places, unit, end, K, t, PARTS, False, NATIVE)
+        acc = _products(acc, words, inputs, codebook, copy, up, g % 2 == 1, HALF, TILES, PARTS, NATIVE)
+        words = then
+        if BEFORE:
+            inputs = later
+    return acc
 
 
 @triton.jit(do_not_specialize=("M", "units", "each", "tiles", "per"))
 def codebook_shared_kernel(
     x, weight, codebook, scales, peaks, table, bias, out, partial, counters,
     M, N, K, stride, units, each, tiles, per,
-    GROUP: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, ONE: tl.constexpr,
-    SPLIT: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
+    GROUP: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, CTAS: tl.constexpr,
+    STEPS: tl.constexpr, ONE: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
+    NATIVE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`x` `[M, K]` with rows `stride` apart, `K` and `stride` multiples of 8; `units` of 64 columns, of which each warp
-    takes `each`; `tiles` of 16 vector rows, `per` of them in a whole group. ONE: M is 1. EVEN: no unit is ragged or
-    missing. EARLY: see `warp.waited`. NATIVE: not in the interpreter, which has no assembler."""
+    takes `each`, an even number; `tiles` of 16 vector rows, `per` of them in a whole group. CTAS: blocks of a program,
+    a cluster, each with WARPS warps and a part of K. STEPS: each warp takes its part of one token as a whole, through
+    shared memory, four units at a step; or 0. ONE: M is 1. EVEN: no unit is ragged or missing. EARLY: see
+    `warp.waited`. NATIVE: not in the interpreter, which has no assembler."""
     KIND: tl.constexpr = "bf16" if x.dtype.element_ty == tl.bfloat16 else "fp16"
     PARTS: tl.constexpr = BM // 4
     LANES: tl.constexpr = 32 * WARPS
     ROWS: tl.constexpr = 32 * TILES
-    lanes = tl.arange(0, LANES)
-    g, t, warp = lanes // 4 % 8, lanes % 4, lanes // 32
+    tl.static_assert(CTAS == 1 or (PARTS == 1 and not SPLIT))
+    lanes = tl.arange(0, LANES * CTAS)
+    part, local = own_part(lanes, WARPS, CTAS)
+    g, t, warp = lanes // 4 % 8, lanes % 4, local // 32
     blocks = (2 * per + TILES - 1) // TILES
     group, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     codebook += group * 1024
+    row = group * GROUP + block * ROWS
+    inside = tl.minimum(GROUP - block * ROWS, N - row)
+    begin = (part * WARPS + warp) * each
+    end = tl.minimum(begin + each, units)
+    start = room(lanes, local, held_bytes(TILES, WARPS, STEPS), ROWS * (4 if ONE else 16), CTAS, NATIVE)
+    asked = tl.minimum(group * per + block * (TILES // 2) + lanes % (4 * TILES) // 8, tiles - 1).to(tl.int64)
+    asked = weight + asked * units * 256 + lanes % 8 * 32  # where a lane asks for a line of a unit
     if EARLY:
+        for ahead in tl.static_range(FETCH):
+            fetch(asked + tl.minimum(begin + ahead, units - 1) * 256)
         zero = waited(lanes)
-        g, t, codebook = g + zero, t + zero, codebook + zero
-    begin = tl.program_id(1) * each * WARPS
-    end = tl.minimum(begin + each * WARPS, units)
+        g, t, codebook, begin = g + zero, t + zero, codebook + zero, begin + zero
     at = ()
     for half in tl.static_range(TILES // 2):  # what is not there, or of another group, is not stored
         tile = tl.minimum(group * per + block * (TILES // 2) + half, tiles - 1)
         at = at + (weight + tl.cast(tile, tl.int64) * units * 256 + (g * 4 + t) * 4,)
-    words = _unit_words(at, begin + warp, units - 1, TILES, NATIVE)
+    words = _unit_words(at, tl.minimum(begin, units - 1), units - 1, TILES, NATIVE)
     if NATIVE:
-        some = entries(codebook, lanes, LANES)
+        some = entries(codebook, local, LANES)
     first = tl.program_id(2) * BM
     places, up = (), ()
-    for part in tl.static_range(PARTS):
-        token = tl.minimum(first + part * 4 + g // 2, M - 1)
-        places, up = places + (x + token.to(tl.int64) * stride + t * 32,), up + (tl.full((LANES,), 1.0, tl.float32),)
-    if KIND == "bf16":
-        up = _powers(places, begin, end, each, K, lanes, WARPS, PARTS, ONE, NATIVE)
-    start = lanes.to(tl.uint32)
+    for number in tl.static_range(PARTS):
+        token = tl.minimum(first + number * 4 + g // 2, M - 1)
+        places = places + (x + token.to(tl.int64) * stride + t * 32,)
+        up = up + (tl.full((LANES * CTAS,), 1.0, tl.float32),)
+    columns = start
+    if STEPS > 0:
+        columns += (held_bytes(TILES, WARPS, 0) + warp * (STEPS * 512)).to(tl.uint32)
+        up = (taken_inputs(x, columns, begin * 64, tl.minimum(K, end * 64), lanes, STEPS, KIND),)
+    elif KIND == "bf16":
+        up = powers_of(places, begin, end, each, K, lanes, PARTS, ONE, NATIVE)
     if NATIVE:
-        start = filled(some, lanes, LANES, held_bytes(TILES, WARPS))
-    copy = start + (lanes % 16 * 8).to(tl.uint32)
-    acc = nothing(TILES * PARTS, False, LANES)
-    unit = begin + warp
-    if PARTS == 1:  # more have no registers for the next inputs
-        inputs = _all_inputs(places, unit, end, K, t, PARTS, EVEN, NATIVE)
-    for _ in range(each):
-        if PARTS > 1:
-            inputs = _all_inputs(places, unit, end, K, t, PARTS, EVEN, NATIVE)
-        unit += WARPS
-        then = _unit_words(at, unit, units - 1, TILES, NATIVE)
-        if PARTS == 1:
-            later = _all_inputs(places, unit, end, K, t, PARTS, False, NATIVE)
-        acc = _products(acc, words, inputs, codebook, copy, up, g % 2 == 1, KIND, TILES, PARTS, NATIVE)
-        words = then
-        if PARTS == 1:
-            inputs = later
-    held = scales, table, bias, tl.load(peaks + group).to(tl.float32)
-    row = group * GROUP + block * ROWS
-    inside = tl.minimum(GROUP - block * ROWS, N - row)
-    _finish(acc, up, start, held, out, partial, counters, row, inside, M, N, BM, TILES, WARPS, ONE, SPLIT, BIAS, NATIVE)
+        filled(start, some, local, LANES)
+    acc = _summed(
+        words, at, asked, places, columns, codebook, start + (lanes % 16 * 8).to(tl.uint32), up, begin, end, each,
+        units - 1, K, g, t, KIND, TILES, PARTS, STEPS, EVEN, NATIVE,
+    )  # fmt: skip
+    held = scales, table, tl.load(peaks + group).to(tl.float32)
+    _finish(
+        acc, up, start, held, bias, out, partial, counters, row, inside, lanes, part, local, M, N,
+        BM, TILES, WARPS, CTAS, STEPS, ONE, SPLIT, BIAS, NATIVE,
+    )  # fmt: skip

@@ -32,6 +32,7 @@ from quant.kernels import (
     integer_launch,
     launch,
     order,
+    trellis_blocks,
     trellis_launch,
     trellis_order,
 )
@@ -163,7 +164,7 @@ def rounding(case: Case, x: Tensor, weight: Tensor, exact: Tensor, scales: Tenso
         largest = 2.0**spec.bits * 2 + (2176 if spec.bits == 8 else 128) * (case.kind == "bf16")
         rounded = eps * (case.tokens >= launch.UNPACK_FROM or spec.group_width(columns) % 32 > 0)
     allowed = 2.0**-21 * columns**0.5 * largest * squares.sum(1, keepdim=True).sqrt() * scales
-    if isinstance(spec, Trellis) and spec.code in trellis_launch.INTEGER:  # x to 2^-16 of its largest
+    if isinstance(spec, Trellis) and spec.code in trellis_blocks.INTEGER:  # x to 2^-16 of its largest
         allowed += 8 * 3**-0.5 * 2.0**-16 * x.abs().amax(1, keepdim=True) * weight.square().sum(1).sqrt()
     allowed += eps * exact.abs()  # twice the rounding of the result: Triton's interpreter cuts bfloat16 off
     return allowed + 8 * rounded * (squares @ weight.square().T).sqrt()

@@ -52,6 +52,15 @@ def put_one(at, number):
 
 
 @triton.jit
+def put_some(at, number, here):
+    """`put_one` where `here`."""
+    tl.inline_asm_elementwise(
+        "{.reg .pred p; setp.ne.b32 p, $3, 0; @p st.shared.f32 [$1], $2; mov.b32 $0, 0;}", "=r,r,f,r",
+        [at, number, here.to(tl.int32)], dtype=tl.uint32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def together(lanes):
     """What a warp's lanes have put is there for all of them from here on; other warps do not wait."""
     tl.inline_asm_elementwise(
@@ -63,6 +72,15 @@ def together(lanes):
 def get(at):
     """The float32 at each address."""
     return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [at], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def added_up(at, STEP: tl.constexpr, COUNT: tl.constexpr):
+    """The sum of COUNT float32, STEP bytes apart, in their order."""
+    total = get(at)
+    for i in tl.static_range(1, COUNT):
+        total += get(at + i * STEP)
+    return total
 
 
 @triton.jit
@@ -85,45 +103,45 @@ def look_up(table, word, BYTE: tl.constexpr):
 
 
 @triton.jit
-def entries(codebook, lanes, LANES: tl.constexpr):
-    """Of a table of 256 entries of two words, which are to lie in 16 copies: what each lane is to put there."""
+def entries(codebook, local, LANES: tl.constexpr):
+    """Of a table of 256 entries of two words, which are to lie in 16 copies: what each lane of a block is to put
+    there."""
     held = ()
     for i in tl.static_range(2048 // LANES):
-        held = held + (load_inputs(codebook + (i * LANES + lanes) // 8 * 4, lanes, 2, True, True),)
+        held = held + (load_inputs(codebook + (i * LANES + local) // 8 * 4, local, 2, True, True),)
     return held
 
 
 @triton.jit
-def filled(held, lanes, LANES: tl.constexpr, SIZE: tl.constexpr):
-    """The address of the copies, once they lie there, of SIZE bytes in all (32768 at least)."""
-    start = reserved(lanes, SIZE)
+def filled(start, held, local, LANES: tl.constexpr):
+    """Puts the copies there, 32768 bytes from address `start` on."""
     for i in tl.static_range(2048 // LANES):
-        put(start + ((i * LANES + lanes) * 16).to(tl.uint32), held[i] + held[i])
+        put(start + ((i * LANES + local) * 16).to(tl.uint32), held[i] + held[i])
     tl.debug_barrier()
-    return start
 
 
 @triton.jit
-def _beside(acc, back, AT: tl.constexpr, WARPS: tl.constexpr):
+def _beside(acc, back, AT: tl.constexpr):
     """A tile's accumulators, the warps' added, as `[4 tokens, 32 rows]`; for the interpreter."""
     four = tl.join(tl.join(acc[AT][0], acc[AT][2]), tl.join(acc[AT][1], acc[AT][3]))
     four *= back[:, None, None]
-    four = tl.sum(tl.reshape(four, (WARPS, 8, 4, 4)), 0)
+    four = tl.sum(tl.reshape(four, (back.shape[0] // 32, 8, 4, 4)), 0)
     return tl.reshape(tl.permute(four, (1, 0, 2)), (4, 32))
 
 
 @triton.jit
 def added(
-    acc, back, start, lanes, PART: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
+    acc, back, start, local, PART: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
     COUNT: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The sums over all warps of a part's products, times `back`: COUNT tensors, number `i` of which has of
-    `[4 tokens, 32 TILES rows]` the places from `32 WARPS i` on."""
+    `[4 tokens, 32 TILES rows]` the places from `32 WARPS i` on. Of a block, whose lanes are `local`; the interpreter
+    adds those of all blocks of the program."""
     ROWS: tl.constexpr = 32 * TILES
     sums = ()
     if NATIVE:
         PITCH: tl.constexpr = ROWS + 8  # else the four tokens of a lane would want the same banks
-        g, t, warp = lanes // 4 % 8, lanes % 4, lanes // 32
+        g, t, warp = local // 4 % 8, local % 4, local // 32
         tl.debug_barrier()
         for tile in tl.static_range(TILES):
             mine = ((warp * 4 + t) * PITCH + 32 * tile + 4 * g) * 4
@@ -131,18 +149,15 @@ def added(
             put(start + mine.to(tl.uint32), (four[0] * back, four[1] * back, four[2] * back, four[3] * back))
         tl.debug_barrier()
         for i in tl.static_range(COUNT):
-            place = i * 32 * WARPS + lanes
+            place = i * 32 * WARPS + local
             at = start + ((place // ROWS * PITCH + place % ROWS) * 4).to(tl.uint32)
-            total = get(at)
-            for w in tl.static_range(1, WARPS):
-                total += get(at + w * (16 * PITCH))
-            sums = sums + (total,)
+            sums = sums + (added_up(at, 16 * PITCH, WARPS),)
     else:
-        whole = tl.join(_beside(acc, back, PART, WARPS), _beside(acc, back, PARTS + PART, WARPS))
+        whole = tl.join(_beside(acc, back, PART), _beside(acc, back, PARTS + PART))
         if TILES == 4:
-            rest = tl.join(_beside(acc, back, 2 * PARTS + PART, WARPS), _beside(acc, back, 3 * PARTS + PART, WARPS))
+            rest = tl.join(_beside(acc, back, 2 * PARTS + PART), _beside(acc, back, 3 * PARTS + PART))
             whole = tl.permute(tl.join(whole, rest), (0, 1, 3, 2))
         whole = tl.reshape(tl.permute(tl.reshape(whole, (4, 32, TILES)), (0, 2, 1)), (4 * ROWS,))
         for i in tl.static_range(COUNT):
-            sums = sums + (tl.gather(whole, i * 32 * WARPS + lanes, 0),)
+            sums = sums + (tl.gather(whole, i * 32 * WARPS + local, 0),)
     return sums

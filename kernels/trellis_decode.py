@@ -33,6 +33,20 @@ def pieces(at, size, BITS: tl.constexpr, SIDE: tl.constexpr, NATIVE: tl.constexp
 
 
 @triton.jit
+def chunk_words(
+    weight, chunk, size, pair, after, t, BITS: tl.constexpr, NATIVE: tl.constexpr, NOW: tl.constexpr = False
+):
+    """All words of a chunk, per side those of `pieces` of both units of a pair and of the unit that comes after."""
+    start = weight + chunk * (BITS * size) + t * 4
+    words = ()
+    for side in tl.static_range(2):
+        for half in tl.static_range(2):
+            words = words + pieces(start + pair * 32 + half * 16, size, BITS, side, NATIVE, NOW)
+        words = words + load_words(start + after * 16 + (side * size if BITS > 1 else 0), 4, True, NATIVE, NOW)
+    return words
+
+
+@triton.jit
 def _middle(low, high):
     return low >> 16 | high << 16
 
@@ -161,7 +175,8 @@ def integer_word(
     streams, J: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr
 ):
     """State J of a unit as the integer whose bytes are multiplied. Two states that are partners take three shifts and
-    masks, one that begins up to `room_of` bits after a whole byte one or two, and any other two."""
+    masks, one that begins up to `room_of` bits after a whole byte one or two, one that lies in a word a product and a
+    shift, and any other two."""
     STEP: tl.constexpr = BITS * vector_of(CODE)
     MASK: tl.constexpr = (1 << WINDOW) - 1
     REST: tl.constexpr = (32 - WINDOW) % STEP
@@ -172,6 +187,8 @@ def integer_word(
         return _scattered(_bits(streams, J * STEP - REST) & (MASK << REST), REST, CODE)
     elif PARTNER < 0:
         return _scattered(_bits(streams, (J + PARTNER) * STEP - REST) >> (32 - WINDOW), 0, CODE)
+    elif J * STEP // 16 % 2 == 1 and J * STEP % 32 + WINDOW <= 32:
+        return _scattered(state_of(streams[J * STEP // 32 * 2], J * STEP % 32, WINDOW, NATIVE), 0, CODE)
     elif SHIFT % 8 <= ROOM:
         word = streams[J * STEP // 16] >> (SHIFT // 8 * 8)
         return _scattered(word & (MASK << SHIFT % 8), SHIFT % 8, CODE)

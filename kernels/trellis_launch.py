@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels.available import early, missing
+from quant.kernels.available import clusters, early, missing
 from quant.kernels.blocks import Config, even_splits
 from quant.kernels.counters import fresh_counters
 from quant.kernels.hadamard import hadamard
@@ -22,6 +22,7 @@ from quant.kernels.launch import KINDS, aligned, input_gradient, multiply_unpack
 from quant.kernels.reference import Weight, check_shape
 from quant.kernels.rotated import IDENTITY, Rotation
 from quant.kernels.trellis import scale_values
+from quant.kernels.trellis_blocks import INTEGER, MOST, alone, blocks_of, choose, compiled_code, turns
 from quant.kernels.trellis_order import CHUNK, UNIT, ArrangedTrellis, chunks, units
 
 UNPACK_FROM = 96
@@ -33,52 +34,6 @@ DECODED = 8
 
 MASK = 0x8FFF8FFF - (1 << 32)
 """Of `inst`; an argument of the kernels, see `trellis_product.py`."""
-
-
-INTEGER = ("mac", "sum")
-"""Codes whose values are sums of bytes. Of 1, 2 and 4 tokens a product, these bytes are multiplied, as integers, with
-two or four columns of a product to a token; of more they are added up first, for float16 products."""
-
-MOST = 16384
-"""Columns of which a warp of such a code may sum 32 bits: `1020 * 127 * MOST < 2^31`."""
-
-
-def choose(
-    tokens: int, rows: int, columns: int, processors: int, code: str = "twin", warps: int = 0, resident: int = 0
-) -> Config:
-    """The configuration without a tuned one: 256 rows per program, and K split over `warps` in each and over as many
-    programs as run side by side, `resident` on a multiprocessor; 0: what was fastest on an H200 (`README.md`). A warp
-    adds what it has to what the others of its program have through shared memory; only programs leave parts in memory
-    for the last of them to add. `code`: as `compiled_code` names it."""
-    least = 2 if code == "twin" else 4 if code in INTEGER else 8
-    bm = next(size for size in (2, 4, 8, 16) if size >= least and (tokens <= size or size == 16 or code == "hyb"))
-    integer, large = bm < 8, bm > 8 or (bm == 8 and least < 8)  # large: 8 warps have all registers
-    programs = -(-rows // (16 * UNIT)) * -(-tokens // bm)
-    splits = max(1, processors * (resident or (2 if large else 1 if integer else 6)) // programs)
-    enough = bm == 2 and chunks(columns) >= 12 * 16 * splits
-    most = 16 if bm == 2 else 4 if large else 8 if integer or tokens == 1 else 4
-    warps = min(most, warps or (16 if enough else 8 if integer or large else 2))
-    if large:  # or the sums of parts took longer than the parts
-        splits = min(splits, max(1, chunks(columns) // (4 * warps)))
-    splits = max(splits, -(-columns // (MOST * warps)))
-    return Config(bm, 16 * UNIT, warps, 1, even_splits(columns, splits, CHUNK * warps))
-
-
-def compiled_code(code: str, bits: int, tokens: int = 1) -> str:
-    """What the kernels call a code of a product of so many tokens: `mac` is `twin` where a state has two values, and
-    bytes that are added up are `_halves`."""
-    name = "twin" if code == "mac" and bits <= 2 else code
-    return name + "_halves" if tokens >= 8 and code in INTEGER else name
-
-
-def candidates(tokens: int, rows: int, columns: int, processors: int, code: str = "twin") -> list[Config]:
-    """Configurations worth timing: how K is split."""
-    found = [
-        choose(tokens, rows, columns, processors, code, warps, resident)
-        for warps, most in ((1, 16), (2, 8), (4, 4), (8, 2), (16, 1))
-        for resident in range(max(1, most // 2), most + 1, max(1, most // 4))
-    ]
-    return list(dict.fromkeys(found))
 
 
 def refuses(x: Tensor, arranged: Weight) -> str | None:
@@ -182,28 +137,35 @@ def launch(
     if not out.numel():
         return
     config = config or tuned(x.device, tokens, rows, columns, bits, f"{code}-{KINDS[x.dtype]}", CHUNK)
-    config = config or choose(tokens, rows, columns, processor(x.device)[0], compiled_code(code, bits))
+    name, processors = compiled_code(code, bits), processor(x.device)[0]
+    config = config or choose(tokens, rows, columns, processors, name, clusters=clusters(x.device))
     if code in INTEGER:  # a tuned one may be of fewer columns
         least = -(-columns // (MOST * config.warps))
-        config = replace(config, splits=even_splits(columns, max(config.splits, least), CHUNK * config.warps))
-    grid = (-(-rows // (16 * UNIT)), config.splits, -(-tokens // config.bm))
+        if config.splits < least:
+            config = replace(config, splits=even_splits(columns, least, CHUNK * config.warps))
     count, (whole, total) = chunks(columns), units(rows, length)
-    each = -(-count // (config.splits * config.warps))
-    steps = -(-each // 8)
+    if config.bn < 16 * UNIT and not alone(tokens, name, config, count):
+        config = replace(config, bn=16 * UNIT)
+    apart = 16 * UNIT // config.bn
+    each = -(-count // (config.splits * config.warps * apart))
     if signs is not None and not (
-        turns(tokens, compiled_code(code, bits), config.bm, block, each, config.warps)
+        turns(tokens, name, config, block, count)
         and columns % block == 0 and signs.shape == (columns,) and signs.dtype == torch.int8
         and signs.is_contiguous() and signs.data_ptr() % 8 == 0
     ):  # fmt: skip
         x, signs = hadamard(x, block, signs), None
+    block = block if signs is not None else int(alone(tokens, name, config, count))
     if bias is not None:
         bias = bias.expand(rows).contiguous()
     x = aligned(x)
     if tokens * x.stride(0) >> 31:
         x = x.contiguous()
     partial, counters = out, out
-    if config.splits > 1:
-        partial = torch.empty((config.splits, tokens, rows), dtype=torch.float32, device=x.device)
+    ctas = blocks_of(config, tokens, rows, name, processors, clusters(x.device))
+    splits = config.splits // ctas
+    grid = (-(-rows // config.bn), splits, -(-tokens // config.bm))
+    if splits > 1:
+        partial = torch.empty((splits, tokens, rows), dtype=torch.float32, device=x.device)
         counters = fresh_counters(grid[0] * grid[2], x.device)
     with torch.cuda.device_of(x):
         trellis_kernel[grid](
@@ -212,20 +174,11 @@ def launch(
             out if bias is None else bias, out, partial, counters,
             tokens, rows, x.shape[1], x.stride(0), count, each, total, whole, MASK,
             **constants(bits, window, code, table_bits, length, x.device, config.bm),
-            BM=config.bm, WARPS=config.warps, ONE=tokens == 1, SPLIT=config.splits > 1,
-            EVEN=columns == CHUNK * each * config.splits * config.warps, BLOCK=0 if signs is None else block,
-            STEPS=1 if signs is None else steps, BIAS=bias is not None,
-            num_warps=config.warps, num_stages=1, enable_fp_fusion=True, **early(x.device),
+            BM=config.bm, APART=apart, WARPS=config.warps, CTAS=ctas, ONE=tokens == 1, SPLIT=splits > 1,
+            EVEN=columns == CHUNK * each * config.splits * config.warps, BLOCK=block,
+            STEPS=-(-each * apart // 8) if block else 1, BIAS=bias is not None,
+            num_warps=config.warps, num_ctas=ctas, num_stages=1, enable_fp_fusion=True, **early(x.device),
         )  # fmt: skip
-
-
-def turns(tokens: int, code: str, bm: int, block: int, each: int, warps: int) -> bool:
-    """Whether the product rotates `x` itself: one token of an integer code, blocks of a power of two from 8 to 256,
-    whole ones in each program's part of K, of which a warp has `each` chunks, 32 at most. `code`: as `compiled_code`
-    names it."""
-    whole = block in (8, 16, 32, 64, 128, 256) and each * warps * CHUNK % block == 0
-    few = -(-each // 8) <= 4 and -(-each // 8) * warps <= 64
-    return tokens == 1 and bm == {"twin": 2, "mac": 4, "sum": 4}.get(code) and whole and few
 
 
 def run(x: Tensor, arranged: ArrangedTrellis, config: Config, out: Tensor, turn: Rotation = IDENTITY) -> None:

@@ -24,7 +24,7 @@ units are also how a tensor core instruction (PTX ISA, mma.m16n8k16) holds its l
 
 Sequences of `length` rows are whole units, and after the last unit of one comes its first again. A shorter sequence at
 the end need not end with a unit: its stream is written on, from its beginning, into as many units as its rows take and
-one more. Units: `length / 16` for each whole sequence, and those.
+one or two more, so that their number is even. Units: `length / 16` for each whole sequence, and those.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def units(rows: int, length: int) -> tuple[int, int]:
     """Units of the whole sequences, and of all."""
     whole, rest = divmod(rows, length)
     each = length // UNIT
-    return whole * each, whole * each + (-(-rest // UNIT) + 1 if rest else 0)
+    return whole * each, whole * each + (-(-rest // UNIT) // 2 * 2 + 2 if rest else 0)
 
 
 def arrange(packed: PackedTrellis, begin: int = 0, end: int | None = None) -> ArrangedTrellis:
@@ -104,7 +104,7 @@ def arrange(packed: PackedTrellis, begin: int = 0, end: int | None = None) -> Ar
     rest = len(rows) % spec.length
     if rest:
         stream = packed.weight[at:].view(columns, -1)
-        length = (-(-rest // UNIT) + 1) * 2 * spec.bits
+        length = units(rest, spec.length)[1] * 2 * spec.bits
         circle = torch.arange(length, device=stream.device) % stream.shape[1]
         halves.append(stream[:, circle].view(torch.int16).view(columns, -1, spec.bits).transpose(0, 1))
     scales = packed.scales[rows.start : rows.stop]

@@ -2,7 +2,7 @@
 
 `out[M, N] = x[M, K] @ W[N, K]^T`: each program has 16 units, 256 rows, and each of its warps, up to 16 of them, a part
 of K whose weights it decodes once per BM tokens; they add what they have through shared memory. What a thread holds is
-written down (`warp.py`): lane `(g, t)` has units `g` and `g + 8`, and of a side of a chunk the four columns
+written down (`warp.py`): lane `(g, t)` has units `2 g` and `2 g + 1`, and of a side of a chunk the four columns
 `8 t + 4 side + i`. So one row of every unit is an operand of a tensor core as it is: 16 products, one per row of a
 unit, and no value ever changes its thread.
 
@@ -48,14 +48,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant.kernels.shared import reserved
+from quant.kernels.cluster import own_part, room
 from quant.kernels.trellis_decode import (
     FLIP,
     carry_of,
+    chunk_words,
     integer_word,
     is_halves,
     neighbours,
-    pieces,
     row_of,
     row_words,
     state_at,
@@ -73,7 +73,7 @@ from quant.kernels.trellis_inputs import (
 from quant.kernels.trellis_leave import carried, finish, held_bytes, leave, products_of, tokens_at_once
 from quant.kernels.trellis_turn import chunk_inputs, taken
 from quant.kernels.uniform import is_last
-from quant.kernels.warp import byte_sum, fetch, load_inputs, load_words, nothing, permuted, product, waited
+from quant.kernels.warp import byte_sum, fetch, load_inputs, nothing, permuted, product, waited
 
 FETCH = tl.constexpr(2)
 """Chunks that are asked for ahead of time, into the second-level cache."""
@@ -86,28 +86,16 @@ def fetches(bm: int, parts: int, native: bool) -> bool:
 
 
 @triton.jit
-def _chunk_words(
-    weight, chunk, size, units, after, lane, BITS: tl.constexpr, NATIVE: tl.constexpr, NOW: tl.constexpr = False
-):
-    """All words of a chunk, per side and unit those of `pieces` and of the unit that comes after."""
-    start = weight + chunk * (BITS * size)
-    words = ()
-    for side in tl.static_range(2):
-        for half in tl.static_range(2):
-            words = words + pieces(start + units[half] * 16 + lane * 4, size, BITS, side, NATIVE, NOW)
-            first = start + after[half] * 16 + lane * 4
-            words = words + load_words(first + (side * size if BITS > 1 else 0), 4, True, NATIVE, NOW)
-    return words
-
-
-@triton.jit
-def _lines(weight, size, lanes, BITS: tl.constexpr):
-    """Where each lane of a warp asks for a line of a chunk of its program's units: 8 lines of 128 bytes for a bit."""
+def _asked(weight, size, lanes, chunk, count, BITS: tl.constexpr, APART: tl.constexpr):
+    """Where each lane of a warp asks for a line of a chunk of its program's units, of APART chunks from `chunk` on: 8
+    lines of 128 bytes for a bit."""
+    LINES: tl.constexpr = 8 // APART
     line = lanes % 32 % (8 * BITS)
     if BITS == 3:
         line = tl.minimum(lanes % 32, 23)
-    place = tl.minimum(tl.program_id(0) * 256 + line % 8 * 32, size - 1)
-    return weight + line // 8 * size + place
+    place = tl.minimum(tl.program_id(0) * (256 // APART) + line % LINES * 32, size - 1)
+    chunk = tl.minimum(chunk + line // LINES % APART, count - 1)
+    return weight + chunk.to(tl.int64) * (BITS * size) + line // 8 * size + place
 
 
 @triton.jit
@@ -130,11 +118,11 @@ def _side(
     NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The products of all rows of the units with one side of a chunk."""
-    WORDS: tl.constexpr = 8 if BITS <= 2 else 12
+    PIECES: tl.constexpr = 4 if BITS <= 2 else 8
     streams, last, fresh = (), (), ()
     for half in tl.static_range(2):
         for i in tl.static_range(4):
-            streams = streams + (streams_of(words, (2 * SIDE + half) * WORDS, i, SIDE, BITS),)
+            streams = streams + (streams_of(words, SIDE * (2 * PIECES + 4) + half * PIECES, i, SIDE, BITS),)
             last = last + (mask,)
     for j in tl.static_range(products_of(CODE)):
         row = ()
@@ -194,10 +182,10 @@ def _operands(
 
 @triton.jit
 def _summed(
-    x, grid, scaled, words, mask, pairs, begin, end, turns, each, K, lanes,
+    x, grid, scaled, words, mask, pairs, begin, end, turns, K, lanes, own,
     BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, BLOCK: tl.constexpr,
-    STEPS: tl.constexpr, WARPS: tl.constexpr, ONE: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr,
-    KIND: tl.constexpr, NATIVE: tl.constexpr,
+    STEPS: tl.constexpr, WARPS: tl.constexpr, CTAS: tl.constexpr, APART: tl.constexpr, ONE: tl.constexpr,
+    BM: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The products with all chunks of a warp's part of K, and of integer codes the sums of `x`."""
     INTEGER: tl.constexpr = is_integer(CODE)
@@ -205,27 +193,28 @@ def _summed(
     AHEAD: tl.constexpr = ahead_of(CODE)
     EACH: tl.constexpr = tokens_at_once(CODE)
     PARTS: tl.constexpr = BM // EACH
-    weight, size, held, after, lines, count = grid
+    weight, size, pair, after, count = grid
     places, scale, integers, mine, where = scaled
     t, flip = lanes % 4, mask * FLIP
-    acc, sums = nothing(products_of(CODE) * PARTS, INTEGER, 32 * WARPS), ()
+    acc, sums = nothing(products_of(CODE) * PARTS, INTEGER, 32 * WARPS * CTAS), ()
     for _ in tl.static_range(PARTS):
         sums = sums + (tl.zeros(lanes.shape, tl.int32),)
-    sums = nothing(PARTS, False, 32 * WARPS) if HALVES else sums
+    sums = nothing(PARTS, False, 32 * WARPS * CTAS) if HALVES else sums
     SEVERAL: tl.constexpr = 8 * STEPS if BLOCK > 0 else AHEAD
     for several in range(0, turns, SEVERAL):
         if (INTEGER or HALVES) and NATIVE and BLOCK == 0:
             leave_inputs(x, mine, places, scale, begin + several, end, K, lanes, ONE, EACH, PARTS, AHEAD, HALVES, KIND)
         for i in range(several, tl.minimum(several + SEVERAL, turns)):
-            chunk = begin + i
+            first = begin + i * APART
+            chunk = first + own
             if fetches(BM, PARTS, NATIVE):
-                fetch(lines + tl.cast(tl.minimum(chunk + FETCH, count - 1), tl.int64) * (BITS * size))
-            then = _chunk_words(weight, tl.minimum(chunk + 1, count - 1), size, held, after, t, BITS, NATIVE)
+                fetch(_asked(weight, size, lanes, first + FETCH * APART, count, BITS, APART))
+            then = chunk_words(weight, tl.minimum(chunk + APART, count - 1), size, pair, after, t, BITS, NATIVE)
             some = ()
             if INTEGER or HALVES:
                 some = chunk_inputs(
-                    integers, x, mine, places, scale, chunk, i - several, lanes // 32 * each + i, K, lanes,
-                    BLOCK, STEPS, WARPS, ONE, EACH, PARTS, HALVES, KIND, NATIVE,
+                    integers, x, mine, places, scale, chunk, (i - several) * APART + own, K, lanes,
+                    BLOCK, STEPS, ONE, EACH, PARTS, HALVES, KIND, NATIVE,
                 )  # fmt: skip
             for side in tl.static_range(2):
                 inputs = _operands(some, x, places, scale, where, chunk, side, t, K, PARTS, KIND, CODE, EVEN, NATIVE)
@@ -241,60 +230,64 @@ def trellis_kernel(
     x, signs, weight, scales, peaks, pairs, table, bias, out, partial, counters,
     M, N, K, stride, count, each, total, whole, mask,
     BITS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr, TABLE: tl.constexpr, LENGTH: tl.constexpr,
-    BM: tl.constexpr, WARPS: tl.constexpr, ONE: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    BM: tl.constexpr, APART: tl.constexpr, WARPS: tl.constexpr, CTAS: tl.constexpr, ONE: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
     BIAS: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`x` `[M, K]` with rows `stride` apart, `K` and `stride` multiples of 8; `count` chunks of K, `each` of them per
-    warp; `total` units, `whole` of them of whole sequences. BM: 8 or 16 tokens, 4 of integer codes, 2 or 4 of
-    `twin`. ONE: M is 1. EVEN: every warp has `each` whole chunks. BLOCK: what `x` is rotated in, with `signs`; 0: it is
-    not. STEPS times 8 are `each` at least. EARLY: see `warp.waited`. NATIVE: not in the interpreter, which has no
+    """`x` `[M, K]` with rows `stride` apart, `K` and `stride` multiples of 8; `count` chunks of K, of which each warp
+    takes APART times `each`; `total` units, `whole` of them of whole sequences. BM: 8 or 16 tokens, 4 of integer codes,
+    2 or 4 of `twin`. APART: 2 of a program with 128 rows, whose warps take two chunks at a time, else 1. CTAS: blocks
+    of a program, a cluster, each with WARPS warps and a part of K. ONE: M is 1. EVEN: every warp has `each` whole
+    chunks. BLOCK: what `x` is rotated in, with `signs`; 1: it is not, but taken as a whole by each warp; 0: nor that.
+    STEPS times 8 are a warp's chunks at least. EARLY: see `warp.waited`. NATIVE: not in the interpreter, which has no
     assembler."""
     INTEGER: tl.constexpr = is_integer(CODE)
     KIND: tl.constexpr = "bf16" if x.dtype.element_ty == tl.bfloat16 else "fp16"
     EACH: tl.constexpr = tokens_at_once(CODE)
     PARTS: tl.constexpr = BM // EACH
     AHEAD: tl.constexpr = ahead_of(CODE)
-    lanes = tl.arange(0, 32 * WARPS)
+    ROWS: tl.constexpr = 256 // APART
+    lanes = tl.arange(0, 32 * WARPS * CTAS)
     g, t = lanes // 4 % 8, lanes % 4
-    begin = tl.program_id(1) * each * WARPS
-    turns = tl.minimum(each, count - begin)
-    begin += lanes // 32 * each
-    end = tl.minimum(begin + each, count)
+    pair, own = g % (8 // APART), g // (8 // APART)
+    part, local = own_part(lanes, WARPS, CTAS)
+    warp = local // 32
+    turns = each if CTAS > 1 else tl.minimum(each, tl.cdiv(count - part * (each * APART * WARPS), APART))
+    begin = (part * WARPS + warp) * (each * APART)
+    end = tl.minimum(begin + each * APART, count)
+    HELD: tl.constexpr = held_bytes(BM, ONE, CODE, WARPS, APART, STEPS if BLOCK > 0 else 0, AHEAD)
+    SUMS: tl.constexpr = 4 * ROWS * (1 if ONE else EACH)
+    start = room(lanes, local, HELD, SUMS, CTAS, NATIVE)
     size = total * 16
     zero = lanes * 0
-    lines = _lines(weight, size, lanes, BITS)
-    for ahead in tl.static_range(FETCH if fetches(BM, PARTS, NATIVE) else 0):
-        fetch(lines + tl.cast(tl.minimum(begin + ahead, count - 1), tl.int64) * (BITS * size))
+    if fetches(BM, PARTS, NATIVE):
+        for ahead in tl.static_range(FETCH):
+            fetch(_asked(weight, size, lanes, begin + ahead * APART, count, BITS, APART))
     if EARLY:
         zero = waited(lanes)
     begin += zero
-    unit = tl.program_id(0) * 16 + g + zero
-    held = tl.minimum(unit, total - 1), tl.minimum(unit + 8, total - 1)  # what is not there is not stored
-    after = neighbours(held[0], whole, total, LENGTH), neighbours(held[1], whole, total, LENGTH)
-    words = _chunk_words(weight, tl.minimum(begin, count - 1), size, held, after, t, BITS, NATIVE, BLOCK > 0)
+    pair = tl.minimum(tl.program_id(0) * (ROWS // 32) + pair + zero, total // 2 - 1)  # what is not there is not stored
+    after = neighbours(pair * 2 + 1, whole, total, LENGTH)
+    words = chunk_words(weight, tl.minimum(begin + own, count - 1), size, pair, after, t, BITS, NATIVE, BLOCK > 0)
     mask = tl.full(lanes.shape, 0, tl.uint32) + mask.to(tl.uint32, bitcast=True)
     first = tl.program_id(2) * BM
-    start = lanes.to(tl.uint32)
-    if NATIVE:
-        start = reserved(lanes, held_bytes(BM, ONE, CODE, WARPS, STEPS if BLOCK > 0 else 0, AHEAD))
     integers, places, scale, down, mine = taken(
-        x, signs, start, first, M, K, stride, begin, end, each, zero, lanes,
-        INTEGER, BLOCK, STEPS, WARPS, ONE, BM, EACH, AHEAD, KIND, NATIVE,
+        x, signs, start, first, M, K, stride, begin, end, each * APART, lanes, warp,
+        INTEGER, BLOCK, STEPS, ONE, BM, EACH, AHEAD, KIND, NATIVE,
     )  # fmt: skip
-    grid = weight, size, held, after, lines, count
+    grid = weight, size, pair, after, count
     scaled = places, scale, integers, mine, places_of(g, CODE)
     acc, sums = _summed(
-        x, grid, scaled, words, mask, pairs, begin, end, turns, each, K, lanes,
-        BITS, WINDOW, CODE, TABLE, BLOCK, STEPS, WARPS, ONE, BM, EVEN, KIND, NATIVE,
+        x, grid, scaled, words, mask, pairs, begin, end, turns, K, lanes, own,
+        BITS, WINDOW, CODE, TABLE, BLOCK, STEPS, WARPS, CTAS, APART, ONE, BM, EVEN, KIND, NATIVE,
     )  # fmt: skip
     if INTEGER:
         sums = carried(sums, lanes, CODE, PARTS, NATIVE)
     leave(
-        acc, sums, down, start, (scales, peaks, table, bias), out, partial, tl.program_id(0) * 256, first, lanes, M, N,
-        BITS, WINDOW, CODE, LENGTH, PARTS, WARPS, ONE, SPLIT, BIAS, NATIVE,
+        acc, sums, down, start, (scales, peaks, table, bias), out, partial, tl.program_id(0) * ROWS, first, lanes, part,
+        local, M, N, BITS, WINDOW, CODE, LENGTH, PARTS, WARPS, CTAS, APART, HELD, ONE, SPLIT, BIAS, NATIVE,
     )  # fmt: skip
     if SPLIT:
         if is_last(counters):
             TAKEN: tl.constexpr = 1 if ONE else 2 if BM == 2 else 4
-            finish(x, scales, peaks, table, bias, out, partial, M, N, BM, TAKEN, LENGTH, BIAS)
+            finish(x, scales, peaks, table, bias, out, partial, M, N, BM, TAKEN, ROWS, LENGTH, BIAS)

@@ -26,12 +26,13 @@ from typing import Any
 import torch
 
 from quant.kernels import blocks
+from quant.kernels.available import clusters
 from quant.kernels.blocks import Config, choose_skinny, even_splits
 from quant.kernels.order import TILE
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHIPPED = Path(__file__).parent / "tuned"
-REVISION = 5
+REVISION = 6
 """Of the kernels: entries for others do not fit."""
 
 
@@ -154,7 +155,7 @@ def fastest(
     tokens: int, rows: int, columns: int, spec: Any, kind: str, apply: Callable[..., Iterator[Any]]
 ) -> tuple[Config, float, float]:
     """The best configuration, its seconds, and those of the default one. `apply`: a `map`, for the checks."""
-    from quant.kernels import codebook_launch, launch, measure, trellis_launch
+    from quant.kernels import codebook_launch, launch, measure, trellis_blocks
     from quant.kernels.spec import Codebook, Trellis
 
     properties = torch.cuda.get_device_properties(0)
@@ -176,9 +177,9 @@ def fastest(
                 times[config] = measure.clock(call, len(packed), nbytes / 4e12)  # how many calls, no more
 
     if isinstance(spec, Trellis):
-        code = trellis_launch.compiled_code(spec.code, bits)
-        default = trellis_launch.choose(*sizes, count, code)
-        measured([default, *trellis_launch.candidates(*sizes, count, code)])
+        code = trellis_blocks.compiled_code(spec.code, bits)
+        default = trellis_blocks.choose(*sizes, count, code, clusters=clusters(x.device))
+        measured([default, *trellis_blocks.candidates(*sizes, count, code)])
     elif isinstance(spec, Codebook):
         chosen = spec.chosen((rows, columns))
         shared = codebook_launch.is_shared(chosen.length, chosen.index_bits, chosen.second_bits)

@@ -38,10 +38,10 @@ class Compiled:
 
 def compile_for(
     capability: int, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int,
-    fusion: bool = True,
+    fusion: bool = True, blocks: int = 1,
 ) -> Compiled:  # fmt: skip
     """`types`: Triton's type of each run-time argument ("*fp16", "i32"); pointers and the sizes N, K and stride count
-    as divisible by 16, as they are for every real model."""
+    as divisible by 16, as they are for every real model. `blocks` of a program: a cluster."""
     from triton import compile as compile_triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -54,7 +54,7 @@ def compile_for(
         if name in types and (types[name].startswith("*") or name in ("N", "K", "stride"))
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
+    options = {"num_warps": warps, "num_ctas": blocks, "num_stages": stages, "enable_fp_fusion": fusion}
     made = compile_triton(source, target=GPUTarget("cuda", capability, 32), options=options)
     return read(capability, made.asm["cubin"], made.asm["ttgir"], made.metadata.shared)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant.kernels import arranged, trellis_launch
+from quant.kernels import arranged, trellis_blocks, trellis_launch
 from quant.kernels.blocks import Config
 from quant.kernels.dispatch import explain, matmul
 from quant.kernels.hadamard import hadamard, random_signs
@@ -59,7 +59,7 @@ def bound(x: Tensor, packed: PackedTrellis, exact: Tensor, integers: bool = True
     weight = packed.dequantize(torch.float64).abs()
     if code == "inst":
         return allowed + 2.0**-11 * length @ weight.T
-    rounded = integers and code in trellis_launch.INTEGER
+    rounded = integers and code in trellis_blocks.INTEGER
     return allowed + (length.amax(1)[:, None] * (0.5 / 32512) * weight.sum(1) if rounded else 0.0)
 
 
@@ -86,7 +86,7 @@ def test_kernel_order_is_what_its_description_says(bits: int) -> None:
     held = arrange(packed)
     whole, total = units(85, 32)
     words = held.weight.view(chunks(35), bits, total, 4, 4).long() & 0xFFFFFFFF
-    assert (whole, total) == (4, 7)
+    assert (whole, total) == (4, 8)
 
     def half(unit: int, column: int, number: int) -> int:
         chunk, lane, side, i = column // 32, column % 32 // 8, column % 8 // 4, column % 4
@@ -111,23 +111,48 @@ def test_only_whole_sequences_are_cut_out() -> None:
 
 
 def test_configurations() -> None:
-    assert trellis_launch.choose(1, 8192, 8192, 132) == Config(2, 256, 8, 1, 4)
-    assert trellis_launch.choose(1, 28672, 8192, 132) == Config(2, 256, 16, 1, 1)
-    assert trellis_launch.choose(8, 28672, 8192, 132) == Config(8, 256, 4, 1, 2)
-    assert trellis_launch.choose(16, 1024, 8192, 132) == Config(16, 256, 4, 1, 16)  # few parts: the last program adds
-    assert trellis_launch.choose(1, 28672, 8192, 132, "inst") == Config(8, 256, 2, 1, 7)
-    assert trellis_launch.choose(1, 256, 28672, 1, warps=1).splits == 2  # integers stay below 2^31
-    assert trellis_launch.choose(16, 64, 32, 132).splits == 1  # one chunk cannot be split
-    assert trellis_launch.choose(17, 28672, 8192, 132, "inst").bm == 16
+    assert trellis_blocks.choose(1, 8192, 8192, 132) == Config(2, 256, 8, 1, 4)
+    assert trellis_blocks.choose(1, 28672, 8192, 132) == Config(2, 256, 16, 1, 1)
+    assert trellis_blocks.choose(8, 28672, 8192, 132) == Config(8, 256, 4, 1, 2)
+    assert trellis_blocks.choose(16, 1024, 8192, 132) == Config(16, 256, 4, 1, 16)  # few parts: the last program adds
+    assert trellis_blocks.choose(1, 28672, 8192, 132, "inst") == Config(8, 256, 2, 1, 7)
+    assert trellis_blocks.choose(1, 256, 28672, 1, warps=1).splits == 2  # integers stay below 2^31
+    assert trellis_blocks.choose(16, 64, 32, 132).splits == 1  # one chunk cannot be split
+    assert trellis_blocks.choose(17, 28672, 8192, 132, "inst").bm == 16
     for columns in (100, 256, 1000, 8192, 28672):
-        config = trellis_launch.choose(1, 4096, columns, 132)
+        config = trellis_blocks.choose(1, 4096, columns, 132)
         each = -(-chunks(columns) // (config.splits * config.warps)) * config.warps
         assert (config.splits - 1) * each < chunks(columns) <= config.splits * each  # no split is without work
-        assert trellis_launch.turns(1, "twin", 2, 128, each // config.warps, config.warps)
-    assert not trellis_launch.turns(2, "twin", 2, 128, 8, 8)  # one token only
-    assert not trellis_launch.turns(1, "twin", 4, 128, 8, 8)  # and the least that a program takes
-    assert not trellis_launch.turns(1, "twin", 2, 128, 3, 2)  # a block would be in two programs
-    assert not trellis_launch.turns(1, "inst", 8, 128, 8, 8)
+        assert trellis_blocks.turns(1, "twin", config, 32, chunks(columns))
+    eight = Config(2, 256, 8, 1, 4)
+    assert trellis_blocks.turns(1, "twin", eight, 256, 256)
+    assert not trellis_blocks.turns(2, "twin", eight, 128, 256)  # one token only
+    assert not trellis_blocks.turns(1, "twin", Config(4, 256, 8, 1, 4), 128, 256)  # and the least that a program takes
+    assert not trellis_blocks.turns(1, "twin", eight, 128, 96)  # a block would be in two warps
+    assert not trellis_blocks.turns(1, "inst", Config(8, 256, 8, 1, 4), 128, 256)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "config", "blocks"),
+    [
+        (8192, 8192, Config(2, 128, 8, 1, 2), 2),
+        (8192, 28672, Config(2, 128, 16, 1, 2), 2),
+        (1024, 8192, Config(2, 128, 8, 1, 8), 8),
+        (4096, 4096, Config(2, 256, 8, 1, 4), 4),
+        (14336, 4096, Config(2, 256, 8, 1, 2), 2),
+        (28672, 8192, Config(2, 256, 16, 1, 1), 1),  # every multiprocessor has rows of its own
+        (4096, 14336, Config(2, 256, 8, 1, 8), 1),  # clusters would leave half of them idle
+        (64, 64, Config(2, 256, 8, 1, 1), 1),
+    ],
+)
+def test_clusters(rows: int, columns: int, config: Config, blocks: int) -> None:
+    """What was fastest on an H200; no block is without a chunk."""
+    assert trellis_blocks.choose(1, rows, columns, 132, clusters=True) == config
+    assert trellis_blocks.blocks_of(config, 1, rows, "twin", 132, True) == blocks
+    assert trellis_blocks.blocks_of(config, 1, rows, "twin", 132, False) == 1
+    assert trellis_blocks.blocks_of(config, 2, rows, "twin", 132, True) == 1
+    each = -(-chunks(columns) // (config.splits * config.warps * 256 // config.bn))
+    assert blocks == 1 or (blocks - 1) * each * config.warps * 256 // config.bn < chunks(columns)
 
 
 def test_rows_of_the_table_say_what_they_multiply() -> None:
@@ -175,13 +200,20 @@ CASES = [
     (16, 40, 70, 32, 13, "mac", torch.bfloat16, Config(16, 256, 1, 1, 1)),
     (9, 33, 70, 32, 8, "sum", torch.float16, Config(16, 256, 1, 1, 2)),
 ]
-LONG = (1, 20, 530, 32, 13, "mac", torch.bfloat16, Config(2, 256, 1, 1, 1))  # more than the integers kept at a time
+LONG = (1, 20, 1060, 32, 13, "mac", torch.bfloat16, Config(2, 256, 1, 1, 1))  # more than a warp takes as a whole
+APART = [
+    (2, (1, 290, 330, 256, 13, "mac", torch.bfloat16, Config(2, 128, 2, 1, 4))),
+    (1, (1, 170, 330, 32, 12, "mac", torch.float16, Config(2, 128, 1, 1, 1))),
+]
 
 
 @pytest.mark.parametrize(
-    ("bits", "case"), [*((b, c) for n, c in enumerate(CASES) for b in ((1 + n % 4,), (1, 2, 3, 4))[n == 0]), (2, LONG)]
+    ("bits", "case"),
+    [*((b, c) for n, c in enumerate(CASES) for b in ((1 + n % 4,), (1, 2, 3, 4))[n == 0]), (2, LONG), *APART],
 )
-def interpreted_matmul(bits: int, case: tuple[Any, ...]) -> None:
+def interpreted_matmul(bits: int, case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trellis_launch, "clusters", lambda device: True)
+    monkeypatch.setattr(trellis_launch, "processor", lambda device: (132, False))
     tokens, rows, columns, length, window, code, dtype, config = case
     packed = weight(rows, columns, Trellis(bits=bits, window=window, code=code, length=length, table_bits=7))
     held, x = arrange(packed), some(tokens, columns, dtype) * torch.tensor(0.5) ** (torch.arange(tokens) % 8)[:, None]
@@ -204,15 +236,23 @@ def interpreted_matmul(bits: int, case: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize(
     ("bits", "columns", "block", "code", "dtype", "config"),
     [
-        (2, 320, 64, "mac", torch.bfloat16, Config(2, 256, 2, 1, 2)),
-        (1, 1280, 256, "mac", torch.float16, Config(2, 256, 4, 1, 1)),  # two steps
+        (2, 256, 64, "mac", torch.bfloat16, Config(2, 256, 2, 1, 2)),
+        (1, 1024, 256, "mac", torch.float16, Config(2, 256, 2, 1, 1)),  # two steps
         (3, 136, 8, "sum", torch.float16, Config(4, 256, 1, 1, 3)),
         (2, 320, 64, "mac", torch.float16, Config(2, 256, 1, 1, 4)),  # a block in two parts: rotated before
         (2, 96, 12, "mac", torch.float16, Config(2, 256, 2, 1, 1)),  # likewise, no power of two
+        (2, 576, 64, "mac", torch.bfloat16, Config(2, 128, 2, 1, 2)),  # two chunks at a time, none for the last warp
+        (2, 512, 128, "mac", torch.float16, Config(2, 256, 1, 1, 4)),
     ],
 )
-def interpreted_rotation(bits: int, columns: int, block: int, code: Any, dtype: torch.dtype, config: Config) -> None:
+@pytest.mark.parametrize("clusters", [False, True])
+def interpreted_rotation(
+    bits: int, columns: int, block: int, code: Any, dtype: torch.dtype, config: Config, clusters: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """A token is rotated by the product, and better than before it: what is rotated is not rounded to `dtype`."""
+    monkeypatch.setattr(trellis_launch, "clusters", lambda device: clusters)
+    monkeypatch.setattr(trellis_launch, "processor", lambda device: (132, False))
     packed = weight(33, columns, Trellis(bits=bits, code=code, length=32))
     held, x, signs = arrange(packed), some(1, columns, dtype), random_signs(columns, 3)
     x[0, 5] = 40
@@ -222,9 +262,8 @@ def interpreted_rotation(bits: int, columns: int, block: int, code: Any, dtype: 
     sizes = 33, columns, bits, packed.spec.window, code, 7, 32
     trellis_launch.launch(x, held.weight, held.scales, held.peaks, None, None, out, *sizes, config, signs, block)
     allowed = bound(turned.to(dtype), packed, exact)
-    each = -(-columns // (32 * config.splits * config.warps))
-    name = trellis_launch.compiled_code(code, bits)
-    if not trellis_launch.turns(1, name, config.bm, block, each, config.warps):
+    name = trellis_blocks.compiled_code(code, bits)
+    if not trellis_blocks.turns(1, name, config, block, chunks(columns)):
         allowed += torch.finfo(dtype).eps * turned.norm() * packed.dequantize(torch.float64).norm(dim=1)
     assert bool(((out.double() - exact).abs() <= allowed + 2 * torch.finfo(dtype).eps * exact.abs()).all())
     assert intact(buffer)
@@ -384,9 +423,12 @@ PAIRS = [(capability, SHAPES[number % 2]) for number, capability in enumerate(so
 
 
 WIDE = (2, "mac", 13, "bf16", 1, 128, 28672)  # 16 warps, all registers, two steps of the rotation
+SQUARE = (2, "mac", 13, "bf16", 1, 0)  # a cluster of two blocks, two chunks at a time
 
 
-@pytest.mark.parametrize(("capability", "case"), [*PAIRS, *((90, case) for case in (*SHAPES[:1], *SHAPES[2:], WIDE))])
+@pytest.mark.parametrize(
+    ("capability", "case"), [*PAIRS, *((90, case) for case in (*SHAPES[:1], *SHAPES[2:], WIDE, SQUARE))]
+)
 def compiled_for(capability: int, case: tuple[Any, ...]) -> None:
     made = compiled(capability, *case)
     assert made.fits(), (made.registers, made.spilled, made.shared)
@@ -394,31 +436,40 @@ def compiled_for(capability: int, case: tuple[Any, ...]) -> None:
     # 16 rows and two sides, each with two products of four columns (of pairs of values one) a part: every product once,
     # so no thread computes another's
     bits, code, _, _, tokens = case[:5]
-    bm = trellis_launch.choose(tokens, 8192, 8192, 132, trellis_launch.compiled_code(code, bits)).bm  # of any rows
-    name = trellis_launch.compiled_code(code, bits, bm)
+    bm = trellis_blocks.choose(tokens, 8192, 8192, 132, trellis_blocks.compiled_code(code, bits)).bm  # of any rows
+    name = trellis_blocks.compiled_code(code, bits, bm)
     parts = bm // {"twin": 2, "mac": 4, "sum": 4}.get(name, 8)
     each = {"twin": 16, "hyb": 16, "mac": 32, "sum": 32, "inst": 32}.get(name, 17)  # 17: and what bytes carry beside
     products = sum(count for op, count in made.ops.items() if op.startswith(("HMMA", "IMMA")))
     assert products in (2 * each * parts, 4 * each * parts)  # the latter where one takes half as many columns
     assert made.shared <= 4096  # scales of rows at the end
     assert made.shared + made.static <= 49 * 1024  # the latter in PTX, with 1 KiB of the driver's: nobody has to ask
-    assert code not in trellis_launch.INTEGER or any(op.startswith("LDS.128") for op in made.ops)
+    assert code not in trellis_blocks.INTEGER or any(op.startswith("LDS.128") for op in made.ops)
+    if case in (SHAPES[0], SQUARE) and capability == 90:  # sums of blocks pass through their memory, with no fence
+        assert any(op.startswith("STAS") for op in made.ops)
+        assert made.registers <= 128  # two blocks to a multiprocessor: one waits while the other works
 
 
 def compiled(
-    capability: int, bits: int, code: str, window: int, kind: str, tokens: int, block: int = 0, rows: int = 8192
-) -> Compiled:
+    capability: int, bits: int, code: str, window: int, kind: str, tokens: int, block: int = 0, rows: int = 8192,
+    config: Config | None = None,
+) -> Compiled:  # fmt: skip
     """The default configuration for a matrix of `rows` x 8192."""
     from quant.kernels.trellis_product import trellis_kernel
 
-    config = trellis_launch.choose(tokens, rows, 8192, 132, trellis_launch.compiled_code(code, bits))
-    each = -(-256 // (config.splits * config.warps))
+    name = trellis_blocks.compiled_code(code, bits)
+    config = config or trellis_blocks.choose(tokens, rows, 8192, 132, name, clusters=capability // 10 == 9)
+    ctas = trellis_blocks.blocks_of(config, tokens, rows, name, 132, capability // 10 == 9)
+    apart = 256 // config.bn
+    each = -(-256 // (config.splits * config.warps * apart))
+    block = block or int(trellis_blocks.alone(tokens, name, config, 256))
     types = dict.fromkeys(("x", "bias", "out"), f"*{kind}")
     types |= {"weight": "*i32", "scales": "*u8", "peaks": "*fp16", "table": "*fp32", "partial": "*fp32"}
     types |= {"counters": "*i32", "pairs": "*i32", "signs": "*i8"}
     types |= dict.fromkeys(("M", "N", "K", "stride", "count", "each", "total", "whole", "mask"), "i32")
     constants = trellis_launch.constants(bits, window, code, 9, 256, torch.device("cuda"), config.bm) | {
-        "BM": config.bm, "WARPS": config.warps, "ONE": tokens == 1, "SPLIT": config.splits > 1, "EVEN": True,
-        "BLOCK": block, "STEPS": -(-each // 8) if block else 1, "BIAS": True, "EARLY": capability // 10 == 9,
+        "BM": config.bm, "WARPS": config.warps, "CTAS": ctas, "ONE": tokens == 1, "SPLIT": config.splits > ctas,
+        "EVEN": True, "APART": apart,
+        "BLOCK": block, "STEPS": -(-each * apart // 8) if block else 1, "BIAS": True, "EARLY": capability // 10 == 9,
     }  # fmt: skip
-    return compile_for(capability, trellis_kernel, types, constants, config.warps, config.stages)
+    return compile_for(capability, trellis_kernel, types, constants, config.warps, config.stages, blocks=ctas)
