@@ -7,6 +7,7 @@ yes; elsewhere plain torch does the same, so that nothing needs Triton to be ins
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -44,6 +45,7 @@ def unsupported(device: torch.device) -> str | None:
     return None
 
 
+@cache
 def clusters(device: torch.device) -> bool:
     """Whether blocks may be a cluster, and reach into each other's shared memory: on compute capability 9.x, where it
     was tried."""

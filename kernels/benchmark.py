@@ -110,10 +110,13 @@ def gate(apply: Callable[..., Iterator[Any]]) -> int:
         config = Config(2, bn, warps, 1, splits)
         cases += [Case(1, size[0], 8192, Trellis(bits=2), "bf16", config, block=128)]
         cases += [Case(1, *size, Trellis(bits=2), "fp16", config)]
+    cases += [Case(1, size[0], 9000, Trellis(bits=2), "bf16", Config(2, 256, 4, 1, 2))] * cuda  # `x` warp by warp
     cases += [
-        Case(tokens, *size, Codebook(bits=2.0), "bf16", Config(4, 128, warps, 1, splits))
-        for tokens, warps, splits in ((1, 4, 4), (3, 8, 2), (1, 16, 2), (1, 8, 8)) * cuda
-    ]
+        Case(tokens, size[0] - 4, size[1], Codebook(bits=2.0), "bf16", Config(4, bn, warps, 1, splits))
+        for tokens, bn, warps, splits in (
+            (1, 128, 4, 4), (3, 128, 8, 2), (4, 128, 4, 8), (2, 64, 4, 4), (1, 64, 8, 8), (1, 128, 16, 2),
+        ) * cuda
+    ]  # fmt: skip
     cases += [
         Case(tokens, *size, Codebook(length=length, index_bits=bits, second_bits=second, share=share, rows=rows), kind)
         for tokens, length, bits, second, share, rows, kind in (

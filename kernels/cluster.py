@@ -77,7 +77,8 @@ def put_there(at, barrier, block, number, here):
 def all_come(barrier):
     """Waits until all bytes of a block's barrier are there."""
     tl.inline_asm_elementwise(
-        "{.reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], 0; @!p bra again; mov.b32 $0, 0;}",
+        "{.reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], 0; @!p bra again; "
+        "mov.b32 $0, 0;}",
         "=r,r", [barrier], dtype=tl.uint32, is_pure=False, pack=1,
     )  # fmt: skip
 

@@ -51,15 +51,18 @@ def choose_shared(tokens: int, rows: int, columns: int, processors: int, bn: int
     bm = next((size for size in (4, 8) if tokens <= size), 16)
     bn = bn or 128
     programs, count = -(-rows // bn) * -(-tokens // bm), -(-columns // (64 * warps))
-    least = min(count, 32, -(-processors * 12 // (programs * warps))) if tokens > 1 else 1
+    least = min(count, 32, -(-processors * 12 // (programs * warps)))
     most = 8 if tokens == 1 and programs * 8 <= processors else 32  # a cluster has 8 blocks at most
 
     def takes(splits: int) -> float:
         several = -(-programs * splits // processors)
         return several * (4 + -(-count // splits) * (1 + max(0, 12 - several * warps) / 10))
 
-    some = range(least, min(count, most) + 1)
-    best = min((1 << i for i in range(6) if 1 << i in some) if tokens == 1 else some, key=takes)
+    if tokens == 1:
+        units = 2 * column_tiles(columns)
+        some = [1 << i for i in range(6) if 1 << i <= min(count, most) and busy(units, 1 << i, warps)]
+        return Config(bm, bn, warps, 1, min(some, key=takes))
+    best = min(range(least, min(count, most) + 1), key=takes)
     return Config(bm, bn, warps, 1, even_splits(columns, best, 64 * warps))
 
 
@@ -209,8 +212,7 @@ def launch_shared(
         size = grid[0] * grid[1] * grid[2] * config.bn * config.bm
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
         counters = fresh_counters(grid[0] * grid[2], x.device)
-    each = 2 * -(-units // (2 * config.splits * config.warps))
-    steps = steps_of(tokens, each, config.warps) * (x.device.type == "cuda")
+    each, steps = takes_of(tokens, units, config.splits, config.warps, x.device.type == "cuda")
     with torch.cuda.device_of(x):
         codebook_shared_kernel[grid](
             x, weight, codebook, scales, peaks, scale_table(x.device), out if bias is None else bias, out, partial,
@@ -222,11 +224,19 @@ def launch_shared(
         )  # fmt: skip
 
 
-def steps_of(tokens: int, each: int, warps: int) -> int:
-    """Steps in which a warp takes the inputs of its `each` units as a whole, one token's, where they have room within
-    48 KiB; or 0."""
+def takes_of(tokens: int, units: int, splits: int, warps: int, native: bool = True) -> tuple[int, int]:
+    """How many of the `units` of 64 columns a warp takes, and the steps in which it takes one token's inputs of them as
+    a whole, where they have room within 48 KiB and pairs of units are not parted; or 0."""
+    each = -(-units // (splits * warps))
     steps = -(-each // 4)
-    return steps if tokens == 1 and steps <= 8 and steps * warps <= 24 else 0
+    if not native or tokens > 1 or steps > 8 or steps * warps > 24:
+        return each, 0
+    return each + each % 2, steps
+
+
+def busy(units: int, splits: int, warps: int) -> bool:
+    """Whether none of the parts of one token's K is without a unit."""
+    return (splits - 1) * takes_of(1, units, splits, warps)[0] * warps < units
 
 
 def run(x: Tensor, arranged: ArrangedCodebook, config: Config, out: Tensor) -> None:

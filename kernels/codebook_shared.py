@@ -12,9 +12,9 @@ is: a pair along the product's contracted index stands for two rows of *one* col
 in an even column of the right operand and `(0, x)` in the odd one after it. So nothing is packed anew, and the 8
 columns of a product are 4 tokens. Half of the tensor core multiplies by zero; it has time.
 
-At the end the warps' parts are added through the memory that held the table, in the warps' order, and those of programs
-that share K as in `uniform.py`, in theirs. Scales of rows come on last. A bfloat16 `x` is scaled as in
-`codebook_product.py`.
+At the end the warps' parts are added through the memory that held the table, in the warps' order, and those of blocks
+or programs that share K as in `cluster.py` or in `uniform.py`, in theirs. Scales of rows come on last. A bfloat16 `x`
+is scaled as in `codebook_product.py`.
 """
 
 # pyright: basic, reportGeneralTypeIssues=false, reportCallIssue=false
@@ -235,10 +235,10 @@ def codebook_shared_kernel(
     NATIVE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`x` `[M, K]` with rows `stride` apart, `K` and `stride` multiples of 8; `units` of 64 columns, of which each warp
-    takes `each`, an even number; `tiles` of 16 vector rows, `per` of them in a whole group. CTAS: blocks of a program,
-    a cluster, each with WARPS warps and a part of K. STEPS: each warp takes its part of one token as a whole, through
-    shared memory, four units at a step; or 0. ONE: M is 1. EVEN: no unit is ragged or missing. EARLY: see
-    `warp.waited`. NATIVE: not in the interpreter, which has no assembler."""
+    takes `each`, an even number where STEPS; `tiles` of 16 vector rows, `per` of them in a whole group. CTAS: blocks of
+    a program, a cluster, each with WARPS warps and a part of K. STEPS: each warp takes its part of one token as a
+    whole, through shared memory, four units at a step; or 0. ONE: M is 1. EVEN: no unit is ragged or missing. EARLY:
+    see `warp.waited`. NATIVE: not in the interpreter, which has no assembler."""
     KIND: tl.constexpr = "bf16" if x.dtype.element_ty == tl.bfloat16 else "fp16"
     PARTS: tl.constexpr = BM // 4
     LANES: tl.constexpr = 32 * WARPS

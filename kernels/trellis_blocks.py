@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from quant.kernels.blocks import Config, even_splits
 from quant.kernels.trellis_order import CHUNK, UNIT, chunks
 
@@ -16,6 +18,7 @@ MOST = 16384
 """Columns of which a warp of such a code may sum 32 bits: `1020 * 127 * MOST < 2^31`."""
 
 
+@cache
 def choose(
     tokens: int, rows: int, columns: int, processors: int, code: str = "twin", warps: int = 0, resident: int = 0,
     clusters: bool = False,
@@ -50,7 +53,8 @@ def clustered(rows: int, count: int, processors: int, code: str, splits: int) ->
     least, bns = least_tokens(code), (16 * UNIT, 8 * UNIT)[: 1 + (code == "twin")]
     taken = dict[Config, int]()
     for bn, blocks in ((bn, blocks) for bn in bns for blocks in (8, 4, 2, 1)):
-        config, programs = Config(least, bn, 16 if count >= ENOUGH * blocks else 8, 1, blocks), -(-rows // bn)
+        warps = 16 if code == "twin" and count >= ENOUGH * blocks else 8  # others have no registers for 16
+        config, programs = Config(least, bn, warps, 1, blocks), -(-rows // bn)
         if programs <= processors and together(programs, blocks, processors) and busy(config, count):
             taken[config] = programs * blocks
     if not taken:
@@ -60,9 +64,15 @@ def clustered(rows: int, count: int, processors: int, code: str, splits: int) ->
     return best if best.splits > 1 and more <= 20 and alone(1, code, best, count) else None
 
 
+def turns_of(config: Config, count: int) -> int:
+    """How often a warp takes a chunk, or two at a time, of `count`."""
+    return -(-count // (config.splits * config.warps * (16 * UNIT // config.bn)))
+
+
 def busy(config: Config, count: int) -> bool:
-    """Whether half of 8 warps of each part of K have some of its `count` chunks."""
-    return 64 * UNIT * config.splits <= config.bn * count
+    """Whether no part of K is without one of its `count` chunks."""
+    part = turns_of(config, count) * config.warps * (16 * UNIT // config.bn)
+    return (config.splits - 1) * part < count
 
 
 def together(programs: int, blocks: int, processors: int) -> bool:
@@ -108,7 +118,7 @@ def alone(tokens: int, code: str, config: Config, count: int) -> bool:
     """Whether each warp takes its `x` as a whole: one token of an integer code, and of `count` chunks no more than 32
     for a warp, 512 for a block. `code`: as `compiled_code` names it."""
     apart = 16 * UNIT // config.bn
-    steps = -(-apart * -(-count // (config.splits * config.warps * apart)) // 8)
+    steps = -(-apart * turns_of(config, count) // 8)
     known = config.bm == least_tokens(code) < 8 and (apart == 1 or code == "twin")
     return tokens == 1 and known and steps <= 4 and steps * config.warps <= 64
 
@@ -116,6 +126,5 @@ def alone(tokens: int, code: str, config: Config, count: int) -> bool:
 def turns(tokens: int, code: str, config: Config, block: int, count: int) -> bool:
     """Whether the product rotates `x` itself: blocks of a power of two from 8 to 256, whole ones for each warp, which
     takes its `x` as a whole."""
-    apart = 16 * UNIT // config.bn
-    columns = -(-count // (config.splits * config.warps * apart)) * apart * CHUNK
+    columns = turns_of(config, count) * (16 * UNIT // config.bn) * CHUNK
     return block in (8, 16, 32, 64, 128, 256) and columns % block == 0 and alone(tokens, code, config, count)

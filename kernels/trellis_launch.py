@@ -22,7 +22,7 @@ from quant.kernels.launch import KINDS, aligned, input_gradient, multiply_unpack
 from quant.kernels.reference import Weight, check_shape
 from quant.kernels.rotated import IDENTITY, Rotation
 from quant.kernels.trellis import scale_values
-from quant.kernels.trellis_blocks import INTEGER, MOST, alone, blocks_of, choose, compiled_code, turns
+from quant.kernels.trellis_blocks import INTEGER, MOST, alone, blocks_of, busy, choose, compiled_code, turns, turns_of
 from quant.kernels.trellis_order import CHUNK, UNIT, ArrangedTrellis, chunks, units
 
 UNPACK_FROM = 96
@@ -136,18 +136,20 @@ def launch(
     tokens = len(out)
     if not out.numel():
         return
-    config = config or tuned(x.device, tokens, rows, columns, bits, f"{code}-{KINDS[x.dtype]}", CHUNK)
-    name, processors = compiled_code(code, bits), processor(x.device)[0]
+    name, processors, count = compiled_code(code, bits), processor(x.device)[0], chunks(columns)
+    if config is None:
+        config = tuned(x.device, tokens, rows, columns, bits, f"{code}-{KINDS[x.dtype]}", CHUNK)
+        config = config if config is None or busy(config, count) else None  # it may be of more columns
     config = config or choose(tokens, rows, columns, processors, name, clusters=clusters(x.device))
     if code in INTEGER:  # a tuned one may be of fewer columns
         least = -(-columns // (MOST * config.warps))
         if config.splits < least:
             config = replace(config, splits=even_splits(columns, least, CHUNK * config.warps))
-    count, (whole, total) = chunks(columns), units(rows, length)
+    whole, total = units(rows, length)
     if config.bn < 16 * UNIT and not alone(tokens, name, config, count):
         config = replace(config, bn=16 * UNIT)
     apart = 16 * UNIT // config.bn
-    each = -(-count // (config.splits * config.warps * apart))
+    each = turns_of(config, count)
     if signs is not None and not (
         turns(tokens, name, config, block, count)
         and columns % block == 0 and signs.shape == (columns,) and signs.dtype == torch.int8
@@ -175,7 +177,7 @@ def launch(
             tokens, rows, x.shape[1], x.stride(0), count, each, total, whole, MASK,
             **constants(bits, window, code, table_bits, length, x.device, config.bm),
             BM=config.bm, APART=apart, WARPS=config.warps, CTAS=ctas, ONE=tokens == 1, SPLIT=splits > 1,
-            EVEN=columns == CHUNK * each * config.splits * config.warps, BLOCK=block,
+            EVEN=columns == CHUNK * each * apart * config.splits * config.warps, BLOCK=block,
             STEPS=-(-each * apart // 8) if block else 1, BIAS=bias is not None,
             num_warps=config.warps, num_ctas=ctas, num_stages=1, enable_fp_fusion=True, **early(x.device),
         )  # fmt: skip

@@ -1,10 +1,10 @@
 """The Triton kernel that multiplies by trellis weights in kernel order (`trellis_order.py`), for few tokens.
 
-`out[M, N] = x[M, K] @ W[N, K]^T`: each program has 16 units, 256 rows, and each of its warps, up to 16 of them, a part
-of K whose weights it decodes once per BM tokens; they add what they have through shared memory. What a thread holds is
-written down (`warp.py`): lane `(g, t)` has units `2 g` and `2 g + 1`, and of a side of a chunk the four columns
-`8 t + 4 side + i`. So one row of every unit is an operand of a tensor core as it is: 16 products, one per row of a
-unit, and no value ever changes its thread.
+`out[M, N] = x[M, K] @ W[N, K]^T`: each program has 16 units, 256 rows (or 8: APART), and each of its warps, up to 16 of
+them, a part of K whose weights it decodes once per BM tokens; they add what they have through shared memory, and a
+cluster's blocks through each other's. What a thread holds is written down (`warp.py`): lane `(g, t)` has units `2 g`
+and `2 g + 1`, and of a side of a chunk the four columns `8 t + 4 side + i`. So one row of every unit is an operand of a
+tensor core as it is: 16 products, one per row of a unit, and no value ever changes its thread.
 
 A value is one or two instructions from its state (SASS, sm_90):
 
@@ -12,9 +12,8 @@ A value is one or two instructions from its state (SASS, sm_90):
            columns. They stay apart, each is multiplied by the same `x`, and the tensor core adds them, in float32. So
            the sum is not rounded to float16 as the table's is: up to `2^-11 |value|` apart, which tolerances include.
     mac    one multiply-add: a weight is the sum of the four bytes of a word, so each is multiplied by the same `x`, as
-           an integer. `x` is rounded to 16 bits, a token at a time, to a scale of each warp (of the program, where it
-           is rotated here: `trellis_turn.py`): an error of 2^-16 of the largest, where a bfloat16 number's own is 2^-9
-           of itself. Its two bytes go to two columns of the product.
+           an integer. `x` is rounded to 16 bits, a token at a time, to a scale of each warp: an error of 2^-16 of the
+           largest, where a bfloat16 number's own is 2^-9 of itself. Its two bytes go to two columns of the product.
            Where a state has two values (`twin`, the kernels' name for it), the sum of its bytes 0 and 2 and that of its
            bytes 1 and 3 are columns of their own: `x` stands in two places of four. Their sum and their difference are
            the rows' values, so one multiply-add and half of a tensor core's instruction make two weights
@@ -28,8 +27,9 @@ Between a register and a state stand a shift and a mask, but states share their 
 is a multiple of 8, so that a state may lie up to 3 bits from where its register begins (`integer_word`): of 2 bits and
 two values, 12 of them for 16 weights.
 
-What codes of bytes take of `x` waits in shared memory, 16 chunks at a time, of halves 8. Loaded when it is wanted it
-would come behind the next chunk's weights, which were asked for before: loads return in order (28.8 us for 31.0).
+What codes of bytes take of `x` waits in shared memory: of one token as a whole, else 16 chunks at a time, of halves 8.
+Loaded when it is wanted it would come behind the next chunk's weights, which were asked for before: loads return in
+order (28.8 us for 31.0).
 
 What sums of bytes carry beside the value, 510 or 126, comes off with the sum of all `x`, an integer or a product; the
 scale of a row comes on at the end. A left shift may be written as a multiplication: shifts and masks share one half of

@@ -37,8 +37,11 @@ def test_configurations() -> None:
     assert codebook_launch.choose(5, 8192, 8192, 4, 132, shared=True).bm == 8
     for columns in (100, 256, 1000, 8192, 28672):
         for config in codebook_launch.candidates(1, 4096, columns, 4, 132, shared=True):
-            each = -(-2 * column_tiles(columns) // (config.splits * config.warps)) * config.warps
-            assert (config.splits - 1) * each < 2 * column_tiles(columns) <= config.splits * each
+            units = 2 * column_tiles(columns)
+            part = codebook_launch.takes_of(2, units, config.splits, config.warps)[0] * config.warps
+            assert (config.splits - 1) * part < units <= config.splits * part
+        best = choose_shared(1, 4096, columns, 132)
+        assert codebook_launch.busy(2 * column_tiles(columns), best.splits, best.warps)
     assert is_shared(4, 8, 0)
     assert not is_shared(4, 8, 2)
     assert not is_shared(4, 7, 0)
@@ -114,7 +117,6 @@ def compiled(capability: int, tokens: int, dtype: str, config: Config | None = N
 
     config = config or choose_shared(tokens, 28672, 8192, 132)
     ctas = codebook_launch.blocks_of(config, 224, 132, capability // 10 == 9)
-    each = 2 * -(-128 // (2 * config.splits * config.warps))
     types = dict.fromkeys(("x", "bias", "out"), f"*{dtype}") | dict.fromkeys(("table", "partial"), "*fp32")
     types |= dict.fromkeys(("codebook", "peaks"), "*fp16") | {"scales": "*u8"}
     types |= dict.fromkeys(("weight", "counters"), "*i32")
@@ -122,7 +124,7 @@ def compiled(capability: int, tokens: int, dtype: str, config: Config | None = N
     constants = {"GROUP": 4096, "BM": config.bm, "TILES": config.bn // 32, "WARPS": config.warps, "ONE": tokens == 1}
     constants |= {
         "CTAS": ctas,
-        "STEPS": codebook_launch.steps_of(tokens, each, config.warps),
+        "STEPS": codebook_launch.takes_of(tokens, 128, config.splits, config.warps)[1],
         "SPLIT": config.splits > ctas,
         "EVEN": True,
         "BIAS": True,

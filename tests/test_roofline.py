@@ -101,8 +101,7 @@ def test_candidates_for_a_trellis_leave_no_split_without_work() -> None:
             most = {2: 16, 4: 8, 8: 4, 16: 4}  # warps: registers
             assert all(config.bn == 256 or (config.bn, config.bm, tokens) == (128, 2, 1) for config in found)
             assert all(config.warps <= most[config.bm] for config in found)
-            count = -(-columns // 32)
-            assert all((config.splits - 1) * -(-count // config.splits) < count for config in found)
+            assert all(trellis_blocks.busy(config, -(-columns // 32)) for config in found)
 
 
 def test_tuned_finds_nearby_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,13 +146,19 @@ def test_configurations() -> None:
     ],
 )
 def test_clusters(rows: int, columns: int, config: Config, blocks: int) -> None:
-    """What was fastest on an H200; no block is without a chunk."""
+    """What was fastest on an H200."""
     assert trellis_blocks.choose(1, rows, columns, 132, clusters=True) == config
     assert trellis_blocks.blocks_of(config, 1, rows, "twin", 132, True) == blocks
     assert trellis_blocks.blocks_of(config, 1, rows, "twin", 132, False) == 1
     assert trellis_blocks.blocks_of(config, 2, rows, "twin", 132, True) == 1
-    each = -(-chunks(columns) // (config.splits * config.warps * 256 // config.bn))
-    assert blocks == 1 or (blocks - 1) * each * config.warps * 256 // config.bn < chunks(columns)
+
+
+@given(rows=st.integers(1, 40000), columns=st.integers(1, 60000), code=st.sampled_from(["twin", "mac", "sum", "inst"]))
+def test_no_block_is_without_a_chunk(rows: int, columns: int, code: str) -> None:
+    config = trellis_blocks.choose(1, rows, columns, 132, code, clusters=True)
+    if trellis_blocks.blocks_of(config, 1, rows, code, 132, True) > 1:
+        assert trellis_blocks.busy(config, chunks(columns))
+    assert config.warps <= (16 if code == "twin" else 8)  # or registers spill
 
 
 def test_rows_of_the_table_say_what_they_multiply() -> None:
@@ -315,6 +321,26 @@ def interpreted_bfloat16_of_any_size() -> None:
     small = 2.0**-126  # results below are flushed or rounded coarsely
     assert bool(((found.double() - exact).abs()[:4] <= (bound(x, packed, exact, False) + small)[:4]).all())
     assert not torch.isfinite(found[4, 1:7]).any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("config", [Config(2, 256, 2, 1, 2), Config(2, 128, 1, 1, 2), Config(2, 256, 1, 1, 1)])
+def interpreted_one_token_of_any_size(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, where each warp takes its part of one token as a whole."""
+    monkeypatch.setattr(trellis_launch, "clusters", lambda device: True)
+    monkeypatch.setattr(trellis_launch, "processor", lambda device: (132, False))
+    packed, x = weight(20, 200, Trellis(bits=2, length=32)), some(1, 200, torch.bfloat16)
+    held, spec = arrange(packed), packed.spec
+    held_parts, sizes = (held.weight, held.scales, held.peaks, None, None), (20, 200, 2, spec.window, "mac", 9, 32)
+    for factor in (2.0**-104, 2.0**110, 0.0, torch.inf, torch.nan):
+        out = torch.full((1, 20), 7.0, dtype=x.dtype)
+        some_x = x * factor if abs(factor) < 2.0**120 else x.clone().index_fill_(1, torch.tensor([199]), factor)
+        trellis_launch.launch(some_x, *held_parts, out, *sizes, config)
+        exact = some_x.double() @ packed.dequantize(torch.float64).T
+        if abs(factor) < 2.0**120:
+            assert bool(((out.double() - exact).abs() <= bound(some_x, packed, exact) + 2.0**-126).all())
+        else:
+            assert not torch.isfinite(out[0, 1:7]).any()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
