@@ -48,8 +48,9 @@ def unsupported(device: torch.device) -> str | None:
 @cache
 def clusters(device: torch.device) -> bool:
     """Whether blocks may be a cluster, and reach into each other's shared memory: on compute capability 9.x, where it
-    was tried."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    was tried. `BITWRIGHT_CLUSTERS=0` turns it off."""
+    can = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return can and os.environ.get("BITWRIGHT_CLUSTERS") != "0"
 
 
 def early(device: torch.device) -> dict[str, bool]:
