@@ -6,7 +6,7 @@ puts into its memory counts there as it comes (PTX ISA, `st.async`), so that sum
 counter. The interpreter has no blocks.
 
 Triton 3.6 plans layouts of clusters from what is stored, step by step and no more than 10000; a kernel as large as
-these has to store through `store_half`, which it does not see, and once through `planned`.
+these has to store through `leave_number`, which it does not see, and once through `planned`.
 """
 
 # pyright: basic, reportGeneralTypeIssues=false, reportCallIssue=false
@@ -30,7 +30,7 @@ def own_part(lanes, WARPS: tl.constexpr, CTAS: tl.constexpr):
 
 
 @triton.jit
-def opened(barrier, local, BYTES: tl.constexpr):
+def _opened(barrier, local, BYTES: tl.constexpr):
     """Makes a barrier at an address of a block's memory, a multiple of 8, that waits for BYTES, and tells the other
     blocks."""
     tl.inline_asm_elementwise(
@@ -49,20 +49,20 @@ def room(lanes, local, HELD: tl.constexpr, SUMS: tl.constexpr, CTAS: tl.constexp
     if NATIVE:
         start = reserved(lanes, HELD + (SUMS + 8 if CTAS > 1 else 0))
         if CTAS > 1:
-            opened(start + (HELD + SUMS), local, SUMS)
+            _opened(start + (HELD + SUMS), local, SUMS)
     return start
 
 
 @triton.jit
-def all_opened(lanes):
-    """The barriers of all blocks are there: their memory may be written to. Once after `opened`."""
+def _all_opened(lanes):
+    """The barriers of all blocks are there: their memory may be written to. Once after `_opened`."""
     tl.inline_asm_elementwise(
         "barrier.cluster.wait.aligned; mov.b32 $0, 0;", "=r,r", [lanes], dtype=tl.uint32, is_pure=False, pack=1
     )
 
 
 @triton.jit
-def put_there(at, barrier, block, number, here):
+def _put_there(at, barrier, block, number, here):
     """A float32 at an address of a block's own memory, in that of another block; nothing where not `here`."""
     tl.inline_asm_elementwise(
         "{.reg .b32 there, bar; .reg .pred p; setp.ne.b32 p, $5, 0; @p mapa.shared::cluster.u32 there, $1, $3; "
@@ -74,7 +74,7 @@ def put_there(at, barrier, block, number, here):
 
 
 @triton.jit
-def all_come(barrier):
+def _all_come(barrier):
     """Waits until all bytes of a block's barrier are there."""
     tl.inline_asm_elementwise(
         "{.reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], 0; @!p bra again; "
@@ -87,14 +87,15 @@ def all_come(barrier):
 def exchanged(sums, start, mine, local, LANES: tl.constexpr, PLACES: tl.constexpr, CTAS: tl.constexpr):
     """Of a block's sums, of places `local`, `LANES + local`, ..., those of all blocks added, in their order: of the
     `PLACES / CTAS` places that block `mine` keeps, a tensor for LANES of them. `start`: the address of memory for all
-    places, behind which the block's barrier lies."""
+    places, behind which the block's barrier lies. Once after `room`."""
     OWN: tl.constexpr = PLACES // CTAS
+    _all_opened(local)
     barrier = start + PLACES * 4
     for i in tl.static_range(len(sums)):
         place = i * LANES + local
         there = start + ((mine * OWN + place % OWN) * 4).to(tl.uint32)
-        put_there(there, barrier, place // OWN, sums[i], place < PLACES)
-    all_come(barrier)
+        _put_there(there, barrier, place // OWN, sums[i], place < PLACES)
+    _all_come(barrier)
     made = ()
     for i in tl.static_range(-(-OWN // LANES)):
         made = made + (added_up(start + ((i * LANES + local) % OWN * 4).to(tl.uint32), OWN * 4, CTAS),)
@@ -102,12 +103,21 @@ def exchanged(sums, start, mine, local, LANES: tl.constexpr, PLACES: tl.constexp
 
 
 @triton.jit
-def store_half(at, number, here):
-    """Stores 16-bit floats at each pointer, where `here`."""
+def _store_half(at, number, here):
     tl.inline_asm_elementwise(
         "{.reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b16 [$1], $2; mov.b32 $0, 0;}", "=r,l,h,r",
         [at.to(tl.int64), number.to(tl.int16, bitcast=True), here.to(tl.int32)], dtype=tl.uint32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def leave_number(at, number, here, CTAS: tl.constexpr):
+    """Stores numbers at each pointer of 16-bit floats, where `here`."""
+    number = number.to(at.dtype.element_ty)
+    if CTAS > 1:
+        _store_half(at, number, here)
+    else:
+        tl.store(at, number, mask=here)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from quant.kernels.shared import put, together
-from quant.kernels.uniform import power
+from quant.kernels.uniform import larger, power
 from quant.kernels.warp import joined, largest_of, load_inputs, numbers, permuted
 
 
@@ -48,10 +48,7 @@ def operand(word, up, left, KIND: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def powers_of(
-    places, begin, end, each, K, lanes,
-    PARTS: tl.constexpr, ONE: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
+def powers_of(places, begin, end, each, K, lanes, PARTS: tl.constexpr, ONE: tl.constexpr, NATIVE: tl.constexpr):
     """By what the token of a lane is multiplied in each part, so that the largest `|x|` of its warp's units fits. All
     `g` have the one token, or two of them the same, and take the units in turn."""
     TURNS: tl.constexpr = 8 if ONE else 2
@@ -62,12 +59,8 @@ def powers_of(
         unit = begin + i + lanes // 4 % TURNS
         fresh = ()
         for part in tl.static_range(PARTS):
-            words, most = _unit_inputs(places[part], unit, end, K, lanes % 4, False, NATIVE), found[part]
-            for w in tl.static_range(8):
-                low, high = numbers(words[w], "bf16")
-                either = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
-                most = tl.maximum(most, either, propagate_nan=tl.PropagateNan.ALL)
-            fresh = fresh + (most,)
+            words = _unit_inputs(places[part], unit, end, K, lanes % 4, False, NATIVE)
+            fresh = fresh + (larger(found[part], words, "bf16"),)
         found = fresh
     powers = ()
     for part in tl.static_range(PARTS):
@@ -76,9 +69,7 @@ def powers_of(
 
 
 @triton.jit
-def taken_inputs(
-    x, start, begin, end, lanes, STEPS: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
+def taken_inputs(x, start, begin, end, lanes, STEPS: tl.constexpr, KIND: tl.constexpr):
     """Puts columns `begin` to `end` of one token, a warp's, into shared memory, from address `start` on, as float16; by
     what they were multiplied."""
     up = tl.full(lanes.shape, 1.0, tl.float32)
@@ -87,12 +78,7 @@ def taken_inputs(
         k = begin + step * 256 + lanes % 32 * 8
         held = held + load_inputs(x + k, k < end, 4, False, True)
     if KIND == "bf16":
-        most = tl.zeros(lanes.shape, tl.float32)
-        for i in tl.static_range(4 * STEPS):
-            low, high = numbers(held[i], KIND)
-            either = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
-            most = tl.maximum(most, either, propagate_nan=tl.PropagateNan.ALL)
-        up = power(largest_of(most, lanes, 5, True))
+        up = power(largest_of(larger(tl.zeros(lanes.shape, tl.float32), held, KIND), lanes, 5, True))
         made = ()
         for i in tl.static_range(4 * STEPS):
             low, high = numbers(held[i], KIND)

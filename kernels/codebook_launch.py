@@ -8,6 +8,7 @@ and multiplied by torch (cuBLAS).
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def choose(tokens: int, rows: int, columns: int, length: int, processors: int, s
     return Config(bm, ROWS * length, 1, 1, even_splits(columns, min(32, processors * 16 // programs), TILE))
 
 
+@cache
 def choose_shared(tokens: int, rows: int, columns: int, processors: int, bn: int = 0, warps: int = 4) -> Config:
     """Of `codebook_shared.py`'s kernel. A program's beginning and end are worth about 4 units of 64 columns of each of
     its warps, and fewer than 12 warps of a multiprocessor take longer, 4 of them 1.8 times (so that the choice is what
@@ -51,18 +53,17 @@ def choose_shared(tokens: int, rows: int, columns: int, processors: int, bn: int
     bm = next((size for size in (4, 8) if tokens <= size), 16)
     bn = bn or 128
     programs, count = -(-rows // bn) * -(-tokens // bm), -(-columns // (64 * warps))
-    least = min(count, 32, -(-processors * 12 // (programs * warps)))
-    most = 8 if tokens == 1 and programs * 8 <= processors else 32  # a cluster has 8 blocks at most
 
     def takes(splits: int) -> float:
         several = -(-programs * splits // processors)
         return several * (4 + -(-count // splits) * (1 + max(0, 12 - several * warps) / 10))
 
     if tokens == 1:
-        units = 2 * column_tiles(columns)
+        units, most = 2 * column_tiles(columns), 8 if programs * 8 <= processors else 32  # blocks of a cluster: 8
         some = [1 << i for i in range(6) if 1 << i <= min(count, most) and busy(units, 1 << i, warps)]
         return Config(bm, bn, warps, 1, min(some, key=takes))
-    best = min(range(least, min(count, most) + 1), key=takes)
+    least = min(count, 32, -(-processors * 12 // (programs * warps)))
+    best = min(range(least, min(count, 32) + 1), key=takes)
     return Config(bm, bn, warps, 1, even_splits(columns, best, 64 * warps))
 
 
@@ -199,12 +200,12 @@ def launch_shared(
     from quant.kernels.codebook_shared import codebook_shared_kernel
     from quant.kernels.tune import tuned
 
-    tokens, x = len(out), aligned(x)
+    tokens, x, processors = len(out), aligned(x), processor(x.device)[0]
     config = config or tuned(x.device, tokens, rows, inputs, FAST[1], kind(FAST[0], 0, KINDS[x.dtype]), TILE)
-    config = config or choose_shared(tokens, rows, inputs, processor(x.device)[0])
+    config = config or choose_shared(tokens, rows, inputs, processors)
     made, units = row_tiles(Codebook(length=FAST[0], index_bits=FAST[1], rows=group), rows), 2 * column_tiles(inputs)
     blocks = sum(-(-tiles * 64 // config.bn) for tiles in made)
-    ctas = blocks_of(config, blocks, processor(x.device)[0], clusters(x.device))
+    ctas = blocks_of(config, blocks, processors, clusters(x.device))
     splits = config.splits // ctas
     grid = (blocks, splits, -(-tokens // config.bm))
     partial, counters = out, out

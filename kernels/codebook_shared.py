@@ -25,19 +25,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant.kernels.cluster import all_opened, exchanged, own_part, planned, room, store_half
+from quant.kernels.cluster import exchanged, leave_number, own_part, planned, room
 from quant.kernels.codebook_inputs import all_inputs, operand, powers_of, taken_inputs
 from quant.kernels.codebook_product import scale_of
 from quant.kernels.shared import added, entries, filled, get_four, look_up
 from quant.kernels.uniform import inverse, is_last
-from quant.kernels.warp import (
-    fetch,
-    load_words,
-    nothing,
-    product,
-    shuffled,
-    waited,
-)
+from quant.kernels.warp import fetch, load_words, nothing, product, shuffled, waited
 
 FETCH = tl.constexpr(2)
 """Units that are asked for ahead of time, into the second-level cache."""
@@ -100,7 +93,7 @@ def _collected(at, left, lanes, LANES: tl.constexpr, ROWS: tl.constexpr, SIZE: t
 @triton.jit
 def _stored(
     sums, made, bias, out, begin, inside, token, first, most, local, M, N,
-    LANES: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, UNSEEN: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, CTAS: tl.constexpr,
 ):  # fmt: skip
     """Stores a part's sums, as `shared.added` gives them from place `first` on, `most` of them, times `made`.
     `inside`: how many rows there are from `begin`."""
@@ -111,11 +104,7 @@ def _stored(
         value = sums[i] * made[i]
         if BIAS:
             value += tl.load(bias + begin + row, mask=here, other=0.0).to(tl.float32)
-        value = value.to(out.dtype.element_ty)
-        if UNSEEN:
-            store_half(out + mine.to(tl.int64) * N + begin + row, value, here)
-        else:
-            tl.store(out + mine.to(tl.int64) * N + begin + row, value, mask=here)
+        leave_number(out + mine.to(tl.int64) * N + begin + row, value, here, CTAS)
 
 
 @triton.jit
@@ -165,33 +154,28 @@ def _finish(
     PLACES: tl.constexpr = ROWS if ONE else 4 * ROWS
     COUNT: tl.constexpr = -(-PLACES // LANES)
     SIZE: tl.constexpr = BM * ROWS
-    first = tl.program_id(2) * BM
-    if CTAS > 1 and NATIVE:
-        OWN: tl.constexpr = PLACES // CTAS
-        planned(counters, M)
-        made = _scales(held, row, inside, mine * OWN, OWN, local, -(-OWN // LANES), LANES, ROWS)
-        down = shuffled(inverse(up[0]), lanes // 32 * 32 + lanes % 4 * 8, NATIVE)
-        sums = added(acc, down, start, local, 0, 1, TILES, WARPS, COUNT, NATIVE)
-        all_opened(lanes)
-        sums = exchanged(sums, start + held_bytes(TILES, WARPS, STEPS), mine, local, LANES, PLACES, CTAS)
-        _stored(sums, made, bias, out, row, inside, first, mine * OWN, OWN, local, M, N, LANES, ROWS, BIAS, True)
-    else:
-        place = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        place = partial + place.to(tl.int64) * tl.num_programs(1) * SIZE + local
-        made = _scales(held, row, inside, 0, PLACES, local, COUNT, LANES, ROWS)
-        for part in tl.static_range(BM // 4):
-            down = shuffled(inverse(up[part]), lanes // 32 * 32 + lanes % 4 * 8, NATIVE)
-            sums = added(acc, down, start, local, part, BM // 4, TILES, WARPS, COUNT, NATIVE)
-            token = first + part * 4
-            if SPLIT:
-                _left(sums, place + mine * SIZE + part * 4 * ROWS, token, local, M, LANES, ROWS)
-            else:
-                _stored(sums, made, bias, out, row, inside, token, 0, PLACES, local, M, N, LANES, ROWS, BIAS, False)
+    ALL: tl.constexpr = CTAS if NATIVE else 1  # the interpreter has added up all blocks
+    OWN: tl.constexpr = PLACES // ALL  # places that a block stores
+    first, own = tl.program_id(2) * BM, mine * OWN if ALL > 1 else 0
+    place = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    place = partial + place.to(tl.int64) * tl.num_programs(1) * SIZE + local
+    made = _scales(held, row, inside, own, OWN, local, -(-OWN // LANES), LANES, ROWS)
+    for part in tl.static_range(BM // 4):
+        down = shuffled(inverse(up[part]), lanes // 32 * 32 + lanes % 4 * 8, NATIVE)
+        sums = added(acc, down, start, local, part, BM // 4, TILES, WARPS, COUNT, NATIVE)
+        token = first + part * 4
+        if ALL > 1:
+            planned(counters, M)
+            sums = exchanged(sums, start + held_bytes(TILES, WARPS, STEPS), mine, local, LANES, PLACES, ALL)
         if SPLIT:
-            if is_last(counters):
-                for some in range(first, tl.minimum(first + BM, M), 4):
-                    sums = _collected(place + (some - first) * ROWS, M - some, local, LANES, ROWS, SIZE, COUNT)
-                    _stored(sums, made, bias, out, row, inside, some, 0, PLACES, local, M, N, LANES, ROWS, BIAS, False)
+            _left(sums, place + mine * SIZE + part * 4 * ROWS, token, local, M, LANES, ROWS)
+        else:
+            _stored(sums, made, bias, out, row, inside, token, own, OWN, local, M, N, LANES, ROWS, BIAS, ALL)
+    if SPLIT:
+        if is_last(counters):
+            for some in range(first, tl.minimum(first + BM, M), 4):
+                sums = _collected(place + (some - first) * ROWS, M - some, local, LANES, ROWS, SIZE, COUNT)
+                _stored(sums, made, bias, out, row, inside, some, 0, PLACES, local, M, N, LANES, ROWS, BIAS, 1)
 
 
 @triton.jit

@@ -64,14 +64,19 @@ def clustered(rows: int, count: int, processors: int, code: str, splits: int) ->
     return best if best.splits > 1 and more <= 20 and alone(1, code, best, count) else None
 
 
+def apart_of(config: Config) -> int:
+    """Chunks that a warp takes at a time: two of a program of 128 rows."""
+    return 16 * UNIT // config.bn
+
+
 def turns_of(config: Config, count: int) -> int:
     """How often a warp takes a chunk, or two at a time, of `count`."""
-    return -(-count // (config.splits * config.warps * (16 * UNIT // config.bn)))
+    return -(-count // (config.splits * config.warps * apart_of(config)))
 
 
 def busy(config: Config, count: int) -> bool:
     """Whether no part of K is without one of its `count` chunks."""
-    part = turns_of(config, count) * config.warps * (16 * UNIT // config.bn)
+    part = turns_of(config, count) * config.warps * apart_of(config)
     return (config.splits - 1) * part < count
 
 
@@ -117,7 +122,7 @@ def candidates(tokens: int, rows: int, columns: int, processors: int, code: str 
 def alone(tokens: int, code: str, config: Config, count: int) -> bool:
     """Whether each warp takes its `x` as a whole: one token of an integer code, and of `count` chunks no more than 32
     for a warp, 512 for a block. `code`: as `compiled_code` names it."""
-    apart = 16 * UNIT // config.bn
+    apart = apart_of(config)
     steps = -(-apart * turns_of(config, count) // 8)
     known = config.bm == least_tokens(code) < 8 and (apart == 1 or code == "twin")
     return tokens == 1 and known and steps <= 4 and steps * config.warps <= 64
@@ -126,5 +131,5 @@ def alone(tokens: int, code: str, config: Config, count: int) -> bool:
 def turns(tokens: int, code: str, config: Config, block: int, count: int) -> bool:
     """Whether the product rotates `x` itself: blocks of a power of two from 8 to 256, whole ones for each warp, which
     takes its `x` as a whole."""
-    columns = turns_of(config, count) * (16 * UNIT // config.bn) * CHUNK
+    columns = turns_of(config, count) * apart_of(config) * CHUNK
     return block in (8, 16, 32, 64, 128, 256) and columns % block == 0 and alone(tokens, code, config, count)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from quant.kernels.shared import get_four, put, together
 from quant.kernels.trellis_decode import is_halves
-from quant.kernels.uniform import inverse, power
+from quant.kernels.uniform import inverse, larger, power
 from quant.kernels.warp import joined, largest_of, load_inputs, numbers, permuted, shuffled
 
 LEVELS = tl.constexpr(32512.0)
@@ -147,10 +147,7 @@ def _largest(x, place, begin, end, each, K, lanes, STEP: tl.constexpr, KIND: tl.
             chunk = begin + several + i * TURNS + lanes % STEP // 4
             here = (chunk < end) & (chunk * 32 + lanes % 4 * 8 < K)
             words = words + load_inputs(x + (place + chunk * 32), here, 4, False, NATIVE)
-        for i in tl.static_range(16):
-            low, high = numbers(words[i], KIND)
-            either = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
-            largest = tl.maximum(largest, either, propagate_nan=tl.PropagateNan.ALL)
+        largest = larger(largest, words, KIND)
     return largest_of(largest, lanes, 5 if STEP == 32 else 4 if STEP == 16 else 3 if STEP == 8 else 2, NATIVE)
 
 

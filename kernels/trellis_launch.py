@@ -22,7 +22,18 @@ from quant.kernels.launch import KINDS, aligned, input_gradient, multiply_unpack
 from quant.kernels.reference import Weight, check_shape
 from quant.kernels.rotated import IDENTITY, Rotation
 from quant.kernels.trellis import scale_values
-from quant.kernels.trellis_blocks import INTEGER, MOST, alone, blocks_of, busy, choose, compiled_code, turns, turns_of
+from quant.kernels.trellis_blocks import (
+    INTEGER,
+    MOST,
+    alone,
+    apart_of,
+    blocks_of,
+    busy,
+    choose,
+    compiled_code,
+    turns,
+    turns_of,
+)
 from quant.kernels.trellis_order import CHUNK, UNIT, ArrangedTrellis, chunks, units
 
 UNPACK_FROM = 96
@@ -148,8 +159,7 @@ def launch(
     whole, total = units(rows, length)
     if config.bn < 16 * UNIT and not alone(tokens, name, config, count):
         config = replace(config, bn=16 * UNIT)
-    apart = 16 * UNIT // config.bn
-    each = turns_of(config, count)
+    apart, each = apart_of(config), turns_of(config, count)
     if signs is not None and not (
         turns(tokens, name, config, block, count)
         and columns % block == 0 and signs.shape == (columns,) and signs.dtype == torch.int8

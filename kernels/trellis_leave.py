@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant.kernels.cluster import all_opened, exchanged, planned, store_half
+from quant.kernels.cluster import exchanged, leave_number, planned
 from quant.kernels.shared import added_up, put_one, put_some
 from quant.kernels.trellis_decode import carry_of, is_halves, row_of, row_scales
 from quant.kernels.trellis_inputs import is_integer
@@ -108,7 +108,7 @@ def held_bytes(bm: int, one: bool, code: str, warps: int, apart: int, steps: int
 @triton.jit
 def _kept(
     value, held, scale, row, token, here, out, partial, M, N,
-    SPLIT: tl.constexpr, BIAS: tl.constexpr, UNSEEN: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, CTAS: tl.constexpr,
 ):  # fmt: skip
     """Stores values: as this program's part, or, scaled, as the output."""
     at = token.to(tl.int64) * N + row
@@ -118,11 +118,7 @@ def _kept(
         value *= scale
         if BIAS:
             value += tl.load(held[3] + row, mask=here, other=0.0).to(tl.float32)
-        value = value.to(out.dtype.element_ty)
-        if UNSEEN:
-            store_half(out + at, value, here)
-        else:
-            tl.store(out + at, value, mask=here)
+        leave_number(out + at, value, here, CTAS)
 
 
 @triton.jit
@@ -197,6 +193,7 @@ def leave(
     OWN: tl.constexpr = SIZE // CTAS  # places that a block stores
     LANES: tl.constexpr = 32 * WARPS
     HELD: tl.constexpr = 1 if is_integer(CODE) or ONE else 2  # tokens of a lane
+    own = mine * OWN if CTAS > 1 else 0
     tl.static_assert(CTAS == 1 or (PARTS == 1 and not SPLIT))
     tl.static_assert(APART == 1 or (ONE and TWIN))
     for part in tl.static_range(PARTS):
@@ -205,7 +202,7 @@ def leave(
             scales = ()
             for i in tl.static_range(-(-OWN // LANES)):
                 place = i * LANES + local
-                row = begin + (place + (mine * OWN if CTAS > 1 else 0)) % ROWS
+                row = begin + (own + place) % ROWS
                 scales = scales + (_scale(held, row, (row < N) & (place < OWN), LENGTH, SPLIT),)
         for j in tl.static_range(products_of(CODE)):
             for half in tl.static_range(2):
@@ -220,7 +217,7 @@ def leave(
                         row, token = begin + unit * 16 + row, first + part * EACH + token
                         here = (row < N) & (token < M)
                         scale = _scale(held, row, here, LENGTH, SPLIT)
-                        _kept(value, held, scale, row, token, here, out, partial, M, N, SPLIT, BIAS, False)
+                        _kept(value, held, scale, row, token, here, out, partial, M, N, SPLIT, BIAS, 1)
         if NATIVE:
             tl.debug_barrier()
             made = ()
@@ -230,15 +227,11 @@ def leave(
                 made = made + (added_up(start + at.to(tl.uint32), STEP, WARPS * APART),)
             if CTAS > 1:
                 planned(partial, M)
-                all_opened(lanes)
                 made = exchanged(made, start + SUMS, mine, local, LANES, SIZE, CTAS)
             for i in tl.static_range(len(made)):
                 value, place = made[i], i * LANES + local
-                here = place < OWN
                 if TWIN:
                     value = _paired(value, local, True)
-                if CTAS > 1:
-                    place += mine * OWN
-                row, token = begin + place % ROWS, first + part * EACH + place // ROWS
-                here = here & (row < N) & (token < M)
-                _kept(value, held, scales[i], row, token, here, out, partial, M, N, SPLIT, BIAS, CTAS > 1)
+                row, token = begin + (own + place) % ROWS, first + part * EACH + (own + place) // ROWS
+                here = (row < N) & (token < M) & (place < OWN)
+                _kept(value, held, scales[i], row, token, here, out, partial, M, N, SPLIT, BIAS, CTAS)

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from quant.kernels.codes import chunk_codes, dot, high_codes, inputs, operand, tile_words, unit_words
+from quant.kernels.warp import numbers
 
 
 @triton.jit
@@ -48,6 +49,16 @@ def _scaled(codes, scales, zeros, k, N, K, rows, inside, GROUP: tl.constexpr, ZE
         zero = tl.load(zeros + at, mask=inside[:, None], other=0).to(tl.float32)[:, :, None, None, None]
     values = tl.join((codes & 0xFFFF).to(tl.float32), ((codes >> 16) & 0xFFFF).to(tl.float32))
     return tl.permute(((values - zero) * scale).to(DTYPE), (0, 2, 1, 3, 4))
+
+
+@triton.jit
+def larger(most, words, KIND: tl.constexpr):
+    """The larger of `most` and the largest number by size in words of two of them; NaN if there is one."""
+    for i in tl.static_range(len(words)):
+        low, high = numbers(words[i], KIND)
+        either = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
+        most = tl.maximum(most, either, propagate_nan=tl.PropagateNan.ALL)
+    return most
 
 
 @triton.jit
