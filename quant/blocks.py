@@ -204,26 +204,23 @@ class BlockSolver:
         spec = self.plan.specs[sites[0].name]
         assert spec is not None
         weight = self._weight(sites[0]) if len(sites) == 1 else torch.cat([self._weight(site) for site in sites])
-        counts = self.plan.counts(sites[0].name)
-        rows = None if counts is None else counts.to(weight.device)
         with threads(worth(weight.shape[-2] * weight.shape[-1])):
-            return self._solve_matrices(sites[0], spec, weight, stats, rows, began)
+            return self._solve_matrices(sites[0], spec, weight, stats, began)
 
     def _solve_matrices(
-        self, site: Site, spec: Spec, weight: torch.Tensor, stats: dict[int, Statistics], rows: torch.Tensor | None,
-        began: float,
-    ) -> Solved:  # fmt: skip
+        self, site: Site, spec: Spec, weight: torch.Tensor, stats: dict[int, Statistics], began: float
+    ) -> Solved:
         tokens = tuple(stats[e].tokens for e in sorted(stats))
+        metrics = self.plan.metrics(site) or [None] * max(1, site.experts)
         if site.kind == "linear":
-            parts = [self._solve(site.name, weight, stats[0], spec, rows)]
+            parts = [self._solve(site.name, weight, stats[0], spec, metrics[0])]
             notes = parts[0].notes
         else:
             stats, notes = self._with_priors(stats)
             if self.float_store is not None:
                 notes = ("matches its own outputs: the float path may send a token to other experts", *notes)
-            counts = [None] * site.experts if rows is None else rows.split(site.out)
             parts = [
-                self._solve(f"{site.name}[{e}]", weight[e], stats[e], spec, counts[e]) for e in range(site.experts)
+                self._solve(f"{site.name}[{e}]", weight[e], stats[e], spec, metrics[e]) for e in range(site.experts)
             ]
             notes += tuple(f"expert {e}: {note}" for e, part in enumerate(parts) for note in part.notes)
         packed = parts[0].packed if len(parts) == 1 else concatenate([part.packed for part in parts])
@@ -232,10 +229,12 @@ class BlockSolver:
         return Solved(site, spec, packed, error, tokens, notes, time.perf_counter() - began)
 
     def _solve(
-        self, name: str, weight: torch.Tensor, statistics: Statistics, spec: Spec, rows: torch.Tensor | None
+        self, name: str, weight: torch.Tensor, statistics: Statistics, spec: Spec, metric: torch.Tensor | None
     ) -> Solution:
         try:
-            return self.recipe.solver.solve(weight, statistics, spec, rows)
+            return self.recipe.solver.solve(
+                weight, statistics, spec, None if metric is None else metric.to(weight.device)
+            )
         except SolverError as error:
             raise SolverError(f"{name}: {error}") from None
 

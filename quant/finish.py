@@ -65,15 +65,16 @@ def _whole(
     batches = [moved(batch, prepared.settings.device) for batch in prepared.samples.batches]
     mixed = Mixed(batches, prepared.recipe.trajectory.mix) if prepared.source.is_diffusion else None
     shown = [moved(batch, prepared.settings.device) for batch in prepared.windows()] or batches
-    device, counts = prepared.settings.device, prepared.plan.counts
-    rows = {name: one.to(device) for name in packed if (one := counts(name)) is not None}
+    device, sites = prepared.settings.device, {site.name: site for site in prepared.walk.sites}
+    known = {name: prepared.plan.metrics(sites[name]) for name in packed}
+    metrics = {name: torch.cat(list(each)).to(device) for name, each in known.items() if each is not None}
     return Whole(
         prepared.skeleton.model,
         lambda batch: first_tensor(prepared.skeleton.model(**batch)),
         prepared.walk.chain,
-        {site.name: site for site in prepared.walk.sites},
+        sites,
         packed,
-        rows,
+        metrics,
         {name: STORED[entries[key].dtype] for name, key in vectors.items()},
         shown if mixed is None else mixed,
         batches if mixed is None else mixed,

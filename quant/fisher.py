@@ -12,11 +12,12 @@ mean over `Z` is closed, and one pass back through the model gives the costs of 
     cost(bits) = 4^-bits / (2 T) * mean |diag(s) G V^T|^2
 
 Its rows' parts, without `s`, say how much an error in each row counts: codes that share bits among rows spend them
-where that is much (`solvers/trellis.py`).
+where that is much (`solvers/trellis.py`). How errors in two of them count together is seen on the way (`pairs.py`).
 
-Gradients of drawn labels have a mean of zero, so those of a batch's windows may be summed first. Errors put into one
-matrix after another and seen at the output cost within 25 % of this at 3 bits (`tests/test_fisher.py`), and take a pass
-for each matrix and width.
+Gradients of drawn labels have a mean of zero, so those of some windows may be summed first: of as many as have the
+tokens that the widest matrix has inputs, lest `G VT` take longer than the gradients. Errors put into one matrix after
+another and seen at the output cost within 25 % of this at 3 bits (`tests/test_fisher.py`), and take a pass for each
+matrix and width.
 
 The model is streamed, one block in memory and one window at a time: forward, and what every so many blocks are given
 is kept, as many as the root of all; then in reverse, the blocks between two of these once more, to keep what each is
@@ -48,6 +49,7 @@ from quant.memory import give_back
 from quant.models.skeleton import Skeleton
 from quant.models.stream import finite, first_tensor, outside_blocks
 from quant.models.walk import Block, Site, Walk
+from quant.pairs import Factors, Pairs
 from quant.recovery.placed import oriented
 from quant.recovery.timesteps import has_vocabulary
 from quant.recovery.tuning import floats
@@ -58,17 +60,17 @@ PER_INPUT = 8  # tokens for each input of the widest matrix, lest `V` fit just t
 UNMEASURED = "--set mixed=false --set widths=[] for the same bits everywhere"
 REMEDY = f"free some space there, choose another TMPDIR, or {UNMEASURED}"
 
-Factors = Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]  # by site and expert: order of the columns and `V`
-
 
 @dataclass
 class Cost:
     """Of a site's errors. `rows` float32 `[rows of all experts]`: what errors of one size cost in each row, nats per
     token (of a model without a vocabulary: squared error per token). `energy`: each row's mean square, which is its
-    errors' at 0 bits."""
+    errors' at 0 bits. `pairs` float32 `[rows of all experts, width]`, where asked for and found: how errors in a row
+    and in each of its sequence correlate in what they cost, 1 with itself and 0 beyond the last row."""
 
     rows: Tensor
     energy: Tensor
+    pairs: Tensor | None = None
 
     @property
     def zero(self) -> float:
@@ -78,12 +80,14 @@ class Cost:
 
 @torch.no_grad()
 def information(
-    skeleton: Skeleton, found: Walk, batches: Sequence[Batch], spill: int, progress: Callable[[str], None]
-) -> dict[str, Cost]:
-    """The cost of errors in each site. `spill`: bytes of activations that are kept in memory."""
+    skeleton: Skeleton, found: Walk, batches: Sequence[Batch], spill: int, progress: Callable[[str], None],
+    sequences: Mapping[str, int] | None = None,
+) -> dict[str, Cost]:  # fmt: skip
+    """The cost of errors in each site. `spill`: bytes of activations that are kept in memory. `sequences`: of the sites
+    whose rows share bits, how many do."""
     chain, device = found.chain, skeleton.device
-    groups = [batch["input_ids"].to(device).split(1) for batch in enough(batches, found.sites)]
-    windows: list[Batch] = [{"input_ids": row} for rows in groups for row in rows]
+    rows = [row for batch in enough(batches, found.sites) for row in batch["input_ids"].to(device).split(1)]
+    windows: list[Batch] = [{"input_ids": row} for row in rows]
     blocks = {block.name: block for block in found.blocks}
     outside, head = outside_blocks(skeleton, chain)
     skeleton.load(outside)
@@ -108,7 +112,7 @@ def information(
             for index in reversed(range(start, stop)):
                 with stream.block(index, "backward"):
                     block, given = blocks.get(chain[index], Block(chain[index], ())), segment.pop()
-                    _sweep(replay, index, block, windows, [len(rows) for rows in groups], given, gradients, costs)
+                    _sweep(replay, index, block, windows, given, gradients, costs, sequences or {})
                     given.clear()
     skeleton.unload(outside)
     wrong = next((name for name, cost in costs.items() if not math.isfinite(cost.zero)), None)
@@ -190,56 +194,56 @@ def _surprise(model: nn.Module, said: Tensor, generator: torch.Generator) -> Ten
 
 
 def _sweep(
-    replay: Replay, index: int, block: Block, windows: Sequence[Batch], sizes: Sequence[int], given: Activations,
-    gradients: Activations, costs: Mapping[str, Cost],
+    replay: Replay, index: int, block: Block, windows: Sequence[Batch], given: Activations, gradients: Activations,
+    costs: Mapping[str, Cost], sequences: Mapping[str, int],
 ) -> None:  # fmt: skip
-    """Adds to the costs of a block's sites; the gradients of its outputs become those of its inputs. `sizes`: of how
-    many windows gradients are summed first."""
+    """Adds to the costs of a block's sites; the gradients of its outputs become those of its inputs."""
     factors = _factors(replay, index, block, windows, given)
     parameters = {site.name: replay.model.get_parameter(site.parameter) for site in block.sites}
+    sums = [Pairs(site, sequences.get(site.name, 1), parameters[site.name].device) for site in block.sites]
     for site in block.sites:
         matrices = _matrices(site, oriented(parameters[site.name], site))
         costs[site.name].energy = torch.cat([W.float().square().mean(1).cpu() for W in matrices])
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    first = 0
-    for size in sizes:
-        sums: list[Tensor] = []
-        for number in range(first, first + size):
+    size = _together(block, windows)
+    for first in range(0, len(windows), size):
+        total: list[Tensor] = []
+        for number in range(first, min(first + size, len(windows))):
             inputs = _leaves(given[number])
             with torch.enable_grad():
                 outputs = floats(replay.output(index, windows[number], inputs))
             own = _back(outputs, gradients[number], [*parameters.values(), *floats(inputs)])
             own, gradients[number] = own[: len(parameters)], own[len(parameters) :]
-            sums = [total.add_(one) for total, one in zip(sums, own, strict=True)] if sums else own
+            total = [one.add_(more) for one, more in zip(total, own, strict=True)] if total else own
             del outputs, own  # or the next window's graph and gradients come on top
-        first += size
-        for site, gradient in zip(block.sites, sums, strict=True):
-            costs[site.name].rows += _rows(site, oriented(gradient, site), factors[site.name]).cpu()
+        for site, gradient, pairs in zip(block.sites, total, sums, strict=True):
+            pairs.add(oriented(gradient, site), factors[site.name], first // size % 2)
+    for site, pairs in zip(block.sites, sums, strict=True):
+        cost = costs[site.name]
+        cost.rows, cost.pairs = pairs.rows(), pairs.correlations() if site.name in sequences else None
     for parameter in parameters.values():
         parameter.requires_grad_(False)
 
 
-def _factors(replay: Replay, index: int, block: Block, windows: Sequence[Batch], given: Activations) -> Factors:
+def _together(block: Block, windows: Sequence[Batch]) -> int:
+    """Of how many windows gradients are summed first."""
+    widest = max((site.inputs for site in block.sites), default=1)
+    return max(1, min(widest // windows[0]["input_ids"].shape[1], len(windows) // 2))
+
+
+def _factors(
+    replay: Replay, index: int, block: Block, windows: Sequence[Batch], given: Activations
+) -> dict[str, Factors]:
     """Sites of a stage share theirs. An expert that saw no token has none, and no gradient."""
     stages = [Stage(replay.model, stage, cross=False) for stage in block.stages]
     if stages:
         collect(stages, replay, index, windows, given)
-    factors: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    factors: dict[str, Factors] = {}
     for stage, sites in zip(stages, block.stages, strict=True):
         own = {n: shaped for n, statistics in stage.finish().items() if (shaped := shaping(statistics)) is not None}
         factors |= {site.name: own for site in sites}
     return factors
-
-
-def _rows(site: Site, gradient: Tensor, factors: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor:
-    """`|G V^T|^2` of each row, all experts' one after another."""
-    rows = list[Tensor]()
-    for number, G in enumerate(_matrices(site, gradient)):
-        order, V = factors.get(number, (slice(None), None))
-        shaped = G.float()[:, order]
-        rows.append((shaped if V is None else shaped @ V.T).square().sum(1))
-    return torch.cat(rows)
 
 
 def _matrices(site: Site, parameter: Tensor) -> Tensor:

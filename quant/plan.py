@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,23 +31,39 @@ from quant.kernels.spec import (
 )
 from quant.models.walk import Site, Walk
 from quant.recipe import Recipe, respec
+from quant.solvers.metric import scaled
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The spec of every site, by name in call order; None keeps a site float. `rows` int8 `[rows]`, of sites where it
-    was measured: how much an error in each row counts, `2^(r / 4)`."""
+    """The spec of every site, by name in call order; None keeps a site float. Of sites where it was measured, `rows`
+    int8 `[rows]`: how much an error in each counts, `2^(r / 4)`; and `pairs` int8 `[rows, width]`: how those of one
+    sequence correlate, in 127ths."""
 
     specs: dict[str, Spec | None]
     rows: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    pairs: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def counts(self, name: str) -> Tensor | None:
         """How much an error in each row of a site counts, float32 `[rows]`; None where all count the same."""
         return (self.rows[name].float() / 4).exp2() if name in self.rows else None
 
+    def metrics(self, site: Site) -> Sequence[Tensor] | None:
+        """How much errors in the rows of a site count (`solvers/metric.py`), of each expert."""
+        rows = self.counts(site.name)
+        if rows is None or site.name not in self.pairs:
+            return None if rows is None else rows[:, None].split(site.out)
+        pairs = (self.pairs[site.name].float() / 127).split(site.out)
+        return [scaled(known, own.sqrt()) for own, known in zip(rows.split(site.out), pairs, strict=True)]
+
+    def counted(self) -> dict[str, Tensor]:
+        """All of it, by names of their own."""
+        parts = {"rows": self.rows, "pairs": self.pairs}
+        return {f"{kind}.{name}": one for kind, known in parts.items() for name, one in known.items()}
+
     def fingerprint(self) -> str:
-        """Of `rows`."""
-        return hashlib.sha256(save(dict(self.rows))).hexdigest()
+        """Of what counts."""
+        return hashlib.sha256(save(self.counted())).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         return {name: None if spec is None else spec.to_dict() for name, spec in self.specs.items()}

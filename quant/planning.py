@@ -155,7 +155,9 @@ def planned(
         bits = {site.name: widths(recipe)[0] for site in found.sites} | bits  # those that a plan file has
     plan = make_plan(recipe, found, settings.plan, bits or None, anchors)
     shared = [site for site in found.sites if counted and _shares(plan.specs[site.name])]
-    return replace(plan, rows={site.name: relative(costs[site.name], site.experts) for site in shared})
+    rows = {site.name: relative(costs[site.name], site.experts) for site in shared}
+    pairs = {name: (127 * known).round().to(torch.int8) for name in rows if (known := costs[name].pairs) is not None}
+    return replace(plan, rows=rows, pairs=pairs)
 
 
 def _costs(
@@ -165,8 +167,11 @@ def _costs(
         raise SettingsError("sensitivity=image asks for images, which this model does not draw; leave it at output")
     half = samples.batches[0]["input_ids"].shape[1] // 2
     remedy = f"it takes gradients: --set calibration.sequence_length={half}, or {UNMEASURED}"
+    told = given(settings.plan, found)
+    cores = {site.name: spec.core for site in found.sites if (spec := told.get(site.name, recipe.spec)) is not None}
+    lengths = {name: core.length for name, core in cores.items() if isinstance(core, Trellis)}
     with enough_memory(remedy, " while the cost of errors was measured"):
-        return information(skeleton, found, samples.batches, settings.spill_bytes, progress.step)
+        return information(skeleton, found, samples.batches, settings.spill_bytes, progress.step, lengths)
 
 
 def _by_words(

@@ -23,6 +23,7 @@ from quant.eval.evaluate import evaluate
 from quant.eval.subject import open_subject
 from quant.kernels.spec import Trellis
 from quant.models.walk import Site
+from quant.pairs import Pairs
 from quant.pipeline import run
 from quant.planning import measured, relative, widths
 from quant.prepare import Prepared, prepare
@@ -30,6 +31,7 @@ from quant.recipe import override, with_spec
 from quant.recovery.placed import oriented
 from quant.recovery.tunable_trellis import TunableTrellis
 from quant.solvers.feedback import Feedback
+from quant.solvers.metric import own
 from quant.solvers.solution import solution
 from tests import tiny
 
@@ -150,12 +152,13 @@ def test_rows_that_count_more_lose_less(demo: Path) -> None:
         weight, counts = skeleton.model.get_parameter(site.parameter).detach(), plan.counts(site.name)
         assert counts is not None
         exact = found[site.name].rows
+        metric = counts[:, None]
         torch.testing.assert_close(
             counts, (exact / exact.mean()).pow(0.75).clamp_min(1 / 64), rtol=0.1, atol=0
         )  # 2^(1/8)
         alike, lost = Statistics.identity(site.inputs), list[tuple[float, float]]()
-        for rows in (counts, None):
-            errors = (weight - Feedback().solve(weight, alike, Trellis(window=8), rows).weight).square().sum(1)
+        for known in (metric, None):
+            errors = (weight - Feedback().solve(weight, alike, Trellis(window=8), known).weight).square().sum(1)
             lost.append((float(exact @ errors), float(errors.sum())))
         assert lost[0][0] < 0.95 * lost[1][0], site.name
         assert lost[0][1] > lost[1][1]
@@ -165,10 +168,10 @@ def test_what_missed_where_rows_count_is_worse() -> None:
     """Of two solutions, each better in one half of the rows, the one that is better where rows count missed by less;
     what is reported of both knows no counts."""
     weight, alike = torch.randn((64, 32), generator=torch.Generator().manual_seed(0)), Statistics.identity(32)
-    halves = torch.tensor([50.0] * 32 + [1.0] * 32), torch.tensor([1.0] * 32 + [50.0] * 32)
-    solved = [Feedback().solve(weight, alike, Trellis(window=8, length=64), rows) for rows in halves]
+    halves = [torch.tensor([50.0] * 32 + [1.0] * 32).roll(by)[:, None] for by in (0, 32)]
+    solved = [Feedback().solve(weight, alike, Trellis(window=8, length=64), metric) for metric in halves]
     for one in range(2):
-        found = [solution(made.packed, weight, alike, rows=halves[one]) for made in solved]
+        found = [solution(made.packed, weight, alike, metric=halves[one]) for made in solved]
         assert found[one].missed < 0.8 * found[1 - one].missed
         assert [made.error for made in found] == [made.error for made in solved]
         assert solved[one].missed == found[one].missed
@@ -179,9 +182,9 @@ def test_each_expert_has_its_own_rows(words: Path, tmp_path: Path, monkeypatch: 
     recipe = replace(recipe, only=("*.0.mlp.experts.*",))
     seen, solve = list[torch.Tensor](), Feedback.solve
 
-    def spied(self: Feedback, weight: Any, statistics: Any, spec: Any, rows: Any = None) -> Any:
-        seen.extend([rows] if isinstance(spec, Trellis) else [])
-        return solve(self, weight, statistics, spec, rows)
+    def spied(self: Feedback, weight: Any, statistics: Any, spec: Any, metric: Any = None) -> Any:
+        seen.extend([own(metric)] if isinstance(spec, Trellis) else [])
+        return solve(self, weight, statistics, spec, metric)
 
     monkeypatch.setattr(Feedback, "solve", spied)
     prepared = prepare(str(tiny.model("mixtral", tmp_path / "model")), recipe)
@@ -200,7 +203,7 @@ def test_the_tuning_is_told_what_rows_count(
     short = ["distillation.steps=1", "distillation.samples=4"]
     prepared = prepare(str(llama), override(load_recipe("best"), [f"calibration.text={words}", *TRELLIS, *short]))
     told, weigh = list[torch.Tensor](), TunableTrellis.weigh
-    monkeypatch.setattr(TunableTrellis, "weigh", lambda self, rows: told.append(rows) or weigh(self, rows))
+    monkeypatch.setattr(TunableTrellis, "weigh", lambda self, metric: told.append(own(metric)) or weigh(self, metric))
     run(prepared, tmp_path / "out")
     wanted = [prepared.plan.counts(site.name) for site in prepared.walk.sites]
     assert len(told) == len(wanted) == 14
@@ -288,7 +291,7 @@ def test_sites_of_a_plan_file_are_left_out_of_the_choice(
 def test_costs_that_say_nothing(
     cost: float, words_: str, llama: Path, words: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fisher, "_rows", lambda site, *_: torch.full((site.shape[0],), cost))
+    monkeypatch.setattr(Pairs, "rows", lambda self: torch.full((self.site.shape[0],), cost))
     with pytest.raises(CalibrationError, match=rf"q_proj: {words_}.*mixed=false --set widths=\[\]"):
         costs(prepare(str(llama), tiny.recipe(words)))
 

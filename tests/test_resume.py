@@ -367,7 +367,7 @@ def test_what_was_measured_is_not_measured_again(words: Path, tmp_path: Path) ->
     assert "--plan" not in said
     altered = shutil.copytree(out, tmp_path / "altered")
     rows = load_file(altered / FOLDER / "rows.safetensors")
-    assert len(rows) == 14
+    assert sum(name.startswith("rows.") for name in rows) == 14
     rows[next(iter(rows))][0] += 1
     save_file(rows, altered / FOLDER / "rows.safetensors")
     with pytest.raises(ResumeError, match='is another one: rows = "'):

@@ -1,5 +1,5 @@
-"""The plan of a run that goes on: it need not be told again, nor measured. `run.json` has the specs; how much rows
-count lies beside it in the journal."""
+"""The plan of a run that goes on: it need not be told again, nor measured. `run.json` has the specs; how much errors in
+the rows count lies beside it in the journal."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from quant.kernels.spec import SpecError, spec_from_dict
 from quant.plan import Plan
 
 ROWS = "rows.safetensors"
+KINDS = ("rows.", "pairs.")  # of `Plan.counted`
 
 
 def keep(folder: Path, plan: Plan) -> None:
-    """Puts the plan's rows into the journal `folder`."""
+    """Puts how much rows count into the journal `folder`."""
     if plan.rows:
         with Atomic(folder / ROWS) as out:
-            out.write(save(dict(plan.rows)))
+            out.write(save(plan.counted()))
 
 
 def recall(out: Path) -> Plan | None:
@@ -35,6 +36,8 @@ def recall(out: Path) -> Plan | None:
         return None
     try:
         specs = {name: None if spec is None else spec_from_dict(spec) for name, spec in told["plan"].items()}
-        return Plan(specs, load_file(folder / ROWS) if counted else {})
+        known = load_file(folder / ROWS) if counted else {}
+        parts = ({key.removeprefix(kind): known[key] for key in known if key.startswith(kind)} for kind in KINDS)
+        return Plan(specs, *parts)
     except (OSError, SafetensorError, SpecError, AttributeError) as error:
         raise unreadable(folder if folder.exists() else out, error) from None

@@ -27,8 +27,9 @@ class Tunable(ABC):
         none to their base's."""
         return 0.0
 
-    def weigh(self, rows: Tensor) -> None:
-        """`rows` `[out]`: how much an error in each counts when `settle` finds codes that share bits among rows."""
+    def weigh(self, metric: Tensor) -> None:
+        """`metric` `[out, width]` (`solvers/metric.py`): how much errors count when `settle` finds codes that share bits
+        among rows."""
         return
 
     def codes(self) -> list[Tensor]:

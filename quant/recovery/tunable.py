@@ -85,8 +85,8 @@ class Wrapped(Tunable):
     def scales(self) -> list[Tensor]:
         return self.base.scales()
 
-    def weigh(self, rows: Tensor) -> None:
-        self.base.weigh(rows)
+    def weigh(self, metric: Tensor) -> None:
+        self.base.weigh(metric)
 
     def settle(self, step: int) -> None:
         self.base.settle(step)
@@ -131,9 +131,9 @@ class TunableRotated(Wrapped):
         turned = self.outputs.apply(self.inputs.apply(weight).T).T.contiguous()
         self.base = tunable(packed.base, turned, train_codes)
 
-    def weigh(self, rows: Tensor) -> None:
+    def weigh(self, metric: Tensor) -> None:
         if self.outputs.signs is None:  # which would mix rows
-            self.base.weigh(rows)
+            self.base.weigh(metric)
 
     def weight(self) -> Tensor:
         return self.outputs.undo(self.inputs.undo(self.base.weight()).T).T
@@ -177,12 +177,12 @@ KINDS: dict[type[Packed], type[Tunable]] = {
 }
 
 
-def tunable(packed: Packed, weight: Tensor, train_codes: bool, rows: Tensor | None = None) -> Tunable:
-    """`rows`: see `Tunable.weigh`. Raises `SettingsError` for a layout that has nothing to train."""
+def tunable(packed: Packed, weight: Tensor, train_codes: bool, metric: Tensor | None = None) -> Tunable:
+    """`metric`: see `Tunable.weigh`. Raises `SettingsError` for a layout that has nothing to train."""
     check_tunable(packed.spec)
     made = KINDS[type(packed)](packed, weight, train_codes)
-    if rows is not None:
-        made.weigh(rows)
+    if metric is not None:
+        made.weigh(metric)
     return made
 
 

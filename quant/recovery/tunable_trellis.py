@@ -12,6 +12,8 @@ from quant.kernels.spec import Trellis
 from quant.kernels.trellis import PackedTrellis, deviation, read, scale_codes, scale_values, state_values
 from quant.kernels.viterbi import improve
 from quant.recovery.trainable import EVERY, MOST, Tunable, through
+from quant.solvers.coupling import Coupling, cost, fitted, settle
+from quant.solvers.metric import own
 from quant.solvers.trellis import counted
 
 LEAN_TRELLIS = 0.5
@@ -40,6 +42,7 @@ class TunableTrellis(Tunable):
         self.peaks = packed.peaks.repeat_interleave(packed.spec.length)[: packed.shape[0]]
         self.gain = torch.zeros_like(self.start, requires_grad=True)
         self.rows = torch.ones_like(self.start)
+        self.coupling: Coupling | None = None
         self.place: Tensor | None = None
         if train_codes:
             scale = torch.where(self.start > 0, self.start, torch.inf)[:, None]
@@ -60,14 +63,17 @@ class TunableTrellis(Tunable):
     def scales(self) -> list[Tensor]:
         return [self.gain] if self.table is None else [self.gain, self.table]
 
-    def weigh(self, rows: Tensor) -> None:
-        self.rows = rows
+    def weigh(self, metric: Tensor) -> None:
+        self.rows = own(metric)
+        if metric.shape[1] > 1 and self.place is not None:
+            self.coupling = Coupling(metric, self.spec.length)
 
     def settle(self, step: int) -> None:
         if self.place is None:
             return
         known = self._values().detach()
-        weight = counted(scale_values(self._codes(), self.peaks), self.rows)
+        scales = scale_values(self._codes(), self.peaks)
+        weight, together = counted(scales, self.rows), None if self.coupling is None else self.coupling.together(scales)
         columns = torch.arange(step % EVERY, self.shape[1], EVERY, device=self.place.device)
         wanted = self.place.detach()[:, columns].T * self.unit
         own = (1 << self.spec.step) - 1  # bits of a state that are its own, its code
@@ -79,8 +85,13 @@ class TunableTrellis(Tunable):
             target[:, :rows], counts[:, :rows] = wanted[:, first : first + rows], weight[first : first + rows]
             seam = states.shape[1] // 2 if step // EVERY % 2 else 0
             old = states[columns]
-            new = improve(target, counts, known, self.spec.step, old, seam)
-            nearer = [((read(known, path) - target).square() * counts).sum(1) for path in (old, new)]
+            if together is None or self.coupling is None:
+                new = improve(target, counts, known, self.spec.step, old, seam)
+                nearer = [((read(known, path) - target).square() * counts).sum(1) for path in (old, new)]
+            else:
+                B, part = fitted(together[number : number + 1], length), self.coupling.step[number : number + 1]
+                new = settle(target, B, part, known, self.spec.step, old, 1, step // EVERY)
+                nearer = [cost(B, read(known, path) - target)[1][:, 0] for path in (old, new)]
             best = (nearer[1] - nearer[0]).sort(stable=True)[1]  # columns that gain most come first
             spent = ((old ^ new) & own).count_nonzero(1)[best].cumsum(0)
             taken = best[spent <= budget]

@@ -24,21 +24,21 @@ AROUND: dict[type[Spec], Callable[[Solver, Tensor, Statistics, Any], Solution]] 
 
 @dataclass(frozen=True)
 class _Weighed:
-    """A solver that is told how much each row counts."""
+    """A solver that is told how much rows count."""
 
     solver: Solver
-    rows: Tensor
+    metric: Tensor
 
-    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, rows: Tensor | None = None) -> Solution:
-        return self.solver.solve(weight, statistics, spec, self.rows)
+    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, metric: Tensor | None = None) -> Solution:
+        return self.solver.solve(weight, statistics, spec, self.metric)
 
 
 def solve_around(
-    solver: Solver, weight: Tensor, statistics: Statistics, spec: Spec, rows: Tensor | None
+    solver: Solver, weight: Tensor, statistics: Statistics, spec: Spec, metric: Tensor | None
 ) -> Solution | None:
     """The solution of a spec that lies around another one; None for codes alone. Rotated outputs mix rows: there all
     count the same."""
     around = AROUND.get(type(spec))
-    if rows is not None and not (isinstance(spec, Rotated) and spec.outputs):
-        solver = _Weighed(solver, rows)
+    if metric is not None and not (isinstance(spec, Rotated) and spec.outputs):
+        solver = _Weighed(solver, metric)
     return None if around is None else around(solver, weight, statistics, spec)

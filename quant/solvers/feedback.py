@@ -36,6 +36,7 @@ from quant.solvers.around import solve_around
 from quant.solvers.descent import descend
 from quant.solvers.factor import Factor, factorise
 from quant.solvers.grid import SEARCH, Search
+from quant.solvers.metric import own
 from quant.solvers.nearest import Nearest
 from quant.solvers.rounder import Rehearsal, Rounder, in_one_kernel, rounder_for
 from quant.solvers.rounding import of_rounded
@@ -51,7 +52,8 @@ class Feedback:
     `damp`: added to the Hessian's diagonal, as a share of its mean; ten times more on each of 3 retries if the matrix
     is not positive definite (a note says so), and then round to nearest (a note says so). `block`: columns updated at
     once. `order`: see the module. `static_groups`: grids from the original weight instead of the updated one. `sweeps`:
-    rounds of descent on the codes and then the scales; 0 is feedback alone.
+    rounds of descent on the codes and then the scales; 0 is feedback alone. `tries`: searches of each column for
+    what errors of its rows count together, and one in each sweep; 0: each row by itself.
     """
 
     damp: float = 0.01
@@ -59,24 +61,27 @@ class Feedback:
     order: Literal["gar", "act", "none"] = "gar"
     static_groups: bool = False
     sweeps: int = 2
+    tries: int = 4
     search: Search = SEARCH
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damp < math.inf or self.block < 1 or self.sweeps < 0:
+        if not 0 <= self.damp < math.inf or self.block < 1 or min(self.sweeps, self.tries) < 0:
             raise SettingsError(
-                f"damp is {self.damp}, block {self.block}, sweeps {self.sweeps}; "
-                "damp is finite and at least 0, block at least 1, sweeps at least 0"
+                f"damp is {self.damp}, block {self.block}, sweeps {self.sweeps}, tries {self.tries}; "
+                "damp is finite and at least 0, block at least 1, sweeps and tries at least 0"
             )
 
-    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, rows: Tensor | None = None) -> Solution:
+    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, metric: Tensor | None = None) -> Solution:
         check(weight, statistics)
-        around = solve_around(self, weight, statistics, spec, rows)
+        around = solve_around(self, weight, statistics, spec, metric)
         if around is not None:
             return around
-        rounder = rounder_for(spec, (weight.shape[0], weight.shape[1]), weight.device, self.search, rows)
+        if metric is not None and not self.tries:
+            metric = own(metric)[:, None]
+        rounder = rounder_for(spec, (weight.shape[0], weight.shape[1]), weight.device, self.search, metric, self.tries)
         factor = factorise(of_rounded(statistics, spec), self.order, self.damp, rounder.span, rounder.granularity)
         if isinstance(factor, str):
-            return self._without_feedback(weight, statistics, spec, rows, f"{factor}; rounded to nearest")
+            return self._without_feedback(weight, statistics, spec, metric, f"{factor}; rounded to nearest")
         target = weight.float() if factor.match is None else weight.float() @ factor.match
         static = self.static_groups or self.order == "act"
         quantized = feed(target, factor, rounder, factor.hessian.diagonal(), self.block, static)
@@ -84,17 +89,17 @@ class Feedback:
             for _ in range(self.sweeps):
                 quantized = descend(target, quantized, factor.hessian, factor.order, rounder, self.block)
                 quantized = rounder.refit(target, factor.hessian)
-        return solution(rounder.pack(), weight, statistics, factor.notes, rows=rows)
+        return solution(rounder.pack(), weight, statistics, factor.notes, metric=metric)
 
     def _without_feedback(
-        self, weight: Tensor, statistics: Statistics, spec: Spec, rows: Tensor | None, note: str
+        self, weight: Tensor, statistics: Statistics, spec: Spec, metric: Tensor | None, note: str
     ) -> Solution:
         """A grid by `Nearest`; of other codes what is nearest where all inputs count alike."""
         if isinstance(spec, Uniform):
             return replace(Nearest(search=self.search).solve(weight, statistics, spec), notes=(note,))
         alike = Statistics.identity(statistics.features, weight.device)
-        nearest = replace(self, sweeps=0).solve(weight, alike, spec, rows)
-        return solution(nearest.packed, weight, statistics, (note,), rows=rows)
+        nearest = replace(self, sweeps=0).solve(weight, alike, spec, metric)
+        return solution(nearest.packed, weight, statistics, (note,), metric=metric)
 
 
 def feed(weight: Tensor, factor: Factor, rounder: Rounder, importance: Tensor, block: int, static: bool) -> Tensor:

@@ -31,9 +31,9 @@ class Nearest:
 
     search: Search = SEARCH
 
-    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, rows: Tensor | None = None) -> Solution:
+    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, metric: Tensor | None = None) -> Solution:
         check(weight, statistics)
-        around = solve_around(self, weight, statistics, spec, rows)
+        around = solve_around(self, weight, statistics, spec, metric)
         if around is not None:
             return around
         if not isinstance(spec, Uniform):

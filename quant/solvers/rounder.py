@@ -78,16 +78,17 @@ class Rounder(Protocol):
 
 
 def rounder_for(
-    spec: Spec, shape: tuple[int, int], device: torch.device, search: Search, rows: Tensor | None = None
-) -> Rounder:
-    """The rounder of a spec. `rows` `[out]`: how much an error in each row counts. Raises `SolverError` for a spec that
-    has none."""
+    spec: Spec, shape: tuple[int, int], device: torch.device, search: Search, metric: Tensor | None = None,
+    tries: int = 0,
+) -> Rounder:  # fmt: skip
+    """The rounder of a spec. `metric` `[out, width]`, `tries`: see `TrellisRounder`. Raises `SolverError` for a spec
+    that has none."""
     if isinstance(spec, Uniform):
         return UniformRounder(spec, shape, device, search)
     if isinstance(spec, Trellis):
         from quant.solvers.trellis import TrellisRounder
 
-        return TrellisRounder(spec, shape, device, rows)
+        return TrellisRounder(spec, shape, device, metric, tries)
     if isinstance(spec, Codebook):
         from quant.solvers.codebook import CodebookRounder
 

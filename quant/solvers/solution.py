@@ -8,10 +8,10 @@ calibration tokens,
 
 plus, where its inputs are rounded, what that costs (`noise`, over the same energy; see `rounding.py`),
 so 0.01 reads "one per cent of the output's energy" and sites of different size compare. A solver that aims at the float
-path's outputs leaves these on purpose: it lowers `missed`, the same for the distance from `W x_float`, in which rows
-count as codes were told that they do; all the same it is
+path's outputs leaves these on purpose: it lowers `missed`, the same for the distance from `W x_float`, where errors of
+rows count as codes were told that they do (`A`, `metric.py`). But for what no solver can change it is
 
-    error - 2 tr(D (H - CT) WT) / tr(W H WT) + what no solver can change,   C = mean of x_float xT.
+    missed = (tr(DT A D H) - 2 tr(DT A W (H - C))) / tr(WT A W H),   C = mean of x_float xT.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from quant.calibration.statistics import Statistics
 from quant.errors import SolverError
 from quant.kernels.layouts import Packed
 from quant.kernels.spec import Spec
+from quant.solvers.metric import weighed
 from quant.solvers.rounding import noise_energy
 
 
@@ -45,32 +46,34 @@ class Solution:
 
 
 class Solver(Protocol):
-    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, rows: Tensor | None = None) -> Solution:
+    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, metric: Tensor | None = None) -> Solution:
         """Quantizes `weight` `[out, in]`. With a uniform spec no row's result depends on another row: sites that share
-        statistics are solved as one. `rows` `[out]`: how much an error in each row counts, where codes share bits among
-        rows; None: all the same. Raises `SolverError` where the numbers do not allow it, naming what is wrong.
+        statistics are solved as one. `metric` `[out, width]`: how much errors in the rows count (`metric.py`), where
+        codes share bits among them; None: all the same. Raises `SolverError` where the numbers do not allow it, naming
+        what is wrong.
         """
         ...
 
 
 def solution(
     packed: Packed, weight: Tensor, statistics: Statistics, notes: tuple[str, ...] = (), noise: float | None = None,
-    rows: Tensor | None = None,
+    metric: Tensor | None = None,
 ) -> Solution:  # fmt: skip
     """Completes a `Solution`: dequantizes `packed` and measures its error against the float `weight`. `noise`: of the
-    codes inside, for a spec that lies around them. `rows`: how much each counts in `missed`."""
+    codes inside, for a spec that lies around them. `metric`: how much rows count in `missed`."""
     quantized = packed.dequantize()
     noise = noise_energy(quantized, statistics, packed.spec) if noise is None else noise
     target = weight.float()
     lost, whole = target - quantized, _energy(target, statistics.hessian)
     error = missed = _share(_energy(lost, statistics.hessian) + noise, whole)
-    if rows is not None:
-        lost, target = (part * rows.sqrt()[:, None] for part in (lost, target))
-        whole = _energy(target, statistics.hessian)
-        missed = _share(_energy(lost, statistics.hessian) + noise, whole)
+    counted = lost  # A D
+    if metric is not None:
+        counted = weighed(metric, lost)
+        whole = _energy(target, statistics.hessian, weighed(metric, target))
+        missed = _share(_energy(lost, statistics.hessian, counted) + noise, whole)
     if statistics.cross is not None and whole > 0:
         away = target @ (statistics.hessian - statistics.cross)
-        missed -= 2 * float(lost.mul_(away).sum(dtype=torch.float64)) / whole
+        missed -= 2 * float(away.mul_(counted).sum(dtype=torch.float64)) / whole
     return Solution(packed, quantized, error, missed, notes, noise)
 
 
@@ -102,5 +105,6 @@ def _share(lost: float, whole: float) -> float:
     return lost / whole if whole > 0 else 0.0 if lost <= 0 else float("inf")
 
 
-def _energy(matrix: Tensor, hessian: Tensor) -> float:
-    return float((matrix @ hessian).mul_(matrix).sum(dtype=torch.float64))
+def _energy(matrix: Tensor, hessian: Tensor, counted: Tensor | None = None) -> float:
+    """`tr(MT A M H)`; `counted`: `A M`, without it `M`."""
+    return float((matrix @ hessian).mul_(matrix if counted is None else counted).sum(dtype=torch.float64))

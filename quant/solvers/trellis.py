@@ -20,8 +20,10 @@ from quant.kernels.packed import Packed
 from quant.kernels.spec import Trellis
 from quant.kernels.trellis import PackedTrellis, deviation, read, scale_codes, scale_values, state_values
 from quant.kernels.viterbi import improve, search
+from quant.solvers.coupling import Coupling, fitted, settle
 from quant.solvers.grid import storable
 from quant.solvers.kmeans import MOST, kmeans
+from quant.solvers.metric import own
 from quant.solvers.rounder import Rehearsal
 
 WIDER = 1.07  # feedback adds to what a column holds; 1.0 to 1.15 tried on two models, flat from 1.05 to 1.1
@@ -47,9 +49,14 @@ class TrellisRounder:
 
     granularity = 1
 
-    def __init__(self, spec: Trellis, shape: tuple[int, int], device: torch.device, rows: Tensor | None = None) -> None:
-        self.spec, self.shape, self.span = spec, shape, shape[1]
-        self.rows = torch.ones(shape[0], device=device) if rows is None else rows
+    def __init__(
+        self, spec: Trellis, shape: tuple[int, int], device: torch.device, metric: Tensor | None = None, tries: int = 0
+    ) -> None:
+        """`metric` `[out, width]`: how much errors in the rows count (`metric.py`), `width` 1 or as many as share bits;
+        `tries`: how often a path is looked for again for what they count together."""
+        self.spec, self.shape, self.span, self.tries = spec, shape, shape[1], tries
+        self.metric = torch.ones((shape[0], 1), device=device) if metric is None else metric
+        self.rows = own(self.metric)
         sequences = spec.sequences(shape[0])
         self.lengths = [padded for _, padded in sequences]
         starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
@@ -62,6 +69,8 @@ class TrellisRounder:
         self.peaks = torch.zeros(len(sequences), dtype=torch.float16, device=device)
         self.codes = torch.zeros(shape[0], dtype=torch.uint8, device=device)
         self.rounded, self.sweep = set[int](), 0
+        self.coupling = Coupling(self.metric, spec.length) if tries and self.metric.shape[1] > 1 else None
+        self.together: list[Tensor] = []  # as the scales are now, of each run of sequences
 
     @property
     def scales(self) -> Tensor:
@@ -73,21 +82,28 @@ class TrellisRounder:
         scales = spread * (WIDER / deviation(self.values))
         top = torch.zeros_like(self.peaks, dtype=torch.float32).scatter_reduce_(0, self.sequence, scales, "amax")
         self.peaks = storable(top * HEADROOM, torch.float16).half()
-        self.codes = scale_codes(scales, self.peaks[self.sequence])
+        self.codes, self.together = scale_codes(scales, self.peaks[self.sequence]), []
 
     def round(self, columns: Tensor, values: Tensor) -> Tensor:
         column, scales = int(columns), self.scales
         target, weight = values.new_zeros((2, sum(self.lengths)))
         target[self.place] = torch.where(scales > 0, values[:, 0] / scales, 0.0)
         weight[self.place] = counted(scales, self.rows)
-        states, again = self.states[column], column in self.rounded
-        for length, first, last in self._alike():
+        states, again, done = self.states[column], column in self.rounded, 0
+        for number, (length, first, last) in enumerate(self._alike()):
             x, w = (part[first:last].view(-1, length) for part in (target, weight))
-            steps = length // self.spec.vector
-            now = states[first // self.spec.vector : last // self.spec.vector].view(-1, steps)
-            seam = steps // 2 if self.sweep % 2 else 0
-            arrays = (x, w, self.values, self.spec.step)
-            now.copy_(improve(*arrays, now, seam) if again else search(*arrays))
+            now = states[first // self.spec.vector : last // self.spec.vector].view(len(x), -1)
+            arrays = (self.values, self.spec.step)
+            if not again:
+                now.copy_(search(x, w, *arrays))
+            if self.coupling is not None:
+                self.together = self.together or self._together(self.coupling.together(scales))
+                step = self.coupling.step[done : done + len(x)]
+                tries = 1 if again else self.tries
+                now.copy_(settle(x, self.together[number], step, *arrays, now, tries, self.sweep))
+            elif again:
+                now.copy_(improve(x, w, *arrays, now, now.shape[1] // 2 if self.sweep % 2 else 0))
+            done += len(x)
         self.rounded.add(column)
         return (read(self.values, states)[self.place] * scales)[:, None]
 
@@ -102,13 +118,19 @@ class TrellisRounder:
         peaks = self.peaks[self.sequence]
         codes = scale_codes(best, peaks)
         nearer = (scale_values(codes, peaks) - best).abs() < (self.scales - best).abs()
-        self.codes = torch.where(nearer & (best > 0), codes, self.codes)
+        self.codes, self.together = torch.where(nearer & (best > 0), codes, self.codes), []
         return A * self.scales[:, None]
 
     def pack(self) -> Packed:
         states = list(self.states.split([length // self.spec.vector for length in self.lengths], 1))
         table = None if self.table is None else self.table.clone()  # each matrix is stored with one of its own
         return PackedTrellis.from_states(self.spec, self.shape, states, self.codes, self.peaks, table)
+
+    def _together(self, known: Tensor) -> list[Tensor]:
+        """`known` of all sequences, of each run."""
+        runs = [(length, (last - first) // length) for length, first, last in self._alike()]
+        parts = known.split([count for _, count in runs])
+        return [fitted(part, length) for part, (length, _) in zip(parts, runs, strict=True)]
 
     def _alike(self) -> list[tuple[int, int, int]]:
         """Runs of sequences of one length: that length, and where the run begins and ends in a column."""
