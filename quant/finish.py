@@ -66,15 +66,18 @@ def _whole(
     mixed = Mixed(batches, prepared.recipe.trajectory.mix) if prepared.source.is_diffusion else None
     shown = [moved(batch, prepared.settings.device) for batch in prepared.windows()] or batches
     device, sites = prepared.settings.device, {site.name: site for site in prepared.walk.sites}
-    known = {name: prepared.plan.metrics(sites[name]) for name in packed}
-    metrics = {name: torch.cat(list(each)).to(device) for name, each in known.items() if each is not None}
+
+    def metric(name: str) -> Tensor | None:
+        known = prepared.plan.metrics(sites[name])  # of experts a width of 1
+        return None if known is None else torch.cat(list(known)).to(device)
+
     return Whole(
         prepared.skeleton.model,
         lambda batch: first_tensor(prepared.skeleton.model(**batch)),
         prepared.walk.chain,
         sites,
         packed,
-        metrics,
+        metric,
         {name: STORED[entries[key].dtype] for name, key in vectors.items()},
         shown if mixed is None else mixed,
         batches if mixed is None else mixed,

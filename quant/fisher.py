@@ -22,7 +22,8 @@ matrix and width.
 The model is streamed, one block in memory and one window at a time: forward, and what every so many blocks are given
 is kept, as many as the root of all; then in reverse, the blocks between two of these once more, to keep what each is
 given, and each with its gradient. So what this adds to the memory of a forward pass are gradients of a block's weights,
-twice, one window's graph and logits, and the factors of one block; what is kept grows with the root of the depth.
+twice, one window's graph and logits, the factors of one block, and 8 bytes for each of its rows and each that shares
+bits with it; what is kept grows with the root of the depth.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ REMEDY = f"free some space there, choose another TMPDIR, or {UNMEASURED}"
 class Cost:
     """Of a site's errors. `rows` float32 `[rows of all experts]`: what errors of one size cost in each row, nats per
     token (of a model without a vocabulary: squared error per token). `energy`: each row's mean square, which is its
-    errors' at 0 bits. `pairs` float32 `[rows of all experts, width]`, where asked for and found: how errors in a row
-    and in each of its sequence correlate in what they cost, 1 with itself and 0 beyond the last row."""
+    errors' at 0 bits. `pairs`, where asked for and found: how errors in two rows correlate in what they cost, as of
+    `Pairs.correlations`."""
 
     rows: Tensor
     energy: Tensor
@@ -83,8 +84,8 @@ def information(
     skeleton: Skeleton, found: Walk, batches: Sequence[Batch], spill: int, progress: Callable[[str], None],
     sequences: Mapping[str, int] | None = None,
 ) -> dict[str, Cost]:  # fmt: skip
-    """The cost of errors in each site. `spill`: bytes of activations that are kept in memory. `sequences`: of the sites
-    whose rows share bits, how many do."""
+    """The cost of errors in each site. `spill`: bytes of activations that are kept in memory. `sequences`: of sites
+    whose rows share bits, how many do, where it is asked how two of them count together."""
     chain, device = found.chain, skeleton.device
     rows = [row for batch in enough(batches, found.sites) for row in batch["input_ids"].to(device).split(1)]
     windows: list[Batch] = [{"input_ids": row} for row in rows]
@@ -206,7 +207,7 @@ def _sweep(
         costs[site.name].energy = torch.cat([W.float().square().mean(1).cpu() for W in matrices])
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    size = _together(block, windows)
+    size = _summed(block, windows)
     for first in range(0, len(windows), size):
         total: list[Tensor] = []
         for number in range(first, min(first + size, len(windows))):
@@ -221,12 +222,12 @@ def _sweep(
             pairs.add(oriented(gradient, site), factors[site.name], first // size % 2)
     for site, pairs in zip(block.sites, sums, strict=True):
         cost = costs[site.name]
-        cost.rows, cost.pairs = pairs.rows(), pairs.correlations() if site.name in sequences else None
+        cost.rows, cost.pairs = pairs.rows(), pairs.correlations()
     for parameter in parameters.values():
         parameter.requires_grad_(False)
 
 
-def _together(block: Block, windows: Sequence[Batch]) -> int:
+def _summed(block: Block, windows: Sequence[Batch]) -> int:
     """Of how many windows gradients are summed first."""
     widest = max((site.inputs for site in block.sites), default=1)
     return max(1, min(widest // windows[0]["input_ids"].shape[1], len(windows) // 2))

@@ -12,7 +12,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from quant.errors import SettingsError
@@ -30,6 +29,7 @@ from quant.kernels.spec import (
     spec_from_dict,
 )
 from quant.models.walk import Site, Walk
+from quant.pairs import UNIT
 from quant.recipe import Recipe, respec
 from quant.solvers.metric import scaled
 
@@ -37,8 +37,8 @@ from quant.solvers.metric import scaled
 @dataclass(frozen=True)
 class Plan:
     """The spec of every site, by name in call order; None keeps a site float. Of sites where it was measured, `rows`
-    int8 `[rows]`: how much an error in each counts, `2^(r / 4)`; and `pairs` int8 `[rows, width]`: how those of one
-    sequence correlate, in 127ths."""
+    int8 `[rows]`: how much an error in each counts, `2^(r / 4)`; and `pairs` int8 `[rows, width]`, not of experts: how
+    those of one sequence correlate, in 127ths (`pairs.py`)."""
 
     specs: dict[str, Spec | None]
     rows: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -53,8 +53,7 @@ class Plan:
         rows = self.counts(site.name)
         if rows is None or site.name not in self.pairs:
             return None if rows is None else rows[:, None].split(site.out)
-        pairs = (self.pairs[site.name].float() / 127).split(site.out)
-        return [scaled(known, own.sqrt()) for own, known in zip(rows.split(site.out), pairs, strict=True)]
+        return [scaled(self.pairs[site.name].float() / UNIT, rows.sqrt())]
 
     def counted(self) -> dict[str, Tensor]:
         """All of it, by names of their own."""
@@ -63,7 +62,11 @@ class Plan:
 
     def fingerprint(self) -> str:
         """Of what counts."""
-        return hashlib.sha256(save(self.counted())).hexdigest()
+        digest = hashlib.sha256()
+        for name, one in sorted(self.counted().items()):
+            digest.update(f"{name} {tuple(one.shape)} ".encode())
+            digest.update(one.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         return {name: None if spec is None else spec.to_dict() for name, spec in self.specs.items()}

@@ -1,7 +1,8 @@
 """The plan of a run: specs from a recipe and a file, and what is measured on the calibration inputs first.
 
 Bits by what a site's error costs (`fisher.py`, `allocation.py`, `decoupled.py`), how much each row of a matrix counts
-(`fisher.py`), and the sites of a diffusion transformer whose first token stays in float (`calibration/anchors.py`).
+and two of them together (`fisher.py`, `pairs.py`), and the sites of a diffusion transformer whose first token stays in
+float (`calibration/anchors.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from quant.calibration.trajectory import drawer
 from quant.decoupled import SPLITS, decoupled
 from quant.errors import SettingsError
 from quant.fisher import UNMEASURED, Cost, information
-from quant.kernels.spec import Spec, Trellis
+from quant.kernels.spec import Rotated, Spec, Trellis
 from quant.memory import enough_memory
 from quant.models.diffusion import DiffusionSkeleton
 from quant.models.skeleton import Skeleton
@@ -31,6 +32,7 @@ from quant.models.source import Source
 from quant.models.stream import Forward, first_tensor
 from quant.models.walk import Site, Walk
 from quant.order import deterministic, threads
+from quant.pairs import LONGEST
 from quant.place import Settings
 from quant.plan import Plan, given, make_plan, of_width, with_anchor
 from quant.progress import Progress
@@ -64,6 +66,13 @@ def weighed_rows(recipe: Recipe, source: Source, found: Walk, settings: Settings
 
 def _shares(spec: Spec | None) -> bool:
     return spec is not None and isinstance(spec.core, Trellis)
+
+
+def _sequence(spec: Spec | None) -> int:
+    """How many rows share bits, where a search can know what errors in two of them cost."""
+    if spec is None or not isinstance(spec.core, Trellis) or spec.core.length > LONGEST:
+        return 1
+    return 1 if isinstance(spec, Rotated) and spec.outputs else spec.core.length
 
 
 def widths(recipe: Recipe) -> list[int]:
@@ -156,7 +165,7 @@ def planned(
     plan = make_plan(recipe, found, settings.plan, bits or None, anchors)
     shared = [site for site in found.sites if counted and _shares(plan.specs[site.name])]
     rows = {site.name: relative(costs[site.name], site.experts) for site in shared}
-    pairs = {name: (127 * known).round().to(torch.int8) for name in rows if (known := costs[name].pairs) is not None}
+    pairs = {name: known for name in rows if (known := costs[name].pairs) is not None}
     return replace(plan, rows=rows, pairs=pairs)
 
 
@@ -168,8 +177,9 @@ def _costs(
     half = samples.batches[0]["input_ids"].shape[1] // 2
     remedy = f"it takes gradients: --set calibration.sequence_length={half}, or {UNMEASURED}"
     told = given(settings.plan, found)
-    cores = {site.name: spec.core for site in found.sites if (spec := told.get(site.name, recipe.spec)) is not None}
-    lengths = {name: core.length for name, core in cores.items() if isinstance(core, Trellis)}
+    asked = weighed_rows(recipe, skeleton.source, found, settings)
+    specs = {site.name: told.get(site.name, recipe.spec) for site in found.sites if asked and not site.experts}
+    lengths = {name: count for name, spec in specs.items() if (count := _sequence(spec)) > 1}
     with enough_memory(remedy, " while the cost of errors was measured"):
         return information(skeleton, found, samples.batches, settings.spill_bytes, progress.step, lengths)
 

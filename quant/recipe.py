@@ -57,12 +57,12 @@ class Recipe:
     all the same. `average`: at most so many bits per weight over all sites, overhead included, by giving some of them
     one bit more than `spec` (see `plan.py`); None: `spec` everywhere. `mixed`: the sites of a language model get more
     or fewer bits than a trellis' own by what an error of each costs at the output (`fisher.py`), in as many bytes, or
-    within `average`; and their rows count by it. `widths`: among which bits; None: of a trellis all that its code has,
-    else (2, 3, 4, 8); [] leaves the bits as they are. Where they are given, and for a diffusion transformer always,
-    `average` alone chooses by cost too. `sensitivity`: what an error costs: `output`, at the output; `image`, at a
-    diffusion transformer's final image, by two metrics (`decoupled.py`). `calibration` None: data-free, no text is
-    read. `trajectory`: where the inputs of a diffusion transformer come from. `modulation_bits`: the least that its
-    adaLN modulations get (see `plan.py`).
+    within `average`; and rows count by it, each and two together. `widths`: among which bits; None: of a trellis
+    all that its code has, else (2, 3, 4, 8); [] leaves the bits as they are. Where they are given, and for a diffusion
+    transformer always, `average` alone chooses by cost too. `sensitivity`: what an error costs: `output`, at the
+    output; `image`, at a diffusion transformer's final image, by two metrics (`decoupled.py`). `calibration` None:
+    data-free, no text is read. `trajectory`: where the inputs of a diffusion transformer come from. `modulation_bits`:
+    the least that its adaLN modulations get (see `plan.py`).
     `folding`: rotations that are folded into the weights before anything else is done (`models/folding.py`).
     `only`, `skip`: glob patterns over site names.
     """

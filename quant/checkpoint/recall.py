@@ -18,7 +18,7 @@ KINDS = ("rows.", "pairs.")  # of `Plan.counted`
 
 
 def keep(folder: Path, plan: Plan) -> None:
-    """Puts how much rows count into the journal `folder`."""
+    """Puts how much errors in the rows count into the journal `folder`."""
     if plan.rows:
         with Atomic(folder / ROWS) as out:
             out.write(save(plan.counted()))

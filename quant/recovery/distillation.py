@@ -50,11 +50,12 @@ from quant.rounding import rounding
 @dataclass(frozen=True, eq=False)
 class Whole:
     """A solved model. `model`: the float one, all of it loaded; `output(batch)`: its logits or other main output;
-    `blocks`: names of its blocks. `packed`: what each site was solved to. `metrics`: how much errors in its rows
-    count, where that is known. `vectors`: the float parameters to train, with the dtype they are stored in. `batches`:
-    what `output` takes, to train on; `judged`: to say whether it helped. `times`: for a diffusion transformer the
-    number of each row's timestep, int64 `[rows]` by batch. `progress(done, steps, loss)`: `loss` relative to the
-    untuned one. `state`: a file that keeps an interrupted training, written every `pause` seconds.
+    `blocks`: names of its blocks. `packed`: what each site was solved to. `metric(name)`: how much errors in a site's
+    rows count (`solvers/metric.py`), where that is known. `vectors`: the float parameters to train, with the dtype they
+    are stored in. `batches`: what `output` takes, to train on; `judged`: to say whether it helped. `times`: for a
+    diffusion transformer the number of each row's timestep, int64 `[rows]` by batch. `progress(done, steps, loss)`:
+    `loss` relative to the untuned one. `state`: a file that keeps an interrupted training, written every `pause`
+    seconds.
     """
 
     model: nn.Module
@@ -62,7 +63,7 @@ class Whole:
     blocks: Sequence[str]
     sites: Mapping[str, Site]
     packed: Mapping[str, Packed]
-    metrics: Mapping[str, Tensor]
+    metric: Callable[[str], Tensor | None]
     vectors: Mapping[str, torch.dtype]
     batches: Sequence[Mapping[str, Any]]
     judged: Sequence[Mapping[str, Any]]
@@ -172,7 +173,7 @@ class _Student:
         for name, packed in whole.packed.items():
             site = whole.sites[name]
             matrix = oriented(whole.model.get_parameter(site.parameter), site).float().reshape(site.shape)
-            self.tunables[name] = tunable(packed, matrix, train_codes, whole.metrics.get(name))
+            self.tunables[name] = tunable(packed, matrix, train_codes, whole.metric(name))
         self.vectors = {n: _Vector(whole.model.get_parameter(n), kind) for n, kind in whole.vectors.items()}
         self.inside = {
             block: [name for name, site in whole.sites.items() if name in whole.packed and _within(site.name, block)]

@@ -28,8 +28,8 @@ class Tunable(ABC):
         return 0.0
 
     def weigh(self, metric: Tensor) -> None:
-        """`metric` `[out, width]` (`solvers/metric.py`): how much errors count when `settle` finds codes that share bits
-        among rows."""
+        """`metric` `[out, width]` (`solvers/metric.py`): how much errors count when `settle` finds codes that share
+        bits among rows."""
         return
 
     def codes(self) -> list[Tensor]:

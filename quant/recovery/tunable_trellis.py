@@ -12,7 +12,7 @@ from quant.kernels.spec import Trellis
 from quant.kernels.trellis import PackedTrellis, deviation, read, scale_codes, scale_values, state_values
 from quant.kernels.viterbi import improve
 from quant.recovery.trainable import EVERY, MOST, Tunable, through
-from quant.solvers.coupling import Coupling, cost, fitted, settle
+from quant.solvers.coupling import Coupling, cost, nearer, resized, settle
 from quant.solvers.metric import own
 from quant.solvers.trellis import counted
 
@@ -76,7 +76,7 @@ class TunableTrellis(Tunable):
         weight, together = counted(scales, self.rows), None if self.coupling is None else self.coupling.together(scales)
         columns = torch.arange(step % EVERY, self.shape[1], EVERY, device=self.place.device)
         wanted = self.place.detach()[:, columns].T * self.unit
-        own = (1 << self.spec.step) - 1  # bits of a state that are its own, its code
+        code = (1 << self.spec.step) - 1  # bits of a state that are its own
         budget = max(int(MOST * self.place.numel() / self.spec.vector), *(states.shape[1] for states in self.states))
         for number, states in enumerate(self.states):
             first, length = number * self.spec.length, states.shape[1] * self.spec.vector
@@ -85,15 +85,17 @@ class TunableTrellis(Tunable):
             target[:, :rows], counts[:, :rows] = wanted[:, first : first + rows], weight[first : first + rows]
             seam = states.shape[1] // 2 if step // EVERY % 2 else 0
             old = states[columns]
+            new = improve(target, counts, known, self.spec.step, old, seam)
             if together is None or self.coupling is None:
-                new = improve(target, counts, known, self.spec.step, old, seam)
-                nearer = [((read(known, path) - target).square() * counts).sum(1) for path in (old, new)]
+                gain = ((read(known, new) - target).square() - (read(known, old) - target).square()).mul_(counts).sum(1)
             else:
-                B, part = fitted(together[number : number + 1], length), self.coupling.step[number : number + 1]
-                new = settle(target, B, part, known, self.spec.step, old, 1, step // EVERY)
-                nearer = [cost(B, read(known, path) - target)[1][:, 0] for path in (old, new)]
-            best = (nearer[1] - nearer[0]).sort(stable=True)[1]  # columns that gain most come first
-            spent = ((old ^ new) & own).count_nonzero(1)[best].cumsum(0)
+                B, part = resized(together[number : number + 1], length), self.coupling.step[number : number + 1]
+                new = nearer(target, B, known, old, new)
+                new = settle(target, B, part, known, self.spec.step, new, 1, step // EVERY)
+                before, after = (cost(B, read(known, path) - target)[1][:, 0] for path in (old, new))
+                gain = after - before
+            best = gain.sort(stable=True)[1]  # columns that gain most come first
+            spent = ((old ^ new) & code).count_nonzero(1)[best].cumsum(0)
             taken = best[spent <= budget]
             budget -= int(spent[len(taken) - 1]) if len(taken) else 0
             states[columns[taken]] = new[taken]

@@ -24,7 +24,7 @@ AROUND: dict[type[Spec], Callable[[Solver, Tensor, Statistics, Any], Solution]] 
 
 @dataclass(frozen=True)
 class _Weighed:
-    """A solver that is told how much rows count."""
+    """A solver that is told how much errors in the rows count."""
 
     solver: Solver
     metric: Tensor

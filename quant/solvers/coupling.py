@@ -41,7 +41,7 @@ class Coupling:
         return self.blocks * (beside[:, :, None] * beside[:, None] / mean)
 
 
-def fitted(together: Tensor, length: int) -> Tensor:
+def resized(together: Tensor, length: int) -> Tensor:
     """`B` for sequences of another length: those of the last rows, or with padding."""
     spare = length - together.shape[-1]
     return pad(together, (0, spare, 0, spare))
@@ -51,6 +51,12 @@ def cost(together: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     """`B e` and `eT B e` `[n, 1]` of errors `[n, length]`."""
     pull = (together @ error[..., None])[..., 0]
     return pull, (pull * error).sum(1, keepdim=True)
+
+
+def nearer(x: Tensor, together: Tensor, values: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Of two paths for each sequence the one that costs less, `one` where both cost the same."""
+    costs = [cost(together, read(values, states) - x)[1] for states in (one, other)]
+    return torch.where(costs[1] < costs[0], other, one)
 
 
 def settle(

@@ -3,9 +3,10 @@
 Because a sequence runs along the outputs, feedback still corrects after every single column; with the 16 x 16 tiles of
 QTIP (arXiv 2406.11235) it corrects after 16, which costs most where columns are few. A column's rows have scales of
 their own, and an error in a row counts as that row's scale squared, so the search is told those weights; and where it
-is known what an error in each row costs the model (`fisher.py`), that much more or less.
+is known what an error in each row costs the model (`fisher.py`), that much more or less. What errors in two rows cost
+together is searched for in a few steps (`coupling.py`).
 
-Descent fits this code especially well: with all other columns fixed, rows do not know of each other, so a search for
+Descent fits this code especially well: with all other columns fixed, and where rows count by themselves, a search for
 the nearest path is the exact best column (but for the seam, which is kept at one of two places in turn).
 """
 
@@ -20,7 +21,7 @@ from quant.kernels.packed import Packed
 from quant.kernels.spec import Trellis
 from quant.kernels.trellis import PackedTrellis, deviation, read, scale_codes, scale_values, state_values
 from quant.kernels.viterbi import improve, search
-from quant.solvers.coupling import Coupling, fitted, settle
+from quant.solvers.coupling import Coupling, resized, settle
 from quant.solvers.grid import storable
 from quant.solvers.kmeans import MOST, kmeans
 from quant.solvers.metric import own
@@ -55,8 +56,8 @@ class TrellisRounder:
         """`metric` `[out, width]`: how much errors in the rows count (`metric.py`), `width` 1 or as many as share bits;
         `tries`: how often a path is looked for again for what they count together."""
         self.spec, self.shape, self.span, self.tries = spec, shape, shape[1], tries
-        self.metric = torch.ones((shape[0], 1), device=device) if metric is None else metric
-        self.rows = own(self.metric)
+        metric = torch.ones((shape[0], 1), device=device) if metric is None else metric
+        self.rows = own(metric)
         sequences = spec.sequences(shape[0])
         self.lengths = [padded for _, padded in sequences]
         starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
@@ -69,7 +70,7 @@ class TrellisRounder:
         self.peaks = torch.zeros(len(sequences), dtype=torch.float16, device=device)
         self.codes = torch.zeros(shape[0], dtype=torch.uint8, device=device)
         self.rounded, self.sweep = set[int](), 0
-        self.coupling = Coupling(self.metric, spec.length) if tries and self.metric.shape[1] > 1 else None
+        self.coupling = Coupling(metric, spec.length) if tries and metric.shape[1] > 1 else None
         self.together: list[Tensor] = []  # as the scales are now, of each run of sequences
 
     @property
@@ -97,7 +98,7 @@ class TrellisRounder:
             if not again:
                 now.copy_(search(x, w, *arrays))
             if self.coupling is not None:
-                self.together = self.together or self._together(self.coupling.together(scales))
+                self.together = self.together or self._runs(self.coupling.together(scales))
                 step = self.coupling.step[done : done + len(x)]
                 tries = 1 if again else self.tries
                 now.copy_(settle(x, self.together[number], step, *arrays, now, tries, self.sweep))
@@ -109,7 +110,7 @@ class TrellisRounder:
 
     def refit(self, weight: Tensor, hessian: Tensor) -> Tensor:
         """Each row's scale that minimises `tr(D H DT)`, `s = <A H W> / <A H A>` with `A` its values, rounded to a
-        code and kept where it helps."""
+        code and kept where it helps, of each row by itself."""
         self.sweep += 1
         A = read(self.values, self.states)[:, self.place].T
         pulled = A @ hessian
@@ -126,11 +127,11 @@ class TrellisRounder:
         table = None if self.table is None else self.table.clone()  # each matrix is stored with one of its own
         return PackedTrellis.from_states(self.spec, self.shape, states, self.codes, self.peaks, table)
 
-    def _together(self, known: Tensor) -> list[Tensor]:
+    def _runs(self, known: Tensor) -> list[Tensor]:
         """`known` of all sequences, of each run."""
         runs = [(length, (last - first) // length) for length, first, last in self._alike()]
         parts = known.split([count for _, count in runs])
-        return [fitted(part, length) for part, (length, _) in zip(parts, runs, strict=True)]
+        return [resized(part, length) for part, (length, _) in zip(parts, runs, strict=True)]
 
     def _alike(self) -> list[tuple[int, int, int]]:
         """Runs of sequences of one length: that length, and where the run begins and ends in a column."""
