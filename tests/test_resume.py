@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import quant.cli
-from quant import Settings, quantize
+from quant import Settings, pairs, quantize
 from quant.checkpoint import journal, shards
 from quant.checkpoint.journal import FOLDER, Journal
 from quant.errors import CheckpointError, ResumeError
@@ -354,8 +354,9 @@ class Stops(Progress):
         raise KeyboardInterrupt
 
 
-def test_what_was_measured_is_not_measured_again(words: Path, tmp_path: Path) -> None:
-    """Bits and how much rows count lie in the journal; what was altered there is refused."""
+def test_what_was_measured_is_not_measured_again(words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits and how much rows count, each and two together, lie in the journal; what was altered there is refused."""
+    monkeypatch.setattr(pairs, "AGREED", -1.0)  # random weights have nothing to agree on
     model, out = tiny.model("llama", tmp_path / "model"), tmp_path / "out"
     short = ["calibration.samples=4", "calibration.sequence_length=32", "spec.base.window=8", "spec.base.length=32"]
     recipe = override(quant.load_recipe("balanced"), [f"calibration.text={words}", *short])
@@ -368,10 +369,12 @@ def test_what_was_measured_is_not_measured_again(words: Path, tmp_path: Path) ->
     altered = shutil.copytree(out, tmp_path / "altered")
     rows = load_file(altered / FOLDER / "rows.safetensors")
     assert sum(name.startswith("rows.") for name in rows) == 14
-    rows[next(iter(rows))][0] += 1
-    save_file(rows, altered / FOLDER / "rows.safetensors")
-    with pytest.raises(ResumeError, match='is another one: rows = "'):
-        quantize(str(model), altered, recipe, mode="resume")
+    assert any(name.startswith("pairs.") for name in rows)
+    for kind in ("rows.", "pairs."):
+        name = next(name for name in rows if name.startswith(kind))
+        save_file(rows | {name: rows[name] + 1}, altered / FOLDER / "rows.safetensors")
+        with pytest.raises(ResumeError, match='is another one: rows = "'):
+            quantize(str(model), altered, recipe, mode="resume")
     (altered / FOLDER / "rows.safetensors").write_bytes(b"0" * 40)
     with pytest.raises(ResumeError, match=r"cannot be read .*begin anew with --restart"):
         quantize(str(model), altered, recipe, mode="resume")
