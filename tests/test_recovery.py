@@ -288,7 +288,7 @@ def test_what_is_trained_is_what_is_stored(spec: Spec, codes: bool) -> None:
 def test_codes_are_found_by_what_rows_count() -> None:
     """Places moved alike: where rows count more, the paths that are found lie nearer to them; not where rotated outputs
     mix rows."""
-    rows = torch.tensor([16.0, 1.0, 1.0, 1.0]).repeat(16)
+    rows = torch.tensor([16.0, 1.0, 1.0, 1.0]).repeat(16)[:, None]
 
     def found(packed: Packed, weight: torch.Tensor, counts: torch.Tensor | None) -> tuple[Packed, torch.Tensor]:
         one = tunable(packed, weight, True, counts)

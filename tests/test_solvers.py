@@ -225,7 +225,7 @@ def test_stored_scales_are_what_the_fit_promised() -> None:
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
-    with pytest.raises(SettingsError, match=r"damp is -1, block 128, sweeps 2; damp is finite and at least 0"):
+    with pytest.raises(SettingsError, match=r"damp is -1, block 128, sweeps 2, tries 4; damp is finite and at least 0"):
         Feedback(damp=-1)
     with pytest.raises(SettingsError, match="block at least 1"):
         Feedback(block=0)
