@@ -198,7 +198,7 @@ def _sweep(
     replay: Replay, index: int, block: Block, windows: Sequence[Batch], given: Activations, gradients: Activations,
     costs: Mapping[str, Cost], sequences: Mapping[str, int],
 ) -> None:  # fmt: skip
-    """Adds to the costs of a block's sites; the gradients of its outputs become those of its inputs."""
+    """Finds the costs of a block's sites; the gradients of its outputs become those of its inputs."""
     factors = _factors(replay, index, block, windows, given)
     parameters = {site.name: replay.model.get_parameter(site.parameter) for site in block.sites}
     sums = [Pairs(site, sequences.get(site.name, 1), parameters[site.name].device) for site in block.sites]

@@ -7,7 +7,7 @@ where that did not help. What costs more than before is not taken, so a path onl
 
 YAQA (arXiv 2505.22988) feeds errors back from row to row instead. Along a sequence that would have to go on inside
 the search: a path for every past. In blocks of 8 and 16 rows, each searched with the errors of those before it and 16
-rows more to look ahead, it lowered what errors cost by as much as four of these steps do, in twice the time.
+rows more to look ahead, it lowered what errors cost by no more than four of these steps do, in more time.
 """
 
 from __future__ import annotations
