@@ -7,8 +7,8 @@ kept among the rows of a sequence alone, so it is small beside the weight: a byt
 with it, and only where it is of use. It is kept as correlations `A_ij / sqrt(A_ii A_jj)`, by as much as two halves of
 the text agree on them. With `c` the cosine between those of one half and of the other, `2 c / (1 + c)` of what the
 whole text shows would be seen again (Spearman, Brown, 1910); the rest is chance, to which codes would be fitted. Less
-than half is not worth a search. More than 0.6 is not taken: with 0.9 KL is as low on text of the calibration's kind, and
-2 to 7 % higher on other text (two models, validation text). An expert sees too few tokens for any of this.
+than half is not worth a search. More than 0.6 is not taken: with 0.9 KL is as low on text of the calibration's kind,
+and 2 to 7 % higher on other text (two models, validation text). An expert sees too few tokens for any of this.
 """
 
 from __future__ import annotations
