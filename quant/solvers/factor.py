@@ -67,16 +67,21 @@ def _factorise(statistics: Statistics, order: Order, damp: float, span: int, gra
     for share in tried:
         damped = statistics.hessian.double()
         damped.diagonal().add_(share * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped[last_first][:, last_first])
+        hessian = damped.float()
+        damped = damped[last_first]  # in steps: 8 GB each where inputs are 32,768
+        damped = damped[:, last_first]
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if int(failed) or not bool(torch.isfinite(lower).all()):
             continue
         match = None if statistics.cross is None else _match(statistics.cross, lower, last_first, share * mean)
         upper = lower.flip(0, 1)
+        del lower
         variance = upper.diagonal().square()
         eye = torch.eye(len(columns), dtype=upper.dtype, device=upper.device)
         feedback = torch.linalg.solve_triangular(upper, eye, upper=True).mul_(upper.diagonal()[:, None])
         raised = (f"Hessian not positive definite with damp {damp:g}; {share:g} used",) if share != damp else ()
-        return Factor(columns, feedback.float(), damped.float(), variance.float(), match, raised)
+        return Factor(columns, feedback.float(), hessian, variance.float(), match, raised)
     return f"Hessian not positive definite with damp {damp:g} to {tried[-1]:g} ({statistics.tokens} tokens seen)"
 
 
@@ -85,8 +90,9 @@ def _match(cross: Tensor, lower: Tensor, index: Tensor, added: float) -> Tensor:
     damped Hessian in the order `index`."""
     cross = cross.double()
     cross.diagonal().add_(added)
-    solved = torch.cholesky_solve(cross[:, index].T, lower).T
-    return torch.empty_like(solved).index_copy_(1, index, solved).float()
+    cross = cross[:, index]
+    solved = torch.cholesky_solve(cross.T, lower).float().T
+    return torch.empty_like(cross, dtype=torch.float32).index_copy_(1, index, solved)
 
 
 def column_order(diagonal: Tensor, order: Order, span: int, granularity: int) -> Tensor:
@@ -102,4 +108,5 @@ def column_order(diagonal: Tensor, order: Order, span: int, granularity: int) ->
         units[-1] = groups[-1] = -1.0
     key = (lambda u: (-groups[u // per], u // per, -units[u])) if order == "gar" else (lambda u: -units[u])
     ranked = sorted(range(len(units)), key=key)  # stable: equal ones keep their order
-    return torch.cat([torch.arange(columns)[u * granularity : (u + 1) * granularity] for u in ranked])
+    every = torch.arange(columns).split(granularity)
+    return torch.cat([every[u] for u in ranked])
