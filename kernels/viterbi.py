@@ -83,8 +83,8 @@ def _seam(state: Tensor, values: Tensor, bits: int) -> Tensor:
 def _best(x: Tensor, weight: Tensor, values: Tensor, bits: int, seam: Tensor) -> Tensor:
     """States int32 `[n, T]` of the best path whose seam is `seam` int32 `[n]`, -1 for any."""
     if x.device.type != "cpu":
-        if not runs_triton(x):
-            return reference(x, weight, values, bits, seam)
+        if not runs_triton(x):  # a step of `reference` is many launches
+            return _best(x.cpu(), weight.cpu(), values.cpu(), bits, seam.cpu()).to(x.device)
         from quant.kernels.viterbi_kernel import best
 
         return best(x, weight, values, bits, seam)

@@ -117,6 +117,7 @@ class BlockSolver:
                     solved.append(result)
             if number + 1 < len(stages):
                 self._remember(block, {s.name for stage in stages for s in stage}, {s.site.name for s in solved})
+            del stats  # before the next stage's come
         return solved
 
     def _remember(self, block: Block, sites: set[str], solved: set[str]) -> None:
@@ -213,20 +214,20 @@ class BlockSolver:
         tokens = tuple(stats[e].tokens for e in sorted(stats))
         metrics = self.plan.metrics(site) or [None] * max(1, site.experts)
         if site.kind == "linear":
-            parts = [self._solve(site.name, weight, stats[0], spec, metrics[0])]
-            notes = parts[0].notes
-        else:
-            stats, notes = self._with_priors(stats)
-            if self.float_store is not None:
-                notes = ("matches its own outputs: the float path may send a token to other experts", *notes)
-            parts = [
-                self._solve(f"{site.name}[{e}]", weight[e], stats[e], spec, metrics[e]) for e in range(site.experts)
-            ]
-            notes += tuple(f"expert {e}: {note}" for e, part in enumerate(parts) for note in part.notes)
-        packed = parts[0].packed if len(parts) == 1 else concatenate([part.packed for part in parts])
-        weights = [max(1, count) for count in tokens]
-        error = sum(part.error * w for part, w in zip(parts, weights, strict=True)) / sum(weights)
-        return Solved(site, spec, packed, error, tokens, notes, time.perf_counter() - began)
+            part = self._solve(site.name, weight, stats[0], spec, metrics[0])
+            return Solved(site, spec, part.packed, part.error, tokens, part.notes, time.perf_counter() - began)
+        stats, notes = self._with_priors(stats)
+        if self.float_store is not None:
+            notes = ("matches its own outputs: the float path may send a token to other experts", *notes)
+        packed, error = list[Packed](), 0.0
+        for e in range(site.experts):
+            part = self._solve(f"{site.name}[{e}]", weight[e], stats[e], spec, metrics[e])
+            notes += tuple(f"expert {e}: {note}" for note in part.notes)
+            packed.append(part.packed)
+            error += part.error * max(1, tokens[e])
+            stats[e].forget()
+        error /= sum(max(1, count) for count in tokens)
+        return Solved(site, spec, concatenate(packed), error, tokens, notes, time.perf_counter() - began)
 
     def _solve(
         self, name: str, weight: torch.Tensor, statistics: Statistics, spec: Spec, metric: torch.Tensor | None

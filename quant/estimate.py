@@ -28,10 +28,10 @@ from quant.calibration.trajectory import passes
 from quant.checkpoint.shards import sizes
 from quant.checkpoint.writer import arrangement, promised_pieces, quantized_sites
 from quant.fisher import enough, kept
-from quant.kernels.spec import Trellis
-from quant.memory import peak_bytes
+from quant.kernels.spec import LowRank, Smoothed, Spec, Trellis
+from quant.memory import enough_memory, peak_bytes
 from quant.models.stream import Forward, outside_blocks
-from quant.order import threads
+from quant.order import deterministic, threads
 from quant.planning import probes, weighed
 from quant.prepare import Prepared, skeleton_of
 from quant.recovery.block import task
@@ -87,7 +87,11 @@ def estimate(prepared: Prepared) -> Estimate:
     packed = sum(spec.nbytes(site.shape) for site, spec in sites.values())
     files = sizes(arrangement(prepared, promised_pieces(prepared)), prepared.source.stem)
     cuda = prepared.settings.device.startswith("cuda")
-    with threads(prepared.threads):
+    order = deterministic(prepared.settings.device, prepared.recipe.trains and not prepared.source.is_diffusion)
+    memory = enough_memory(
+        "lower --set calibration.batch_size=1 or --samples", " in the rehearsal, as the run would be"
+    )
+    with memory, threads(prepared.threads), order:
         _warm(prepared)
         follow = _follow(prepared)
         seen = _rehearse(prepared)
@@ -153,9 +157,13 @@ def _distillation(prepared: Prepared, seen: _Rehearsal, weights: int, batches: i
 
 def _warm(prepared: Prepared) -> None:
     """Has compiled what solving and reading a trellis calls: once, kept on disk, and no block's own time."""
-    device = torch.device(prepared.settings.device)
-    for spec in dict.fromkeys(prepared.plan.specs.values()):
-        if spec is not None and isinstance(spec.core, Trellis):
+    device, specs = torch.device(prepared.settings.device), list[Spec]()
+    for spec in prepared.plan.specs.values():
+        while isinstance(spec, LowRank | Smoothed):  # which ask for inputs
+            spec = spec.base
+        specs += [] if spec is None else [spec]
+    for spec in dict.fromkeys(specs):
+        if isinstance(spec.core, Trellis):
             weight = torch.randn((spec.core.length, WARM), generator=torch.Generator().manual_seed(0)).to(device)
             prepared.recipe.solver.solve(weight, Statistics.identity(WARM, device), spec)
 
@@ -223,7 +231,11 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
             if prepared.recipe.recovery is not None:
                 recover = prepared.recipe.recovery.rehearse(work, count)
             if prepared.recipe.distillation is not None:
-                step = BlockTuning(steps=REHEARSED).rehearse(work, 0) / REHEARSED
+                plan = prepared.plan
+                metrics = {
+                    s.site.name: None if (one := plan.metric(s.site)) is None else one.to(device) for s in solved
+                }
+                step = BlockTuning(steps=REHEARSED).rehearse(replace(work, metric=metrics.get), 0) / REHEARSED
         solver.rounding.clear()
         skeleton.unload([*names, *outside])
     solve = sum(s.seconds for s in solved)

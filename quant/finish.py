@@ -68,8 +68,8 @@ def _whole(
     device, sites = prepared.settings.device, {site.name: site for site in prepared.walk.sites}
 
     def metric(name: str) -> Tensor | None:
-        known = prepared.plan.metrics(sites[name])  # of experts a width of 1
-        return None if known is None else torch.cat(list(known)).to(device)
+        known = prepared.plan.metric(sites[name])
+        return None if known is None else known.to(device)
 
     return Whole(
         prepared.skeleton.model,

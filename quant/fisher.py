@@ -51,7 +51,7 @@ from quant.models.skeleton import Skeleton
 from quant.models.stream import finite, first_tensor, outside_blocks
 from quant.models.walk import Block, Site, Walk
 from quant.pairs import Factors, Pairs
-from quant.recovery.placed import oriented
+from quant.recovery.placed import oriented, placed
 from quant.recovery.timesteps import has_vocabulary
 from quant.recovery.tuning import floats
 from quant.solvers.factor import shaping
@@ -190,8 +190,15 @@ def _surprise(model: nn.Module, said: Tensor, generator: torch.Generator) -> Ten
     said = said.float().flatten(0, -2)
     if not has_vocabulary(model):
         return (said * torch.randn(said.shape, generator=generator).to(said.device)).sum() * math.sqrt(2)
-    drawn = torch.multinomial(said.detach().softmax(-1).cpu(), 1, generator=generator)
-    return cross_entropy(said, drawn[:, 0].to(said.device), reduction="sum")
+    return cross_entropy(said, _drawn(said.detach(), generator).to(said.device), reduction="sum")
+
+
+def _drawn(said: Tensor, generator: torch.Generator) -> Tensor:
+    """A label for each token, int64 `[tokens]`, on the CPU: sums along a vocabulary have no fixed order on a GPU. (At a
+    vocabulary of 128,256 `multinomial` takes eight times as long.)"""
+    below = said.softmax(-1).cpu().cumsum(-1)
+    at = torch.rand((len(below), 1), generator=generator) * below[:, -1:]
+    return torch.searchsorted(below, at, right=True)[:, 0].clamp_max(said.shape[-1] - 1)
 
 
 def _sweep(
@@ -201,6 +208,7 @@ def _sweep(
     """Finds the costs of a block's sites; the gradients of its outputs become those of its inputs."""
     factors = _factors(replay, index, block, windows, given)
     parameters = {site.name: replay.model.get_parameter(site.parameter) for site in block.sites}
+    places = {site.parameter: parameters[site.name] for site in block.sites}
     sums = [Pairs(site, sequences.get(site.name, 1), parameters[site.name].device) for site in block.sites]
     for site in block.sites:
         matrices = _matrices(site, oriented(parameters[site.name], site))
@@ -212,7 +220,7 @@ def _sweep(
         total: list[Tensor] = []
         for number in range(first, min(first + size, len(windows))):
             inputs = _leaves(given[number])
-            with torch.enable_grad():
+            with torch.enable_grad(), placed(replay.model, places):
                 outputs = floats(replay.output(index, windows[number], inputs))
             own = _back(outputs, gradients[number], [*parameters.values(), *floats(inputs)])
             own, gradients[number] = own[: len(parameters)], own[len(parameters) :]
@@ -242,7 +250,11 @@ def _factors(
         collect(stages, replay, index, windows, given)
     factors: dict[str, Factors] = {}
     for stage, sites in zip(stages, block.stages, strict=True):
-        own = {n: shaped for n, statistics in stage.finish().items() if (shaped := shaping(statistics)) is not None}
+        own: Factors = {}
+        for number, statistics in stage.finish().items():
+            if (shaped := shaping(statistics)) is not None:
+                own[number] = shaped
+            statistics.forget()
         factors |= {site.name: own for site in sites}
     return factors
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SMALL = 1024 * 1024  # weights of a matrix that one thread handles fastest
@@ -43,9 +45,13 @@ def deterministic(device: str, gradients: bool) -> Generator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch warns without; read when cuBLAS starts
     asked, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory  # would write every new tensor twice
     torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False
     try:
         with sdpa_kernel(SDPBackend.MATH) if gradients else nullcontext():
             yield
     finally:
         torch.use_deterministic_algorithms(asked, warn_only=warns)
+        memory.fill_uninitialized_memory = fills

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quant.errors import SettingsError
@@ -55,6 +56,11 @@ class Plan:
             return None if rows is None else rows[:, None].split(site.out)
         return [scaled(self.pairs[site.name].float() / UNIT, rows.sqrt())]
 
+    def metric(self, site: Site) -> Tensor | None:
+        """That of all experts, one after another."""
+        known = self.metrics(site)
+        return None if known is None else torch.cat([*known])
+
     def counted(self) -> dict[str, Tensor]:
         """All of it, by names of their own."""
         parts = {"rows": self.rows, "pairs": self.pairs}
@@ -76,22 +82,32 @@ def make_plan(
     recipe: Recipe, walk: Walk, file: Path | None = None, bits: Mapping[str, int] | None = None,
     anchors: Set[str] = frozenset(),
 ) -> Plan:  # fmt: skip
-    """The recipe's spec for each site, with those that a plan file names replaced. `bits`: of each site, where they
-    were chosen by measurement; `anchors`: the sites whose first token stays in float.
+    """The spec of each site: a plan file's, or the recipe's where the file does not name it. `bits`: of those sites,
+    where they were chosen by measurement; `anchors`: the sites whose first token stays in float.
 
     Raises:
         SettingsError: the file cannot be read, names a site that is not there, or holds an impossible spec.
     """
-    sites = {site.name: site for site in walk.sites}
+    told = given(file, walk)
+    free = {site.name: site for site in walk.sites if site.name not in told}
     if bits is not None:
-        own = {name: of_width(recipe.spec, bits[name], site) for name, site in sites.items()}
-    elif recipe.average is not None:
-        own = spread(recipe, walk)
+        own = {name: of_width(recipe.spec, bits[name], site) for name, site in free.items()}
+    elif recipe.average is not None and free:
+        own = spread(
+            recipe, [*free.values()], left(recipe, walk, told) / sum(math.prod(s.shape) for s in free.values())
+        )
     else:
-        own = {name: raised(recipe, recipe.spec, site) for name, site in sites.items()}
+        own = {name: raised(recipe, recipe.spec, site) for name, site in free.items()}
     own = {name: with_anchor(spec) if name in anchors else spec for name, spec in own.items()}
-    specs: dict[str, Spec | None] = {**own, **given(file, walk)}
-    return Plan(specs)
+    return Plan({site.name: told[site.name] if site.name in told else own[site.name] for site in walk.sites})
+
+
+def left(recipe: Recipe, walk: Walk, told: Mapping[str, Spec | None]) -> float:
+    """Bits that an average leaves to the sites that a plan file does not name."""
+    assert recipe.average is not None
+    packed = [site for site in walk.sites if told.get(site.name, recipe.spec) is not None]
+    taken = sum(8 * spec.nbytes(site.shape) for site in packed if (spec := told.get(site.name)) is not None)
+    return recipe.average * sum(math.prod(site.shape) for site in packed) - taken
 
 
 def given(file: Path | None, walk: Walk) -> dict[str, Spec | None]:
@@ -122,22 +138,21 @@ def given(file: Path | None, walk: Walk) -> dict[str, Spec | None]:
     return specs
 
 
-def spread(recipe: Recipe, found: Walk) -> dict[str, Spec]:
+def spread(recipe: Recipe, sites: Sequence[Site], average: float) -> dict[str, Spec]:
     """Every site at the recipe's bits or one bit more (trellis codes, whose overhead may need it, also one bit fewer
-    or that many), so that all together have at most `recipe.average` bits per
-    weight, overhead included. The extra bits are spread evenly over the depth of the model: a site gets one as soon as
-    the sites up to it have room for it.
+    or that many), so that all together have at most `average` bits per weight, overhead included. The extra bits are
+    spread evenly over the depth of the model: a site gets one as soon as the sites up to it have room for it.
 
     Raises:
         SettingsError: the average is below what the recipe's own bits take.
     """
-    low, average = recipe.spec, recipe.average or 0.0
+    low = recipe.spec
     bits: int = low.core.to_dict()["bits"]
-    pairs = {s.name: (s, raised(recipe, low, s), raised(recipe, respec(low, bits=bits + 1), s)) for s in found.sites}
+    pairs = {s.name: (s, raised(recipe, low, s), raised(recipe, respec(low, bits=bits + 1), s)) for s in sites}
     weights = sum(math.prod(site.shape) for site, _, _ in pairs.values())
     least = sum(8 * spec.nbytes(site.shape) for site, spec, _ in pairs.values())
     if least > average * weights and bits > 1 and isinstance(low.core, Trellis):
-        return spread(replace(recipe, spec=respec(low, bits=bits - 1)), found)
+        return spread(replace(recipe, spec=respec(low, bits=bits - 1)), sites, average)
     if least > average * weights:
         raise SettingsError(
             f"{average:g} bits on average: {bits}-bit codes take {least / weights:.4f} with their overhead; give more"

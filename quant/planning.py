@@ -34,7 +34,7 @@ from quant.models.walk import Site, Walk
 from quant.order import deterministic, threads
 from quant.pairs import LONGEST
 from quant.place import Settings
-from quant.plan import Plan, given, make_plan, of_width, with_anchor
+from quant.plan import Plan, given, left, make_plan, of_width, with_anchor
 from quant.progress import Progress
 from quant.recipe import Recipe, respec
 
@@ -98,20 +98,18 @@ def allowance(recipe: Recipe, found: Walk, settings: Settings) -> tuple[list[Sit
     Raises:
         SettingsError: the narrowest codes take more, or the recipe's own fit no site; or as `given`.
     """
-    told, even = given(settings.plan, found), make_plan(replace(recipe, average=None), found).specs
+    told, even = given(settings.plan, found), make_plan(replace(recipe, average=None), found, settings.plan).specs
     free = [site for site in found.sites if site.name not in told]
     if recipe.average is None:
         budget = float(sum(spec.nbytes(site.shape) for site in free if (spec := even[site.name]) is not None))
     else:
-        taken = sum(spec.nbytes(s.shape) for s in found.sites if (spec := told.get(s.name)) is not None)
-        weights = sum(s.shape[0] * s.shape[1] for s in found.sites if told.get(s.name, recipe.spec) is not None)
-        budget = recipe.average * weights / 8 - taken
+        budget = left(recipe, found, told) / 8
     weights, narrow = sum(site.shape[0] * site.shape[1] for site in free), widths(recipe)[0]
     least = sum(of_width(recipe.spec, narrow, site).nbytes(site.shape) for site in free)
     if free and least > budget:
-        left = f", of which the plan file leaves {8 * budget / weights:.4f} to all others" if told else ""
+        rest = f", of which the plan file leaves {8 * budget / weights:.4f} to all others" if told else ""
         raise SettingsError(
-            f"{recipe.average or 8 * budget / weights:g} bits on average{left}: {narrow}-bit codes take "
+            f"{recipe.average or 8 * budget / weights:g} bits on average{rest}: {narrow}-bit codes take "
             f"{8 * least / weights:.4f} with their overhead; give more"
         )
     return free, budget

@@ -11,7 +11,8 @@ import pytest
 
 from quant.allocation import cheapest
 from quant.errors import SettingsError
-from quant.recipe import Recipe, override
+from quant.prepare import Settings, prepare
+from quant.recipe import Recipe, load_recipe, override
 from tests import tiny
 
 
@@ -49,8 +50,6 @@ def test_a_budget_below_everything_is_refused() -> None:
 
 def test_a_language_model_takes_it_when_asked(llama: Path, words: Path) -> None:
     """What an error costs decides, and the plan keeps to the average; without widths it stays as it was."""
-    from quant.prepare import prepare
-
     even = override(tiny.recipe(words, bits=2), ["average=4.2"])
     plain, chosen = (prepare(str(llama), recipe) for recipe in (even, replace(even, widths=(2, 3, 4, 8))))
     sizes = {site.name: site.shape for site in plain.walk.sites}
@@ -63,3 +62,24 @@ def test_a_language_model_takes_it_when_asked(llama: Path, words: Path) -> None:
     assert len({spec.core.to_dict()["bits"] for spec in chosen.plan.specs.values() if spec}) > 1
     again = prepare(str(llama), replace(even, widths=(2, 3, 4, 8)))
     assert again.plan == chosen.plan
+
+
+@pytest.mark.parametrize("bits", [2, 2.5])
+def test_what_a_plan_file_says_is_asked_of_no_recipe(bits: float, words: Path, tmp_path: Path) -> None:
+    """Experts that no trellis fits, as the error says; and an average has room for what the file takes."""
+    model, file = tiny.model("qwen3-moe", tmp_path / "model"), tmp_path / "plan.json"
+    settings = ["spec.base.window=8", "solver.sweeps=0", "calibration.samples=4", "calibration.sequence_length=32"]
+    recipe = override(load_recipe("balanced"), [*settings, f'calibration.text="{words}"'])
+    recipe = replace(recipe, average=bits if bits % 1 else None)
+    with pytest.raises(SettingsError, match=r"with --plan"):
+        prepare(str(model), recipe)
+    file.write_text('{"*.experts.*": {"layout": "uniform", "bits": 2, "group_size": 32}}')
+    for mixed in (True, False):
+        prepared = prepare(str(model), replace(recipe, mixed=mixed), Settings(plan=file))
+        plan, sites = prepared.plan.specs, {site.name: site.shape for site in prepared.walk.sites}
+        assert {spec.core.layout for name, spec in plan.items() if spec and "experts" in name} == {"uniform"}
+        assert {spec.core.layout for name, spec in plan.items() if spec and "experts" not in name} == {"trellis"}
+        assert [*plan] == [*sites]
+        taken = sum(8 * spec.nbytes(sites[name]) for name, spec in plan.items() if spec)
+        if bits % 1:
+            assert 0.9 * bits < taken / sum(rows * columns for rows, columns in sites.values()) <= bits

@@ -346,3 +346,12 @@ def test_gradients_have_their_own_memory() -> None:
     for gradient in found:
         gradient.add_(torch.arange(3.0))
     assert [gradient.tolist() for gradient in found[:3]] == [[4, 5, 6], [4, 5, 6], [1, 2, 3]]
+
+
+def test_labels_are_drawn_as_the_model_says() -> None:
+    chances = torch.tensor([0.0, 0.5, 0.25, 0.0, 0.25, 0.0])
+    drawn = fisher._drawn(chances.log().expand(40_000, -1), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn.bincount(minlength=6) / 40_000, chances, rtol=0, atol=0.01)
+    assert not drawn.bincount(minlength=6)[chances == 0].any()
+    again = fisher._drawn(chances.log().expand(40_000, -1), torch.Generator().manual_seed(0))
+    assert torch.equal(again, drawn)

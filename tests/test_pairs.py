@@ -22,7 +22,7 @@ from quant.prepare import prepare
 from quant.recipe import override
 from quant.recovery.placed import oriented
 from quant.recovery.tunable_trellis import TunableTrellis
-from quant.solvers.coupling import Coupling, cost, settle
+from quant.solvers.coupling import Coupling
 from quant.solvers.feedback import Feedback
 from quant.solvers.metric import cut, own, scaled, weighed
 from quant.solvers.solution import solution
@@ -132,9 +132,9 @@ def test_a_settled_path_costs_less(spec: Trellis) -> None:
     for blocks in (correlated, alone):
         coupling = Coupling(blocks.flatten(0, 1), 64)
         together = coupling.together(scales)
-        states = search(x, together.diagonal(dim1=1, dim2=2), values, spec.step)
-        paths = [settle(x, together, coupling.step, values, spec.step, states, tries, 0) for tries in range(7)]
-        costs = torch.stack([cost(together, read(values, path) - x)[1][:, 0] for path in paths])
+        states = search(x, together.weight, values, spec.step)
+        paths = [together.settle(x, values, spec.step, states, tries, 0) for tries in range(7)]
+        costs = torch.stack([together.cost(read(values, path) - x)[1][:, 0] for path in paths])
         assert (costs.diff(dim=0) <= 1e-5 * costs[0]).all()  # of each sequence
         found.append((costs.sum(1) / costs[0].sum()).tolist())
     assert found[0][4] < 0.9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from quant.prepare import prepare
 from quant.progress import Progress
 from quant.recipe import override, recipe_from_dict
 from quant.recovery.distillation import Distillation
+from quant.recovery.placed import placed
 from quant.recovery.tunable import KINDS, tunable
 from quant.recovery.tunable_trellis import TunableTrellis
 from quant.recovery.tuning import BlockTuning, Task, saliencies
@@ -36,6 +38,7 @@ from quant.solvers.basis import rotation
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
 from tests import tiny
+from tests.architectures import batch, make
 
 SHORT = ["calibration.samples=16", "calibration.sequence_length=64", "calibration.batch_size=2"]
 STEPS = 30
@@ -406,3 +409,27 @@ def test_saliency_is_in_the_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(SolverError, match="block: the tuning loss is not finite at step"):
         BlockTuning(steps=30).recover(task(change=lambda x: x if not x.requires_grad else x * float("inf")))
+
+
+def test_gradients_of_experts_are_put_together_once() -> None:
+    """Each stack's in one piece, where taking one matrix out after another adds a whole stack of zeros for each."""
+    model = make("qwen3-moe")
+    stacks = {n: p.requires_grad_() for n, p in model.named_parameters() if p.dim() == 3}
+
+    def gradients() -> tuple[list[torch.Tensor], Counter[str]]:
+        loss = model(**batch())[0].square().sum()
+        nodes, waiting = set[Any](), [loss.grad_fn]
+        while waiting:
+            node: Any = waiting.pop()
+            if node is not None and node not in nodes:
+                nodes.add(node)
+                waiting += [following for following, _ in node.next_functions]
+        return list(torch.autograd.grad(loss, list(stacks.values()))), Counter(node.name() for node in nodes)
+
+    expected, before = gradients()
+    with placed(model, stacks):
+        found, after = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert before["UnbindBackward0"] == 0
+    assert after["UnbindBackward0"] == len(stacks) == 4
+    assert after["SelectBackward0"] < before["SelectBackward0"] - 2 * len(stacks)

@@ -73,7 +73,7 @@ class Stage:
 
     def finish(self) -> dict[int, Statistics]:
         try:
-            found = {expert: collector.finish() for expert, collector in self.collectors.items()}
+            found = {expert: self.collectors.pop(expert).finish() for expert in [*self.collectors]}  # its sum goes
             seen = None if self.ranges is None else self.ranges.finish()
             if self.site.kind == "linear":
                 found = {0: replace(found[0], anchor=self.first)}

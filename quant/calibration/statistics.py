@@ -75,6 +75,10 @@ class Statistics:
             self._cache[key] = compute()
         return self._cache[key]
 
+    def forget(self) -> None:
+        """Gives back what was computed once, three times the Hessian's memory and more: a stack has many experts."""
+        self._cache.clear()
+
 
 class HessianCollector:
     """Streams activations into `Statistics`. Products and sums in float32, whatever dtype the model runs in."""

@@ -12,7 +12,7 @@ from quant.kernels.spec import Trellis
 from quant.kernels.trellis import PackedTrellis, deviation, read, scale_codes, scale_values, state_values
 from quant.kernels.viterbi import improve
 from quant.recovery.trainable import EVERY, MOST, Tunable, through
-from quant.solvers.coupling import Coupling, cost, nearer, resized, settle
+from quant.solvers.coupling import Coupling
 from quant.solvers.metric import own
 from quant.solvers.trellis import counted
 
@@ -86,13 +86,13 @@ class TunableTrellis(Tunable):
             seam = states.shape[1] // 2 if step // EVERY % 2 else 0
             old = states[columns]
             new = improve(target, counts, known, self.spec.step, old, seam)
-            if together is None or self.coupling is None:
+            if together is None:
                 gain = ((read(known, new) - target).square() - (read(known, old) - target).square()).mul_(counts).sum(1)
             else:
-                B, part = resized(together[number : number + 1], length), self.coupling.step[number : number + 1]
-                new = nearer(target, B, known, old, new)
-                new = settle(target, B, part, known, self.spec.step, new, 1, step // EVERY)
-                before, after = (cost(B, read(known, path) - target)[1][:, 0] for path in (old, new))
+                both = together.of(number, number + 1, length)
+                new = both.nearer(target, known, old, new)
+                new = both.settle(target, known, self.spec.step, new, 1, step // EVERY)
+                before, after = (both.cost(read(known, path) - target)[1][:, 0] for path in (old, new))
                 gain = after - before
             best = gain.sort(stable=True)[1]  # columns that gain most come first
             spent = ((old ^ new) & code).count_nonzero(1)[best].cumsum(0)

@@ -44,7 +44,8 @@ class Task:
     """A solved block. `output(b)`: what the model's weights make of batch `b`; `target(b)`: what they should.
 
     `packed` and `weights`: what each site was solved to, and its float weight `[rows, in]` as the packed one lies.
-    `seed`: the block's own. `on_step(done, steps, loss)`: `loss` relative to the untuned one.
+    `seed`: the block's own. `on_step(done, steps, loss)`: `loss` relative to the untuned one. `metric`: of each site,
+    how much errors count when codes are found; for the rehearsal of a tuning that knows it.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class Task:
     target: Callable[[int], Any]
     seed: int
     on_step: Callable[[int, int, float], None]
+    metric: Callable[[str], Tensor | None] = lambda _: None
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +108,10 @@ class BlockTuning:
         share = before / energy if energy > 0 else 0.0
         if not before > 0:
             return Recovered(task.packed, share, share)
-        tunables = {name: tunable(packed, task.weights[name], self.codes > 0) for name, packed in task.packed.items()}
+        tunables = {
+            name: tunable(packed, task.weights[name], self.codes > 0, task.metric(name))
+            for name, packed in task.packed.items()
+        }
         with torch.enable_grad():
             pull = saliencies(task) if self.saliency else {}
             self._train(task, tunables, before / task.batches, pull)

@@ -33,48 +33,51 @@ class Coupling:
         largest = torch.linalg.eigvalsh(self.blocks * inverse[:, :, None] * inverse[:, None])[:, -1:]
         self.step = (REACH / largest.clamp_min(1.0)).float()
 
-    def together(self, scales: Tensor) -> Tensor:
-        """`B` `[sequences, length, length]` of unscaled values in rows with `scales` `[out]`, of mean 1 on the rows'
-        diagonal."""
+    def together(self, scales: Tensor) -> Together:
+        """How unscaled values count in rows with `scales` `[out]`, of mean 1 on the rows' diagonal."""
         mean = (scales.square() * self.rows).mean().clamp_min(1e-30)
         beside = pad(scales, (0, -len(scales) % self.length)).view(-1, self.length)
-        return self.blocks * (beside[:, :, None] * beside[:, None] / mean)
+        return Together(self.blocks * (beside[:, :, None] * beside[:, None] / mean), self.step)
 
 
-def resized(together: Tensor, length: int) -> Tensor:
-    """`B` for sequences of another length: those of the last rows, or with padding."""
-    spare = length - together.shape[-1]
-    return pad(together, (0, spare, 0, spare))
+class Together:
+    """`B` float32 `[n, T, T]` of `n` sequences, or of one that has many columns at once, and what a step needs of it:
+    how much of one is tried, and `B`'s diagonal."""
 
+    def __init__(self, B: Tensor, step: Tensor) -> None:
+        self.B, self.step, self.weight = B, step, B.diagonal(dim1=1, dim2=2).contiguous()
+        self.inverse = torch.where(self.weight > 0, 1 / self.weight, 0.0)
 
-def cost(together: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-    """`B e` and `eT B e` `[n, 1]` of errors `[n, length]`."""
-    pull = (together @ error[..., None])[..., 0]
-    return pull, (pull * error).sum(1, keepdim=True)
+    def of(self, first: int, last: int, length: int) -> Together:
+        """Sequences `first` to `last`, of another length: the last one's rows, or with padding."""
+        spare = length - self.B.shape[-1]
+        return Together(pad(self.B[first:last], (0, spare, 0, spare)), self.step[first:last])
 
+    def cost(self, error: Tensor) -> tuple[Tensor, Tensor]:
+        """`B e` and `eT B e` `[n, 1]` of errors `[n, T]`."""
+        pull = error @ self.B[0] if len(self.B) == 1 else (error[:, None] @ self.B)[:, 0]  # B is symmetric
+        return pull, (pull * error).sum(1, keepdim=True)
 
-def nearer(x: Tensor, together: Tensor, values: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Of two paths for each sequence the one that costs less, `one` where both cost the same."""
-    costs = [cost(together, read(values, states) - x)[1] for states in (one, other)]
-    return torch.where(costs[1] < costs[0], other, one)
+    def nearer(self, x: Tensor, values: Tensor, one: Tensor, other: Tensor) -> Tensor:
+        """Of two paths for each sequence the one that costs less, `one` where both cost the same."""
+        costs = [self.cost(read(values, states) - x)[1] for states in (one, other)]
+        return torch.where(costs[1] < costs[0], other, one)
 
-
-def settle(
-    x: Tensor, together: Tensor, step: Tensor, values: Tensor, bits: int, states: Tensor, tries: int, sweep: int
-) -> Tensor:
-    """Paths at least as near as `states` `[n, T]` to `x` `[n, T V]` by `together` `[n or 1, T V, T V]`. `tries`: how
-    often one is looked for; `sweep`: which of two places the seam is kept at."""
-    weight = together.diagonal(dim1=1, dim2=2).expand(len(x), -1)
-    inverse, share = torch.where(weight > 0, 1 / weight, 0.0), step.expand(len(x), -1)
-    error = read(values, states) - x
-    pull, least = cost(together, error)
-    for number in range(tries):
-        seam = states.shape[1] // 2 if (sweep + number) % 2 else 0
-        found = improve(x - share * (pull * inverse - error), weight, values, bits, states, seam)
-        off = read(values, found) - x
-        drawn, now = cost(together, off)
-        better = now < least
-        least, states = torch.minimum(least, now), torch.where(better, found, states)
-        error, pull = torch.where(better, off, error), torch.where(better, drawn, pull)
-        share = torch.where(better, share, share * SHORTER)
-    return states
+    def settle(self, x: Tensor, values: Tensor, bits: int, states: Tensor, tries: int, sweep: int) -> Tensor:
+        """Paths at least as near as `states` `[n, steps]` to `x` `[n, T]` by `B`. `tries`: how often one is looked for;
+        `sweep`: which of two places the seam is kept at."""
+        weight, share = self.weight.expand(len(x), -1), self.step.expand(len(x), -1)
+        error = read(values, states) - x
+        pull, least = self.cost(error)
+        for number in range(tries):
+            seam = states.shape[1] // 2 if (sweep + number) % 2 else 0
+            found = improve(x - share * (pull * self.inverse - error), weight, values, bits, states, seam)
+            off = read(values, found) - x
+            drawn, now = self.cost(off)
+            better = now < least
+            states = torch.where(better, found, states)
+            if number + 1 < tries:
+                least = torch.minimum(least, now)
+                error, pull = torch.where(better, off, error), torch.where(better, drawn, pull)
+                share = torch.where(better, share, share * SHORTER)
+        return states

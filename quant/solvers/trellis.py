@@ -16,12 +16,13 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from quant.kernels.packed import Packed
 from quant.kernels.spec import Trellis
 from quant.kernels.trellis import PackedTrellis, deviation, read, scale_codes, scale_values, state_values
 from quant.kernels.viterbi import improve, search
-from quant.solvers.coupling import Coupling, resized, settle
+from quant.solvers.coupling import Coupling, Together
 from quant.solvers.grid import storable
 from quant.solvers.kmeans import MOST, kmeans
 from quant.solvers.metric import own
@@ -60,78 +61,73 @@ class TrellisRounder:
         self.rows = own(metric)
         sequences = spec.sequences(shape[0])
         self.lengths = [padded for _, padded in sequences]
-        starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
-        number = torch.arange(shape[0]) // spec.length
-        self.place = (torch.tensor(starts)[number] + torch.arange(shape[0]) % spec.length).to(device)  # of each row
-        self.sequence = number.to(device)
-        self.states = torch.zeros((shape[1], starts[-1] // spec.vector), dtype=torch.int32, device=device)
+        self.sequence = torch.arange(shape[0], device=device) // spec.length
+        self.states = torch.zeros((shape[1], sum(self.lengths) // spec.vector), dtype=torch.int32, device=device)
         self.table = start_table(spec.table_bits).to(device) if spec.code == "hyb" else None
         self.values = state_values(spec, self.table).to(device)
         self.peaks = torch.zeros(len(sequences), dtype=torch.float16, device=device)
-        self.codes = torch.zeros(shape[0], dtype=torch.uint8, device=device)
         self.rounded, self.sweep = set[int](), 0
         self.coupling = Coupling(metric, spec.length) if tries and metric.shape[1] > 1 else None
-        self.together: list[Tensor] = []  # as the scales are now, of each run of sequences
+        self._scale(torch.zeros(shape[0], dtype=torch.uint8, device=device))
 
-    @property
-    def scales(self) -> Tensor:
-        """Float32 `[out]`."""
-        return scale_values(self.codes, self.peaks[self.sequence])
+    def _scale(self, codes: Tensor) -> None:
+        """Takes `codes` for the rows' scales, and what a search needs of these. `scales` float32 `[out]`."""
+        self.codes, self.scales = codes, scale_values(codes, self.peaks[self.sequence])
+        self.inverse = torch.where(self.scales > 0, 1 / self.scales, 0.0)
+        self.weight = self._padded(counted(self.scales, self.rows))
+        together, number = None if self.coupling is None else self.coupling.together(self.scales), 0
+        self.together = list[Together | None]()  # of each run
+        for length, first, last in self._alike():
+            count = (last - first) // length
+            self.together.append(None if together is None else together.of(number, number + count, length))
+            number += count
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        """As rows lie in sequences: only the last one has padding."""
+        return pad(rows, (0, sum(self.lengths) - self.shape[0]))
 
     def fit(self, start: int, weight: Tensor, importance: Tensor, rehearsal: Rehearsal | None = None) -> None:
         spread = ((weight.float().square() @ importance) / importance.sum().clamp_min(1e-30)).sqrt()
         scales = spread * (WIDER / deviation(self.values))
         top = torch.zeros_like(self.peaks, dtype=torch.float32).scatter_reduce_(0, self.sequence, scales, "amax")
         self.peaks = storable(top * HEADROOM, torch.float16).half()
-        self.codes, self.together = scale_codes(scales, self.peaks[self.sequence]), []
+        self._scale(scale_codes(scales, self.peaks[self.sequence]))
 
     def round(self, columns: Tensor, values: Tensor) -> Tensor:
-        column, scales = int(columns), self.scales
-        target, weight = values.new_zeros((2, sum(self.lengths)))
-        target[self.place] = torch.where(scales > 0, values[:, 0] / scales, 0.0)
-        weight[self.place] = counted(scales, self.rows)
-        states, again, done = self.states[column], column in self.rounded, 0
-        for number, (length, first, last) in enumerate(self._alike()):
-            x, w = (part[first:last].view(-1, length) for part in (target, weight))
+        column, target = int(columns), self._padded(values[:, 0] * self.inverse)
+        states, again = self.states[column], column in self.rounded
+        for together, (length, first, last) in zip(self.together, self._alike(), strict=True):
+            x, w = (part[first:last].view(-1, length) for part in (target, self.weight))
             now = states[first // self.spec.vector : last // self.spec.vector].view(len(x), -1)
-            arrays = (self.values, self.spec.step)
+            found, arrays = now, (self.values, self.spec.step)
             if not again:
-                now.copy_(search(x, w, *arrays))
-            if self.coupling is not None:
-                self.together = self.together or self._runs(self.coupling.together(scales))
-                step = self.coupling.step[done : done + len(x)]
-                tries = 1 if again else self.tries
-                now.copy_(settle(x, self.together[number], step, *arrays, now, tries, self.sweep))
+                found = search(x, w, *arrays)
+            if together is not None:
+                found = together.settle(x, *arrays, found, 1 if again else self.tries, self.sweep)
             elif again:
-                now.copy_(improve(x, w, *arrays, now, now.shape[1] // 2 if self.sweep % 2 else 0))
-            done += len(x)
+                found = improve(x, w, *arrays, now, now.shape[1] // 2 if self.sweep % 2 else 0)
+            now.copy_(found)
         self.rounded.add(column)
-        return (read(self.values, states)[self.place] * scales)[:, None]
+        return (read(self.values, states)[: self.shape[0]] * self.scales)[:, None]
 
     def refit(self, weight: Tensor, hessian: Tensor) -> Tensor:
         """Each row's scale that minimises `tr(D H DT)`, `s = <A H W> / <A H A>` with `A` its values, rounded to a
         code and kept where it helps, of each row by itself."""
         self.sweep += 1
-        A = read(self.values, self.states)[:, self.place].T
+        A = read(self.values, self.states)[:, : self.shape[0]].T
         pulled = A @ hessian
         gain, curve = (pulled * weight).sum(1), (pulled * A).sum(1)
         best = gain / torch.where(curve > 0, curve, torch.inf)
         peaks = self.peaks[self.sequence]
         codes = scale_codes(best, peaks)
         nearer = (scale_values(codes, peaks) - best).abs() < (self.scales - best).abs()
-        self.codes, self.together = torch.where(nearer & (best > 0), codes, self.codes), []
+        self._scale(torch.where(nearer & (best > 0), codes, self.codes))
         return A * self.scales[:, None]
 
     def pack(self) -> Packed:
         states = list(self.states.split([length // self.spec.vector for length in self.lengths], 1))
         table = None if self.table is None else self.table.clone()  # each matrix is stored with one of its own
         return PackedTrellis.from_states(self.spec, self.shape, states, self.codes, self.peaks, table)
-
-    def _runs(self, known: Tensor) -> list[Tensor]:
-        """`known` of all sequences, of each run."""
-        runs = [(length, (last - first) // length) for length, first, last in self._alike()]
-        parts = known.split([count for _, count in runs])
-        return [resized(part, length) for part, (length, _) in zip(parts, runs, strict=True)]
 
     def _alike(self) -> list[tuple[int, int, int]]:
         """Runs of sequences of one length: that length, and where the run begins and ends in a column."""
