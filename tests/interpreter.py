@@ -63,7 +63,8 @@ def _describe_once(own: Any, core: Any) -> None:
         return types[name]
 
     def block(self: Any, element_ty: Any, shape: Any) -> None:
-        key = element_ty.name, tuple(getattr(size, "value", size) for size in getattr(shape, "value", shape))
+        sizes = shape.value if isinstance(shape, core.constexpr) else shape  # a tuple asked for a value may raise
+        key = element_ty.name, tuple(size.value if isinstance(size, core.constexpr) else size for size in sizes)
         if key not in blocks:
             describe(self, element_ty, shape)
             blocks[key] = dict(vars(self))

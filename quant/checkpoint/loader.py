@@ -8,6 +8,7 @@ the same tensors back.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -64,9 +65,11 @@ class BitwrightQuantizer(HfQuantizer):
         where = getattr(model.config, "name_or_path", "") or "checkpoint"
         names = {packed.name: put_site(model, packed) for packed in read_sites(config.to_dict(), where).values()}
         config.entries["sites"] = {names[name]: entry for name, entry in config.entries["sites"].items()}
+        self.made = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         check_values(model)
+        as_made(model, self.made)
         for module in model.modules():
             if isinstance(module, Holder):
                 module.settle()
@@ -137,6 +140,18 @@ def check_values(model: nn.Module) -> None:
                 slot.packed.validate()
         except LayoutError as error:
             raise CheckpointError(f"{name}: {error}") from None
+
+
+def as_made(model: Any, made: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
+    """Sees to it that float parameters are as the model was made. transformers 5.17 looks at no shape where a quantizer
+    is, and leaves a tensor that it renames in the dtype it is stored in. Raises `CheckpointError` for another shape."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for name, parameter in model.named_parameters():
+        shape, dtype = made.get(name, (parameter.shape, parameter.dtype))
+        if parameter.shape != shape:
+            raise CheckpointError(f"{name}: stored as {list(parameter.shape)}; the model has {list(shape)}")
+        if parameter.dtype != dtype and not any(re.search(part.replace("*", ".*"), name) for part in kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 def unpack_model(model: Any, dtype: torch.dtype) -> Any:
