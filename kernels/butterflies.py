@@ -41,6 +41,8 @@ def hadamard_kernel(
     program = tl.program_id(0)
     if EARLY:
         program += waited(program)
+    if SIZE < 4:  # more chunks than int32 has numbers
+        program = program.to(tl.int64)
     if FACTOR == 1:
         chunk = program * ROWS + line
         inside = chunk < total

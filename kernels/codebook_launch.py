@@ -172,6 +172,7 @@ def launch(
         launch_shared(x, weight, codebook, scales, peaks, bias, out, rows, inputs, group, config)
         return
     x = x if x.stride(1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
+    bias = None if bias is None else bias.expand(rows).contiguous()
     config = config or tuned(x.device, tokens, rows, inputs, bits, kind(length, second_bits, KINDS[x.dtype]), TILE)
     config = config or choose(tokens, rows, inputs, length, processor(x.device)[0])
     tiles, per, count, fine = _tiles(rows, inputs, length, finer, group)
@@ -201,6 +202,7 @@ def launch_shared(
     from quant.kernels.tune import tuned
 
     tokens, x, processors = len(out), aligned(x), processor(x.device)[0]
+    bias = None if bias is None else bias.expand(rows).contiguous()
     config = config or tuned(x.device, tokens, rows, inputs, FAST[1], kind(FAST[0], 0, KINDS[x.dtype]), TILE)
     config = config or choose_shared(tokens, rows, inputs, processors)
     made, units = row_tiles(Codebook(length=FAST[0], index_bits=FAST[1], rows=group), rows), 2 * column_tiles(inputs)

@@ -92,7 +92,7 @@ def round_columns(
             raise ValueError(f"{list(tensor.shape)} came for {list(work.shape)}, or matrices that are not contiguous")
     if lines.stride(2) != 1:  # a triangular solve gives columns
         lines = lines.contiguous()
-    if zeros.stride() != scales.stride():
+    if zeros.stride() != scales.stride() or scales.stride(2) != 1:
         scales, zeros = scales.contiguous(), zeros.contiguous()
     for start in range(0, work.shape[1], LONGEST):
         if start:

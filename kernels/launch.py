@@ -158,7 +158,7 @@ def launch(
     if config.splits > 1:
         partial = torch.empty((config.splits, tokens, rows), dtype=torch.float32, device=x.device)
         counters = fresh_counters(grid[0] * grid[2], x.device)
-    parts = (scales, scales if zeros is None else zeros, out if bias is None else bias)
+    parts = (scales, scales if zeros is None else zeros, out if bias is None else bias.expand(rows).contiguous())
     parts += (out if residual is None else residual.contiguous(), out, partial, counters)
     sizes = (tokens, rows, columns, each)
     most = TILE if x_scale is None else LONGEST

@@ -11,9 +11,11 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+OLD = version("triton").startswith("3.6.")
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory that one block may have, KiB, by compute capability (CUDA C++ programming guide, table 'Technical
 specifications per compute capability')."""
@@ -32,8 +34,8 @@ class Compiled:
     ops: Counter[str]
     ttgir: str
 
-    def fits(self) -> bool:
-        return self.spilled == 0 and self.shared + self.static <= SHARED_LIMIT[self.capability] * 1024
+    def fits(self, spilled: int = 0) -> bool:
+        return self.spilled <= spilled and self.shared + self.static <= SHARED_LIMIT[self.capability] * 1024
 
 
 def compile_for(

@@ -21,7 +21,7 @@ from quant.kernels.layouts import LAYOUTS
 from quant.kernels.rotated import IDENTITY, PackedRotated, Rotation
 from quant.kernels.spec import LowRank, Rotated, Spec
 from quant.linear import PackedLinear
-from tests.ahead import Compiled, compile_for
+from tests.ahead import OLD, Compiled, compile_for
 from tests.guarded import guarded, intact
 from tests.rerun import rerun
 
@@ -293,7 +293,7 @@ PAIRS = list(zip((80, 90, 100, 90), SHAPES, strict=True))
 @pytest.mark.parametrize(("capability", "case"), PAIRS)
 def compiled_for(capability: int, case: tuple[Any, ...]) -> None:
     made = compiled(capability, *case)
-    assert made.fits(), (made.registers, made.spilled, made.shared)
+    assert made.fits(64 if OLD else 0), (made.registers, made.spilled, made.shared)
     assert made.shared <= 1024  # so the tables have the first-level cache to themselves
     lookups = sum(n for op, n in made.ops.items() if op.startswith("LDG") and "CONSTANT" in op and "STRONG" not in op)
     assert lookups >= 64, made.ops  # a vector is one load, two beyond 16 bytes

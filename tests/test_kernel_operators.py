@@ -14,12 +14,12 @@ from torch.library import opcheck
 from torch.nn.functional import linear
 
 import quant
-from quant.kernels import available, counters, dispatch, integer, integer_launch, launch
+from quant.kernels import available, counters, dispatch, integer, integer_launch, launch, measure
 from quant.kernels.dispatch import KernelError, explain, matmul
 from quant.kernels.hadamard import hadamard, random_signs
 from quant.kernels.layouts import PackedUniform
 from quant.kernels.order import Arranged, arrange
-from quant.kernels.spec import DTYPES, Uniform
+from quant.kernels.spec import DTYPES, Codebook, Spec, Trellis, Uniform
 from quant.linear import PackedLinear
 from tests.rerun import rerun
 from tests.test_kernels import some_packed
@@ -192,6 +192,18 @@ def interpreted_many_tokens_are_multiplied_by_the_unpacked_weight(monkeypatch: p
     size = x.double().abs() @ w.dequantize(torch.float64).abs().T + bias.double().abs() + residual.double().abs()
     for out in (found, expected):
         assert bool(((out.double() - exact).abs() <= 2.0**-9 * size).all())
+
+
+@pytest.mark.parametrize(
+    "spec", [Uniform(bits=4), Codebook(length=4, index_bits=8), Codebook(length=6, index_bits=9), Trellis()], ids=str
+)
+def interpreted_bias_may_lie_as_it_likes(spec: Spec) -> None:
+    """Every other number of a tensor, or one number for all rows, as in a float product."""
+    held = measure.arrange(measure.random_packed(spec, 36 if isinstance(spec, Uniform) else 32, 128, "cpu"))
+    product, rows = measure.module_of(held).matmul, held.shape[0]
+    x, numbers = torch.randn(2, 128).half(), 100 * torch.randn(2 * rows).half()
+    for bias in (numbers[::2], numbers[:1].expand(rows)):
+        assert torch.equal(product(x, held, bias), product(x, held, bias.contiguous()))
 
 
 def interpreted_gradients_are_those_of_the_float_weight() -> None:
