@@ -15,11 +15,13 @@ from torch import Tensor
 
 from quant.kernels import codebook_order, order, trellis_order
 from quant.kernels.codebook import PackedCodebook
+from quant.kernels.counters import stock
 from quant.kernels.layouts import Packed, PackedTrellis, PackedUniform
 from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.order import Arranged
 from quant.kernels.reference import Weight
 from quant.kernels.rotated import PackedRotated
+from quant.kernels.scales import scale_table
 from quant.kernels.smoothed import PackedSmoothed
 from quant.kernels.spec import Codebook, LowRank, Rotated, Smoothed, Spec, Trellis, Uniform
 from quant.kernels.trellis_order import ArrangedTrellis
@@ -47,6 +49,14 @@ def kernel_order(packed: Packed, begin: int, end: int) -> dict[str, Tensor]:
         return {**kernel_order(packed.base, begin, end), "smooth": packed.smooth}
     assert isinstance(packed, PackedRotated)
     return {**kernel_order(packed.base, begin, end), **packed.spread(begin, end)}
+
+
+def ready(device: torch.device) -> None:
+    """Makes what launches on a GPU share for as long as the process lives: once the graphs of
+    `torch.compile(mode="reduce-overhead")` are made, nothing may be allocated that outlasts them."""
+    if device.type == "cuda":
+        stock(device)
+        scale_table(device)
 
 
 def weight_of(spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Weight:

@@ -21,8 +21,8 @@ from quant.kernels.codebook_order import ROWS, TILE, ArrangedCodebook, column_ti
 from quant.kernels.counters import fresh_counters
 from quant.kernels.launch import KINDS, aligned, input_gradient, multiply_unpacked, processor
 from quant.kernels.reference import check_shape
+from quant.kernels.scales import scale_table
 from quant.kernels.trellis_launch import refuses as refuses
-from quant.kernels.trellis_launch import scale_table
 
 UNPACK_FROM = 64
 """Tokens from which decoding once pays. A guess from the arithmetic (`README.md`) until a GPU has measured it."""

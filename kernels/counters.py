@@ -2,8 +2,8 @@
 
 Scratch memory under CUDA graphs: outputs and partial sums come from torch's allocator, which keeps what a graph
 allocated for that graph alone; counters, which must be zero before the first launch and are zero after each, come from
-here. `torch.compile(mode="reduce-overhead")`, which records graphs by itself and wants to know of every allocation that
-lasts, has not been tried.
+here. `torch.compile(mode="reduce-overhead")` records graphs by itself, warms up on a stream of its own and wants to
+know of every allocation that lasts: that stream's counters come from the stock (tried without a GPU alone).
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ _lock = Lock()
 
 def fresh_counters(count: int, device: torch.device) -> Tensor:
     """Counters at zero; every launch leaves them so. Each stream has its own, since launches on one never overlap. A
-    larger buffer replaces one that a launch may still use: it goes back to torch's allocator, which gives it to later
-    work of that stream only. While a CUDA graph is recorded each launch gets some of its own: graphs may run side by
-    side, and a graph may run beside its stream's ordinary launches. They are zeroed beforehand, when a launch that is
-    not recorded comes by, so that a graph spends no kernel on it; past `POOL` of them between two such launches, in the
-    graph."""
+    larger buffer replaces one that a launch may still use, which nobody else gets. While a CUDA graph is recorded each
+    launch gets some of its own: graphs may run side by side, and a graph may run beside its stream's ordinary launches.
+    They are zeroed beforehand, when a launch that is not recorded comes by, so that a graph spends no kernel on it;
+    past `POOL` of them between two such launches, in the graph."""
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32)
     if torch.cuda.is_current_stream_capturing():
@@ -36,7 +35,7 @@ def fresh_counters(count: int, device: torch.device) -> Tensor:
     stock(device)
     key = device, torch.cuda.current_stream(device).cuda_stream
     if key not in _counters or len(_counters[key]) < count:
-        _counters[key] = torch.zeros(max(count, 1 << 14), dtype=torch.int32, device=device)
+        _counters[key] = taken(max(count, 1 << 14), device)
     return _counters[key]
 
 

@@ -17,11 +17,12 @@ NO_SCALE = 255
 
 def scale_values(codes: Tensor, peaks: Tensor) -> Tensor:
     """`codes` uint8 `[n]` and their `peaks` `[n]` to float32 scales."""
-    return _table(codes.device)[codes.int()] * peaks.float()
+    return scale_table(codes.device)[codes.int()] * peaks.float()
 
 
 @cache
-def _table(device: torch.device) -> Tensor:
+def scale_table(device: torch.device) -> Tensor:
+    """The scale of each of the 256 codes where the peak is 1, float32."""
     return torch.tensor([*(2.0 ** (-code / STEPS) for code in range(NO_SCALE)), 0.0], device=device)
 
 

@@ -8,7 +8,6 @@ and multiplied by torch (cuBLAS).
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from quant.kernels.hadamard import hadamard
 from quant.kernels.launch import KINDS, aligned, input_gradient, multiply_unpacked, processor
 from quant.kernels.reference import Weight, check_shape
 from quant.kernels.rotated import IDENTITY, Rotation
-from quant.kernels.trellis import scale_values
+from quant.kernels.scales import scale_table
 from quant.kernels.trellis_blocks import (
     INTEGER,
     MOST,
@@ -205,13 +204,6 @@ def constants(
     name = compiled_code(code, bits, tokens)
     known = {"BITS": bits, "WINDOW": window, "CODE": name, "TABLE": table_bits, "LENGTH": length}
     return {**known, "NATIVE": device.type == "cuda"}
-
-
-@cache
-def scale_table(device: torch.device) -> Tensor:
-    """The scale of each of the 256 codes where the peak is 1, float32."""
-    codes = torch.arange(256, dtype=torch.uint8, device=device)
-    return scale_values(codes, torch.ones(256, device=device))
 
 
 @torch.library.custom_op("bitwright::trellis_dequantize", mutates_args=())

@@ -36,7 +36,7 @@ from quant.planning import probes, weighed
 from quant.prepare import Prepared, skeleton_of
 from quant.recovery.block import task
 from quant.recovery.tunable import training_bytes
-from quant.recovery.tuning import REHEARSED, BlockTuning
+from quant.recovery.tuning import REHEARSED, BlockTuning, Task
 
 WARM = 32  # columns
 
@@ -231,16 +231,20 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
             if prepared.recipe.recovery is not None:
                 recover = prepared.recipe.recovery.rehearse(work, count)
             if prepared.recipe.distillation is not None:
-                plan = prepared.plan
-                metrics = {
-                    s.site.name: None if (one := plan.metric(s.site)) is None else one.to(device) for s in solved
-                }
-                step = BlockTuning(steps=REHEARSED).rehearse(replace(work, metric=metrics.get), 0) / REHEARSED
+                step = BlockTuning(steps=REHEARSED).rehearse(_weighed(work, prepared), 0) / REHEARSED
         solver.rounding.clear()
         skeleton.unload([*names, *outside])
     solve = sum(s.seconds for s in solved)
     weights = sum(s.site.shape[0] * s.site.shape[1] for s in solved)
     return _Rehearsal(weights, load, max(0.0, whole - solve), advance, solve, recover, step, stored)
+
+
+def _weighed(work: Task, prepared: Prepared) -> Task:
+    """With what the end-to-end tuning knows of the rows."""
+    known = {site.name: prepared.plan.metric(site) for site in work.sites}
+    device = prepared.settings.device
+    metrics = {name: None if metric is None else metric.to(device) for name, metric in known.items()}
+    return replace(work, metric=metrics.get)
 
 
 def _timed(work: Any) -> float:

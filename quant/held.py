@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from quant.kernels.arranged import checkpoint_order, has_order, is_arranged, kernel_order, weight_of
+from quant.kernels.arranged import checkpoint_order, has_order, is_arranged, kernel_order, ready, weight_of
 from quant.kernels.available import runs_triton
 from quant.kernels.layouts import LAYOUTS, Packed, shared_names
 from quant.kernels.packed import concatenate
@@ -60,6 +60,7 @@ class Slot:
         packed, rows = self.packed, self._part[0]
         if self.arranged:
             return replace(self, tensors=packed.tensors())
+        ready(weight.device)
         parts = [kernel_order(packed, start, start + rows) for start in range(0, self.shape[0], rows)]
         stacked = {name: torch.stack([part[name] for part in parts]) for name in self.names if self._each(name)}
         return replace(self, tensors={**parts[0], **stacked})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -271,3 +272,20 @@ def test_counters_of_graphs_are_nobody_elses(monkeypatch: pytest.MonkeyPatch) ->
     assert not any(bool(part.any()) for part in more)
     assert more[1].untyped_storage().data_ptr() != more[0].untyped_storage().data_ptr()  # there were but 32 left
     assert len(more[1]) == 100
+
+
+def test_a_new_stream_takes_its_counters_from_the_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a one is under way when torch.compile records its graphs, and nothing that lasts may be allocated on it. On
+    a device that does not exist, any allocation fails."""
+    device = torch.device("cuda", 77)
+    monkeypatch.setattr(counters, "_pools", {device: [torch.zeros(1 << 20, dtype=torch.int32)]})
+    monkeypatch.setattr(counters, "_counters", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    found = list[Tensor]()
+    for number in (1, 2, 1):
+        stream = SimpleNamespace(cuda_stream=number)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, stream=stream: stream)
+        found.append(counters.fresh_counters(100, device))
+    assert found[0] is found[2]
+    assert found[0].data_ptr() != found[1].data_ptr()
+    assert min(len(part) for part in found) >= 100
