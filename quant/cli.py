@@ -38,7 +38,7 @@ from quant.stopped import BEGUN, INTERRUPTED, TERMINATED, Terminated, terminate
 HELP = f"""Turn a float model into a packed low-bit checkpoint.
 
 Shipped recipes: {", ".join(shipped_recipes())}. The default is balanced (trellis codes) below 4 bits and
-gptq (uniform grids) from there on, at 4 bits where none are given, or where a flag of a grid is.
+gptq (uniform grids) from there on and where a flag of a grid is. Without --bits they are the recipe's own: 4 of gptq.
 
 Examples:
 
@@ -73,7 +73,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def quantize(
     model: Annotated[str, typer.Option(help="A local folder, or a name on the Hugging Face hub.")],
     bits: Annotated[
-        float | None, typer.Option(help="Of each code, 1 to 8, scales on top; 2.5: an average of all; default: 4.")
+        float | None, typer.Option(help="Of each code, 1 to 8, scales on top; 2.5: an average; default: the recipe's.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: <model>-<bits>bit here.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; -1 for whole rows.")] = None,
@@ -121,7 +121,7 @@ def quantize(
     out = out or (None if size else _folder(model, make(RECIPES[0] if time_budget else recipe)))
     if out and not dry_run:
         check_place(out, [name or COMPONENT for name in names], mode)
-    with Display(console) if not quiet else _Silent() as shown:
+    with Display(console) if not quiet else Progress() as shown:
         ready = lambda made, part="": prepare(model, made, place, shown, part)  # noqa: E731
         parts = _prepared(names, recipe, time_budget, size, make, ready, shown)
         shown.say(_said(parts[0], BEGUN.recipe or recipe, bits, bool(size), *grid))
@@ -156,13 +156,6 @@ def _rehearse(parts: Sequence[Prepared], out: Path, mode: Mode, shown: Progress)
         shown.say(f"note: the run itself would be refused: {error}")
     shown.step("rehearsing the largest block")
     return [estimate(part) for part in parts]
-
-
-class _Silent(Progress):
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 def _named(

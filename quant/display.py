@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -41,7 +42,7 @@ class Display(Progress):
         self.name, self.said = "", set[str]()
         self.errors: list[float] = []
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> Self:
         if self.console.is_terminal:  # a log gets plain lines instead
             self.bars.start()
         return self

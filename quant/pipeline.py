@@ -76,8 +76,9 @@ def quantize(
     """
     progress = progress or Progress()
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    parts = [prepare(model, recipe or Recipe(), settings, progress, part) for part in components or ("",)]
-    return run_all(parts, Path(out), mode, progress)
+    with progress:
+        parts = [prepare(model, recipe or Recipe(), settings, progress, part) for part in components or ("",)]
+        return run_all(parts, Path(out), mode, progress)
 
 
 def run_all(parts: Sequence[Prepared], out: Path, mode: Mode = "new", progress: Progress | None = None) -> Result:

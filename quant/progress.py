@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from quant.blocks import Solved
 
 
 class Progress:
+    def __enter__(self) -> Self:
+        """It is being watched from here on; `quant.quantize` enters it."""
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
     def begin(self, blocks: int, weights: int, done: int) -> None:
         """A run of `blocks` blocks with `weights` weights to quantize in all; `done` blocks come from a journal."""
 

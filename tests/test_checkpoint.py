@@ -469,3 +469,15 @@ def test_an_architecture_that_transformers_does_not_know(copied: Path) -> None:
         CheckpointError, match=r"architectures \['MambaXForCausalLM'\] are unknown to transformers here"
     ):
         quant.load(copied)
+
+
+def test_what_the_class_has_no_use_for_comes_along(llama: Path, words: Path, tmp_path: Path) -> None:
+    """As heads for pretraining do that another class of the same model would use."""
+    source = Path(shutil.copytree(llama, tmp_path / "float"))
+    file = source / "model.safetensors"
+    extra = {"model.pooler.weight": torch.randn(3, 4), "heads.bias": torch.randn(2)}
+    save_file(load_file(file) | extra, file, metadata={"format": "pt"})
+    out = quant.quantize(str(source), tmp_path / "packed", tiny.recipe(words)).out
+    assert torch.isfinite(logits(quant.load(out))).all()
+    kept = load_file(out / "model.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in extra.items())

@@ -167,3 +167,15 @@ def test_what_cannot_be_quantized_is_refused(source: Path, tmp_path: Path) -> No
             quant.quantize(str(source), tmp_path / "out", recipe(source), components=("text_encoder", wrong))
     with pytest.raises(ModelError, match="it has no components"):
         quant.quantize(str(source / "transformer"), tmp_path / "out", recipe(source), components=("text_encoder",))
+
+
+@pytest.mark.parametrize("name", ["../leak", "/leak", "a/b", "..", ""])
+def test_a_component_that_leads_out_of_the_folder(name: str, source: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(source, tmp_path / "in" / "model"))
+    (tmp_path / "in" / "leak").mkdir()
+    (tmp_path / "in" / "leak" / "secret.json").write_text("{}")
+    index = json.loads((copied / "model_index.json").read_text())
+    (copied / "model_index.json").write_text(json.dumps({**index, name: ["diffusers", "X"]}))
+    with pytest.raises(ModelError, match=f"component {name!r} is no plain name"):
+        quant.quantize(str(copied), tmp_path / "out" / "packed", recipe(source))
+    assert not (tmp_path / "out").exists()

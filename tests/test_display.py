@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+import quant
 from quant import display
 from quant.display import Display
+from tests import tiny
 
 
 def shown(watch: Display, width: int) -> str:
@@ -90,3 +93,11 @@ def test_a_second_component_begins_anew_and_a_line_is_said_once_as_it_is(clock: 
             watch.advanced(index, 1000)
     part = ["block 1/2: worst error 1.23e-03, 0:00:07 left", "block 2/2: worst error 1.23e-03"]
     assert log.getvalue().splitlines() == ["recipe [red]/x]: 2-bit", *part, *part]
+
+
+def test_quantize_shows_it_on_a_terminal(llama: Path, words: Path, tmp_path: Path) -> None:
+    """As a program gives it, which does not enter it."""
+    watch = Display(Console(file=io.StringIO(), force_terminal=True))
+    quant.quantize(str(llama), tmp_path / "out", tiny.recipe(words), progress=watch)
+    assert "block 2/2" in watch.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert not watch.bars.live.is_started

@@ -133,3 +133,12 @@ def test_a_low_rank_branch_comes_along(tmp_path: Path) -> None:
     out = quant.quantize(str(source), tmp_path / "packed", recipe).out
     model = tiny_dit.library().DiTTransformer2DModel.from_pretrained(out)
     assert model.transformer_blocks[0].ff.net[2].packed.spec == spec
+
+
+def test_dequantized_it_can_be_saved_as_a_float_model(
+    flux: tuple[Path, dict[str, Any], torch.Tensor], tmp_path: Path
+) -> None:
+    quant.load(flux[0], dequantize=True).save_pretrained(tmp_path)
+    again = tiny_dit.library().FluxTransformer2DModel.from_pretrained(tmp_path)
+    assert not any(isinstance(module, PackedLinear) for module in again.modules())
+    torch.testing.assert_close(run(again, flux[1]), flux[2])

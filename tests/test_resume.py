@@ -542,3 +542,16 @@ def test_a_resumed_run_may_change_what_does_not_matter(unfinished: tuple[Path, P
     made = tiny.contents(out)
     assert result.report["resumed_blocks"] == 1
     assert made["model.safetensors"] == tiny.contents(packed_llama)["model.safetensors"]
+
+
+@pytest.mark.parametrize("mode", ["new", "resume", "restart"])
+def test_a_journal_that_is_a_link_is_refused(mode: Any, llama: Path, words: Path, tmp_path: Path) -> None:
+    """A restart would empty the folder that it leads to."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    out.mkdir()
+    other.mkdir()
+    (other / "own.txt").write_text("own")
+    (out / FOLDER).symlink_to(other)
+    with pytest.raises(ResumeError, match="a link to another place"):
+        quant.quantize(str(llama), out, tiny.recipe(words), mode=mode)
+    assert [path.name for path in other.iterdir()] == ["own.txt"]

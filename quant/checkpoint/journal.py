@@ -106,6 +106,8 @@ class Journal:
     def _check_folder(self) -> None:
         if self.out.exists() and not self.out.is_dir():
             raise ResumeError(f"{self.out}: is a file; choose another --out")
+        if self.folder.is_symlink():
+            raise ResumeError(f"{self.folder}: is a link to another place; remove it, or choose another --out")
         if not self.out.exists() or self.folder.exists() or not any(p.name != DONE for p in self.out.iterdir()):
             if self.mode == "resume" and not self.folder.exists():
                 raise ResumeError(f"{self.out}: holds no unfinished run to resume; run without --resume")

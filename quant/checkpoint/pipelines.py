@@ -118,7 +118,8 @@ class _Quantizer:
         from quant.checkpoint.loader import unpack_model
 
         model = unpack_model(model, model.dtype)
-        model.register_to_config(quantization_config=None)
+        plain = {key: value for key, value in model.config.items() if key != "quantization_config"}
+        model._internal_dict = type(model.config)(plain)  # with None in it, it could not be saved
         return model
 
 

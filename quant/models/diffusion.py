@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -144,4 +145,8 @@ def components(home: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     index = json.loads(path.read_text(encoding="utf-8"))
-    return {name: value for name, value in index.items() if isinstance(value, list) and all(value)}
+    found = {name: value for name, value in index.items() if isinstance(value, list) and all(value)}
+    for name in found:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ModelError(f"{path}: component {name!r} is no plain name of a folder; the file is damaged or hostile")
+    return found
