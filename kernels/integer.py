@@ -9,7 +9,8 @@ Then, in float32, every operation rounded once and in this order,
 span after span. `acc` begins with 0 in every part of K, `part(K)` columns, and the parts are added up in their order.
 Integers below 2^24 are exact in float32, so a float32 matrix product of one span is the integer one whatever order it
 sums in: a CPU and the Triton kernels (`integer_launch.py`), of which several programs share K, give the same bits,
-whatever the GPU and however many tokens.
+whatever the GPU and however many tokens (but for compute capability 10 and above with Triton 3.6, which fuses products
+and sums there though it is told not to).
 """
 
 from __future__ import annotations

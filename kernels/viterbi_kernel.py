@@ -8,7 +8,8 @@ the path is read from there, backwards. A column of a matrix has few sequences, 
 each has eight warps: 137 instructions and four barriers at L = 12 and K = 2 (SASS, sm_90).
 
 The float32 operations are those of `viterbi.reference`, in the same order and not fused, and ties go to the first
-state: the same states, on any GPU.
+state: the same states, on any GPU. (Triton 3.6 fuses for compute capability 10 and above, also where it is told not to:
+there paths are found that are as good, and may be others.)
 """
 
 # pyright: basic, reportGeneralTypeIssues=false, reportCallIssue=false
