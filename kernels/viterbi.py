@@ -43,9 +43,10 @@ def search(x: Tensor, weight: Tensor, values: Tensor, bits: int) -> Tensor:
 
 def improve(x: Tensor, weight: Tensor, values: Tensor, bits: int, states: Tensor, place: int) -> Tensor:
     """The best states with the seam that `states` `[n, T]` have at `place`: at least as good as they are."""
-    back = -place * len(values)
-    turned = _best(x.roll(back, 1), weight.roll(back, 1), values, bits, _seam(states[:, place], values, bits))
-    return turned.roll(place, 1)
+    seam, back = _seam(states[:, place], values, bits), -place * len(values)
+    if not place:
+        return _best(x, weight, values, bits, seam)
+    return _best(x.roll(back, 1), weight.roll(back, 1), values, bits, seam).roll(place, 1)
 
 
 def reference(x: Tensor, weight: Tensor, values: Tensor, bits: int, seam: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ class Together:
         pull, least = self.cost(error)
         for number in range(tries):
             seam = states.shape[1] // 2 if (sweep + number) % 2 else 0
-            found = improve(x - share * (pull * self.inverse - error), weight, values, bits, states, seam)
+            asked = torch.addcmul(error, pull, self.inverse, value=-1)
+            found = improve(torch.addcmul(x, share, asked), weight, values, bits, states, seam)
             off = read(values, found) - x
             drawn, now = self.cost(off)
             better = now < least
