@@ -18,12 +18,12 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils.hub import cached_file
 
 import quant
 from quant.checkpoint.manifest import JOURNAL
 from quant.errors import BitwrightError, CheckpointError, ModelError, SettingsError
 from quant.machine import check_device
+from quant.models.source import local
 
 Kind = Literal["causal-lm", "encoder"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,7 +99,7 @@ def open_subject(
     if dtype not in (*DTYPES, "auto"):
         raise SettingsError(f"dtype is {dtype!r}; give one of {', '.join(DTYPES)}, auto.")
     check_device(device)
-    folder = _folder(str(source))
+    folder = local(str(source))
     model, kind = _load(str(source), folder, device, dtype)
     return Subject(_short(str(source)), model.eval(), kind, folder)
 
@@ -129,25 +129,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _folder(source: str) -> Path:
-    """The local folder of a model: the path itself, or where the hub's cache keeps it."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ModelError(f"{source}: not a folder; give the folder that holds config.json and the safetensors files.")
-    try:
-        config = cached_file(source, "config.json")
-    except Exception as error:  # hub errors come from three libraries
-        raise ModelError(
-            f"{source}: neither a local folder nor reachable on the Hugging Face hub ({_first_line(error)}). "
-            "Give the path of a local folder instead."
-        ) from error
-    if config is None:
-        raise ModelError(f"{source}: the hub has no config.json for it. Give the path of a local folder instead.")
-    return Path(config).parent
-
-
 def _load(source: str, folder: Path, device: str, dtype: str) -> tuple[PreTrainedModel, Kind]:
     try:
         if packed_by_us(folder):
@@ -155,7 +136,7 @@ def _load(source: str, folder: Path, device: str, dtype: str) -> tuple[PreTraine
                 dtype = str(read_config(folder).get("dtype", "float32"))
             model = quant.load(folder, device=device, dtype=dtype)
             return model, _kind([type(model).__name__])
-        return _load_plain(source, device, dtype)
+        return _load_plain(source, folder, device, dtype)
     except (BitwrightError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # the file decides what goes wrong in transformers
@@ -165,8 +146,8 @@ def _load(source: str, folder: Path, device: str, dtype: str) -> tuple[PreTraine
         ) from error
 
 
-def _load_plain(source: str, device: str, dtype: str) -> tuple[PreTrainedModel, Kind]:
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+def _load_plain(source: str, folder: Path, device: str, dtype: str) -> tuple[PreTrainedModel, Kind]:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"{source}: an encoder-decoder ({config.model_type}); only causal models and encoders are judged."
@@ -174,7 +155,7 @@ def _load_plain(source: str, device: str, dtype: str) -> tuple[PreTrainedModel, 
     kind = _kind(getattr(config, "architectures", None) or [])
     auto = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
     loaded: Any = auto.from_pretrained(
-        source,
+        folder,
         dtype=DTYPES.get(dtype, "auto"),
         use_safetensors=True,
         trust_remote_code=False,

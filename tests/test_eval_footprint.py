@@ -159,7 +159,7 @@ def test_devices_and_dtypes_that_are_none(demo: Path, settings: dict[str, str], 
 def test_models_that_are_none(tmp_path: Path, llama: Path, demo: Path) -> None:
     with pytest.raises(ModelError, match="not a folder"):
         open_subject(tmp_path / "nothing")
-    with pytest.raises(ModelError, match=r"neither a local folder nor reachable.*path of a local folder"):
+    with pytest.raises(ModelError, match=r"no folder of this name here, and the hub.*path of a local folder"):
         open_subject("somebody/model")
     with pytest.raises(ModelError, match=r"no config\.json"):
         open_subject(tmp_path)

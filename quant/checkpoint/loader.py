@@ -32,7 +32,7 @@ from quant.kernels.layouts import LayoutError
 from quant.linear import PackedLinear, put_packed
 from quant.machine import check_device
 from quant.models.candidates import is_linear
-from quant.models.source import first_line
+from quant.models.source import first_line, local
 
 _verified: ContextVar[bool] = ContextVar("verified", default=False)  # whether `load` has done so already
 
@@ -189,7 +189,7 @@ def load(
     """
     if isinstance(device, str) and device != "auto":
         check_device(device)
-    folder = pipelines.component(_folder(str(checkpoint)))
+    folder = pipelines.component(local(str(checkpoint)))
     config = read_config(folder)
     read_sites(config.get("quantization_config"), str(folder))
     if verify:
@@ -234,12 +234,3 @@ def load(
         if wrong:
             raise CheckpointError(f"{folder}: {what.replace('_', ' ')}: {wrong[:3]}; copy the checkpoint again")
     return model.dequantize() if dequantize else model
-
-
-def _folder(name: str) -> Path:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    from quant.models.source import find
-
-    return find(name).folder

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from quant.checkpoint.hub import fetch
 from quant.checkpoint.shards import NAMES, STEMS, Piece, index_name, read_pieces, sha256
 from quant.errors import CheckpointError
 from quant.kernels.spec import Spec, SpecError, Trellis, spec_from_dict
@@ -150,7 +151,8 @@ def seal(folder: Path, config: dict[str, Any], names: Iterable[str]) -> tuple[st
 
 
 def verify(folder: Path) -> dict[str, PackedSite]:
-    """Checks a checkpoint folder, files before tensors, and returns its sites.
+    """Checks a checkpoint folder, files before tensors, and returns its sites. What a folder of the hub's cache
+    lacks is downloaded first.
 
     Raises:
         CheckpointError: a file is missing, altered or cut short, or a tensor is not what its spec promises.
@@ -174,10 +176,12 @@ def verify(folder: Path) -> dict[str, PackedSite]:
 
 def _verify_files(folder: Path, config: dict[str, Any]) -> None:
     path = folder / CHECKSUMS
+    fetch(folder, [CHECKSUMS])
     if not path.is_file() or sha256(path) != config["quantization_config"]["checksums"]:
         state = "altered" if path.is_file() else "missing"
         raise CheckpointError(f"{path}: {state}; copy the checkpoint again, whole")
     files = listed_files(folder)
+    fetch(folder, files)
     for file in sorted(folder.glob("*.safetensors*")):
         if file.name not in files:
             raise CheckpointError(

@@ -165,28 +165,36 @@ def find(model: str, part: str = "") -> Source:
     Raises:
         ModelError: no such folder and the hub cannot give it, or it has no such component.
     """
+    return _at(local(model).resolve(), model.rstrip("/"), part)
+
+
+def local(model: str) -> Path:
+    """The folder of `--model`: itself, or where the hub's cache keeps what was downloaded of this name.
+
+    Raises:
+        ModelError: no such folder, and the hub cannot give it.
+    """
     try:
         folder = Path(model).expanduser()
         found, there = folder.is_dir(), folder.exists()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a user who does not exist
         raise ModelError(f"{model}: not a folder ({first_line(error)})") from None
     if found:
-        return _at(folder.resolve(), str(model).rstrip("/"), part)
+        return folder
     if there or model.startswith((".", "/", "~")):
         raise ModelError(f"{model}: not a folder; give the folder that holds config.json and the .safetensors files")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     try:
         folder = Path(snapshot_download(model, allow_patterns=list(NEEDED), ignore_patterns=list(DUPLICATES)))
         if (folder / PIPELINE).is_file():
             folder = Path(snapshot_download(model, allow_patterns=list(NEEDED)))
-        return _at(folder, model, part)
-    except (OSError, HFValidationError, ValueError, RuntimeError) as error:
+    except Exception as error:  # hub errors come from three libraries
         raise ModelError(
             f"{model}: no folder of this name here, and the hub did not give it ({first_line(error)}). "
             "Give the path of a local folder, or download the model where there is a network and copy it here."
         ) from None
+    return folder
 
 
 def _at(folder: Path, name: str, part: str) -> Source:
