@@ -132,8 +132,6 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _load(source: str, folder: Path, device: str, dtype: str) -> tuple[PreTrainedModel, Kind]:
     try:
         if packed_by_us(folder):
-            if dtype == "auto":
-                dtype = str(read_config(folder).get("dtype", "float32"))
             model = quant.load(folder, device=device, dtype=dtype)
             return model, _kind([type(model).__name__])
         return _load_plain(source, folder, device, dtype)

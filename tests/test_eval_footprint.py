@@ -147,6 +147,19 @@ def test_dtypes_are_those_asked_for(packed_llama: Path, demo: Path) -> None:
     assert open_subject(packed_llama, dtype="bfloat16").model.get_input_embeddings().weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_auto_is_the_same_for_a_packed_model_and_its_original(
+    key: str, packed_llama: Path, llama: Path, tmp_path: Path
+) -> None:
+    for number, original in enumerate((llama, packed_llama)):
+        folder = copied(original, tmp_path / str(number))
+        config = json.loads((folder / "config.json").read_text())
+        config.pop("dtype")
+        config.get("quantization_config", {}).pop("checksums", None)
+        (folder / "config.json").write_text(json.dumps({**config, key: "bfloat16"}))
+        assert open_subject(folder, dtype="auto").model.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [({"dtype": "int3"}, "dtype is 'int3'; give one of float32"), ({"device": "cuda:77"}, "torch cannot use it")],
