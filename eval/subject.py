@@ -1,8 +1,8 @@
 """What is judged: a model with its tokenizer, opened the same way whether bitwright packed it or not.
 
-A folder whose `config.json` says `quant_method: bitwright` goes through `quant.load`; everything else through
-transformers, from safetensors only and without remote code. Transformers fills weights that a checkpoint lacks with
-random numbers and merely logs it; a judge must not, so a missing weight is an error here.
+A folder whose `config.json` says `quant_method: bitwright` goes through `quant.load`; everything else through the class
+of transformers that it names, from safetensors only and without remote code. Transformers fills weights that a
+checkpoint lacks with random numbers and merely logs it; a judge must not, so a missing weight is an error here.
 
 A model is judged as a causal language model if its configuration names an architecture with such a head, otherwise as
 an encoder: its hidden states are compared with the original's.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ import quant
 from quant.checkpoint.manifest import JOURNAL
 from quant.errors import BitwrightError, CheckpointError, ModelError, SettingsError
 from quant.machine import check_device
+from quant.models.building import named_class
 from quant.models.source import local
 
 Kind = Literal["causal-lm", "encoder"]
@@ -146,13 +148,14 @@ def _load(source: str, folder: Path, device: str, dtype: str) -> tuple[PreTraine
 
 def _load_plain(source: str, folder: Path, device: str, dtype: str) -> tuple[PreTrainedModel, Kind]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if getattr(config, "is_encoder_decoder", False):
+    kind, named = _kind(getattr(config, "architectures", None) or []), named_class(config)
+    decodes = named is None or "decoder_input_ids" in signature(named.forward).parameters
+    if getattr(config, "is_encoder_decoder", False) and decodes:
         raise ModelError(
             f"{source}: an encoder-decoder ({config.model_type}); only causal models and encoders are judged."
         )
-    kind = _kind(getattr(config, "architectures", None) or [])
-    auto = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
-    loaded: Any = auto.from_pretrained(
+    opened: Any = named or (AutoModelForCausalLM if kind == "causal-lm" else AutoModel)
+    loaded: Any = opened.from_pretrained(
         folder,
         dtype=DTYPES.get(dtype, "auto"),
         use_safetensors=True,

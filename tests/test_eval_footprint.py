@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5EncoderModel
 
+import quant
 from quant.errors import CheckpointError, ModelError, SettingsError
 from quant.eval.evaluate import evaluate
 from quant.eval.footprint import cost_of, read_header, size_of, weight_files
@@ -222,6 +223,21 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}')
     with pytest.raises(ModelError, match="an encoder-decoder"):
         open_subject(tmp_path)
+
+
+def test_the_encoder_of_an_encoder_decoder_is_opened_as_one(words: Path, tmp_path: Path) -> None:
+    """AutoModel would make a whole T5, its decoder of random numbers; a pipeline's says that it is an encoder-decoder,
+    too."""
+    config = T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    T5EncoderModel(config).save_pretrained(tmp_path / "t5")
+    tiny.add_tokenizer(tmp_path / "t5")
+    for decoder in (False, True):
+        edit(tmp_path / "t5" / "config.json", is_encoder_decoder=decoder)
+        assert isinstance(open_subject(tmp_path / "t5").model, T5EncoderModel)
+    packed = quant.quantize(str(tmp_path / "t5"), tmp_path / "out", tiny.recipe(words)).out
+    report = evaluate(packed, against=tmp_path / "t5", text=words, window=16, max_windows=2)
+    assert report.hidden is not None
+    assert 0.9 < report.hidden.token < 1
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma3", "falcon", "mixtral"])

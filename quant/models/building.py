@@ -26,14 +26,21 @@ def read_config(source: Source) -> Any:
 
 def model_class(source: Source, config: Any) -> Any:
     """The transformers class named in `architectures`; never code from the checkpoint."""
-    for name in getattr(config, "architectures", None) or ():
-        found = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
+    if (found := named_class(config)) is not None:
+        return found
     raise ModelError(
         f"{source.name}: config.json names architectures {getattr(config, 'architectures', None)}, none of which is in "
         f"transformers {transformers.__version__}; bitwright runs no code from a checkpoint"
     )
+
+
+def named_class(config: Any) -> Any:
+    """The first class of `architectures` that transformers has; None if it has none of them."""
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return None
 
 
 def build(cls: Any, config: Any, dtype: torch.dtype, name: str) -> Any:
