@@ -16,6 +16,7 @@ import huggingface_hub
 import torch
 import transformers
 import typer
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from quant.calibration.texts import resolve
@@ -96,6 +97,9 @@ def command(
         settings |= {"device": device, "dtype": dtype}
         original, reports = _judge(models, against, 0 if no_generate else prompts, quiet, settings)
         out = console_for(stderr=json_to == "-")
+        if json_to:
+            data = {"original": None if original is None else original.to_dict()}
+            write_json(json_to, {**data, "models": [report.to_dict() for report in reports]})
         out.print(table([original, *reports] if original else reports, out.width))
         for panel in [] if quiet else continuations(reports):
             out.print(panel)
@@ -104,9 +108,6 @@ def command(
 
             plot(reports, original, plot_to)
             out.print(f"plot: {plot_to}", soft_wrap=True)
-        if json_to:
-            data = {"original": None if original is None else original.to_dict()}
-            write_json(json_to, {**data, "models": [report.to_dict() for report in reports]})
         for report in reports if card else []:
             if report.path and packed_by_us(Path(report.path)):
                 add_evaluation(report.path, report.to_dict())
@@ -186,11 +187,21 @@ def _calm() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _writable(*targets: str | Path | None) -> None:
-    """Raises `SettingsError` now rather than after the work when an output file has no folder to lie in."""
-    for target in targets:
+def _writable(json_to: str | None, plot: Path | None, sheet: Path | None) -> None:
+    """Raises `SettingsError` now rather than after the work when an output file has no folder to lie in or is one, or
+    when nothing can write a picture of its ending."""
+    for target in (json_to, plot, sheet):
         if target is not None and target != "-" and not Path(target).absolute().parent.is_dir():
             raise SettingsError(f"{target}: its folder does not exist; create it first.")
+        if target is not None and Path(target).is_dir():
+            raise SettingsError(f"{target}: a folder; give a file in it.")
+    if plot is not None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # matplotlib takes a second to import
+
+        if plot.suffix.lower()[1:] not in FigureCanvasAgg.get_supported_filetypes():
+            raise SettingsError(f"plot {plot}: no known kind of picture; end its name in .png, .pdf or .svg.")
+    if sheet is not None and Image.registered_extensions().get(sheet.suffix.lower()) not in Image.SAVE:
+        raise SettingsError(f"sheet {sheet}: no known kind of picture; end its name in .png, .jpg or .webp.")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,9 @@ def show(models: Sequence[str], against: str | None, rule: dict[str, Any], showi
     made = Rule(**rule, prompts=prompts_of(showing.text) if wants else ())
     hung = _judged(painters, original, made, showing)
     out = console_for(stderr=showing.json == "-")
+    if showing.json:
+        first = None if hung.original is None else hung.original.to_dict()
+        write_json(showing.json, {"original": first, "models": [picture.to_dict() for picture in hung.pictures]})
     out.print(picture_table(hung, out.width))
     if showing.sheet:
         classes = painters[0].classes
@@ -70,9 +73,6 @@ def show(models: Sequence[str], against: str | None, rule: dict[str, Any], showi
     if showing.plot:
         plot_steps(hung.pictures, showing.plot)
         out.print(f"plot: {showing.plot}", soft_wrap=True)
-    if showing.json:
-        first = None if hung.original is None else hung.original.to_dict()
-        write_json(showing.json, {"original": first, "models": [picture.to_dict() for picture in hung.pictures]})
 
 
 def _judged(painters: Sequence[Painter], original: Painter | None, rule: Rule, showing: Showing) -> Hung:

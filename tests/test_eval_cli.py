@@ -99,7 +99,10 @@ def test_errors_are_a_sentence_and_a_code(packed_llama: Path, llama: Path, words
         ((llama, "--text", words, "--window", 999), 2, "takes at most 64 tokens"),
         ((llama, "--text", words, "--stride", 64), 2, "stride is 64"),
         ((llama, "--text", words, "--plot", tmp_path / "no" / "p.png"), 2, "its folder does not exist"),
-        ((llama, "--text", words, "--max-windows", 1, "--no-generate", "--plot", tmp_path / "p.nonsense"), 2, "plot"),
+        ((llama, "--text", "nonsense", "--plot", tmp_path / "p.nonsense"), 2, "no known kind of picture"),
+        ((llama, "--text", "nonsense", "--plot", tmp_path / "p"), 2, "no known kind of picture"),
+        ((llama, "--text", "nonsense", "--plot", "."), 2, "a folder; give a file in it"),
+        ((llama, "--text", "nonsense", "--json", tmp_path), 2, "a folder; give a file in it"),
         ((tmp_path / "nothing", "--text", words), 3, "not a folder"),
         (("somebody/model", "--text", words), 3, "path of a local folder"),
         ((broken, "--text", words), 6, "model.safetensors"),
@@ -110,6 +113,16 @@ def test_errors_are_a_sentence_and_a_code(packed_llama: Path, llama: Path, words
         assert result.exit_code == code, (arguments, result.output)
         assert said in result.stderr
         assert "Traceback" not in result.output
+
+
+def test_figures_are_kept_when_the_plot_fails(llama: Path, words: Path, tmp_path: Path) -> None:
+    """A link into a folder that is gone looks like any file to be made."""
+    (tmp_path / "size.png").symlink_to(tmp_path / "gone" / "size.png")
+    kept = tmp_path / "kept.json"
+    options = ("--text", words, "--max-windows", 1, "--no-generate", "--json", kept)
+    result = call(llama, *options, "--plot", tmp_path / "size.png")
+    assert (result.exit_code, "size.png: cannot be written" in result.stderr) == (2, True), result.output
+    assert json.loads(kept.read_text())["models"][0]["perplexity"]["windows"] == 1
 
 
 @pytest.mark.parametrize(("raised", "code"), [(MemoryError(), ResourceError.exit_code), (KeyboardInterrupt(), 130)])

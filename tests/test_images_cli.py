@@ -219,8 +219,11 @@ def test_table_sheet_plot_and_json(folders: tuple[Path, Path], judge: Path, tmp_
 
 def test_what_goes_wrong_is_one_sentence(folders: tuple[Path, Path], tmp_path: Path) -> None:
     original, _ = folders
+    kept, one = tmp_path / "kept.json", ("--images", 1, "--steps", 1)
     for arguments, code, said in (
-        ((original, "--plot", tmp_path / "steps.png", "--images", 1, "--steps", 1), 2, "give --against ORIGINAL"),
+        ((original, "--plot", tmp_path / "s.png", *one, "--json", kept), 2, "give --against ORIGINAL"),
+        ((tmp_path, original, "--plot", tmp_path / "s.nonsense"), 2, "no known kind of picture"),
+        ((tmp_path, original, "--sheet", tmp_path / "s.nonsense"), 2, "end its name in .png"),
         ((original, "--sheet", tmp_path / "none" / "s.png"), 2, "its folder does not exist"),
         ((original, "--card"), 2, "keep these with --json"),
         ((original, "--guidance", 5000), 2, "guidance is 5000"),
@@ -230,3 +233,4 @@ def test_what_goes_wrong_is_one_sentence(folders: tuple[Path, Path], tmp_path: P
         result = call(*arguments)
         assert result.exit_code == code, result.output
         assert said in " ".join(result.stderr.split())
+    assert len(json.loads(kept.read_text())["models"]) == 1
