@@ -124,7 +124,7 @@ def _open(root: Path, device: str, dtype: str, original: Painter | None) -> Pain
 def transformer_of(root: Path, folder: Path, dtype: str) -> nn.Module:
     """The transformer in `folder` of the pipeline in `root`: through `quant.load` if we packed it."""
     config = _json(folder / "config.json")
-    if config.get("quantization_config", {}).get("quant_method") == "bitwright":
+    if (config.get("quantization_config") or {}).get("quant_method") == "bitwright":
         return quant.load(root, dtype=dtype)
     found = named(config.get("_class_name"), "ModelMixin", folder)
     model, info = found.from_pretrained(

@@ -108,7 +108,7 @@ def open_subject(
 
 def packed_by_us(folder: Path) -> bool:
     """Whether `config.json` names our quantization method."""
-    return read_config(folder).get("quantization_config", {}).get("quant_method") == "bitwright"
+    return (read_config(folder).get("quantization_config") or {}).get("quant_method") == "bitwright"
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -161,6 +161,12 @@ def test_auto_is_the_same_for_a_packed_model_and_its_original(
         assert open_subject(folder, dtype="auto").model.dtype == torch.bfloat16
 
 
+def test_a_float_model_may_say_that_it_is_not_quantized(llama: Path, tmp_path: Path) -> None:
+    folder = copied(llama, tmp_path)
+    edit(folder / "config.json", quantization_config=None)
+    assert size_of(open_subject(folder)).linear_bits == 32
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [({"dtype": "int3"}, "dtype is 'int3'; give one of float32"), ({"device": "cuda:77"}, "torch cannot use it")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -257,6 +258,8 @@ def test_missing_weights_and_foreign_classes_are_refused(painter: Painter, tmp_p
     assert painter.folder is not None
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         (tmp_path / name).write_bytes((painter.folder / name).read_bytes())
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "quantization_config": None}))
     assert open_painter(tmp_path, original=painter).scheduler is painter.scheduler
     with pytest.raises(ModelError, match="no scheduler folder"):
         open_painter(tmp_path)
