@@ -2,15 +2,13 @@
 
 `from_pretrained` of a hub name in transformers or diffusers downloads config and weights only. The rest of the same
 commit is fetched here, into the same folder of the cache, which is then verified as any other. A quantizer is not told
-how `from_pretrained` was called, so `local_files_only` and `token` are looked up in the calls on the stack.
+how `from_pretrained` was called: offline is `HF_HUB_OFFLINE`, a token that of `hf auth login` or `HF_TOKEN`.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import hf_hub_download
 
@@ -33,27 +31,10 @@ def fetch(folder: Path, names: Iterable[str]) -> None:
         if (folder / name).exists():
             continue
         try:
-            hf_hub_download(
-                repo,
-                (inside / name).as_posix(),
-                revision=commit.name,
-                cache_dir=home.parent,
-                local_files_only=bool(_asked("local_files_only")),
-                token=_asked("token"),
-            )
+            hf_hub_download(repo, (inside / name).as_posix(), revision=commit.name, cache_dir=home.parent)
         except Exception as error:  # hub errors come from three libraries
             raise CheckpointError(
                 f"{repo}: {(inside / name).as_posix()} is not in the hub's cache, and the hub did not give it "
                 f"({first_line(error)}). A packed checkpoint is verified before use: be online, or download the whole "
                 f"repository first, with `hf download {repo} --revision {commit.name}`"
             ) from None
-
-
-def _asked(option: str) -> Any:
-    """What an enclosing `from_pretrained` was given for an option; None if nothing."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "from_pretrained" and frame.f_locals.get(option):
-            return frame.f_locals[option]
-        frame = frame.f_back
-    return None
