@@ -6,7 +6,8 @@ and anybody may have edited: where it does not hold what ours holds it counts as
 run is explained with the command that goes on, and a float model is called one.
 
 Exit codes: 0 the folder is sound, or there is nothing to check; 2 no such folder, or no model in it; 3 a float model's
-files cannot be read; 6 a packed checkpoint is damaged or another tool's; 7 an unfinished run cannot be read.
+files or a pipeline's index cannot be read; 6 a packed checkpoint is damaged or another tool's; 7 an unfinished run
+cannot be read.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def look(folder: Path, check: bool = True, out: Path | None = None) -> dict[str,
     Raises:
         SettingsError: there is no such folder, or no model in it.
         CheckpointError: config.json cannot be read, or its account of the packed sites cannot.
-        ModelError: a float model's files cannot be read.
+        ModelError: a float model's files or a pipeline's index cannot be read.
         ResumeError: an unfinished run's own account cannot be read.
     """
     home, folder = folder, component(folder)

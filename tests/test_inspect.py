@@ -224,3 +224,12 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert inspect(tmp_path).exit_code == 3
     assert inspect(tmp_path / "config.json").exit_code == 2
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\xff"])
+def test_a_pipeline_whose_index_cannot_be_read(llama: Path, tmp_path: Path, content: str) -> None:
+    shutil.copytree(llama, tmp_path / "transformer")
+    (tmp_path / "model_index.json").write_bytes(content.encode("latin-1"))
+    result = inspect(tmp_path)
+    assert result.exit_code == 3
+    assert "model_index.json: " in result.stderr

@@ -6,7 +6,6 @@ the checkpoint), on the meta device, and filled tensor by tensor like any other 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import warnings
@@ -23,7 +22,7 @@ from quant.models.allocation import LargeOnMeta
 from quant.models.arguments import Form, find_form
 from quant.models.building import refuse_quantized
 from quant.models.skeleton import Skeleton
-from quant.models.source import Source, first_line
+from quant.models.source import PIPELINE, Source, first_line, read_json
 
 EXTRA = "pip install 'bitwright[diffusers]'"
 
@@ -140,11 +139,10 @@ def quiet() -> Generator[None]:
 
 
 def components(home: Path) -> Mapping[str, Any]:
-    """The components that a pipeline's folder names, or nothing."""
-    path = home / "model_index.json"
-    if not path.is_file():
-        return {}
-    index = json.loads(path.read_text(encoding="utf-8"))
+    """The components that a pipeline's folder names, or nothing. Raises `ModelError` where it cannot be read, and for
+    a name that leads out of the folder."""
+    path = home / PIPELINE
+    index = read_json(path) if path.is_file() else {}
     found = {name: value for name, value in index.items() if isinstance(value, list) and all(value)}
     for name in found:
         if not re.fullmatch(r"\w[\w.-]*", name):
