@@ -86,7 +86,7 @@ def look(folder: Path, check: bool = True, out: Path | None = None) -> dict[str,
         ResumeError: an unfinished run's own account cannot be read.
     """
     home, folder = folder, component(folder)
-    if folder != home and len(ours := [name for name in components(home) if _made(home / name)]) > 1:
+    if folder != home and (ours := [name for name in components(home) if _made(home / name)]):
         whole = {name: look(home / name, check, home) for name in ours}
         first = whole.pop(COMPONENT, None) or whole.pop(ours[0])
         damage = [each["damage"] for each in (first, *whole.values()) if each.get("damage")]
@@ -112,7 +112,8 @@ def look(folder: Path, check: bool = True, out: Path | None = None) -> dict[str,
 def _made(folder: Path) -> bool:
     """Whether a component of a pipeline is packed, or is being packed."""
     config = folder / "config.json"
-    return (folder / FOLDER).is_dir() or (config.is_file() and METHOD in config.read_text(errors="replace"))
+    sealed = (folder / CHECKSUMS).is_file() or (config.is_file() and METHOD in config.read_text(errors="replace"))
+    return sealed or (folder / FOLDER).is_dir()
 
 
 def _packed(folder: Path, quantization: dict[str, Any], check: bool) -> dict[str, Any]:

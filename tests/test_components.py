@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import quant
 from quant.cli import app
 from quant.errors import ModelError, SettingsError
+from quant.inspect import app as inspect
 from quant.inspect import look
 from quant.linear import PackedLinear
 from quant.prepare import prepare
@@ -94,10 +95,31 @@ def test_both_are_packed_and_load_as_one_pipeline(source: Path, tmp_path: Path) 
     card = (out / "README.md").read_text()
     assert "DiffusionPipeline.from_pretrained" in card
     assert "text_encoder_3/README.md" in card
-    assert "AutoModel" in (out / "text_encoder_3" / "README.md").read_text()
+    assert "T5EncoderModel.from_pretrained" in (out / "text_encoder_3" / "README.md").read_text()
     weights = out / "text_encoder_3" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert "model.safetensors" in look(out)["damage"]
+
+
+def test_a_text_encoder_packed_alone_is_found_and_checked(source: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    quant.quantize(str(source), packed, override(quant.load_recipe("rtn"), ["spec.group_size=8"]), components=BOTH[1:])
+    found = look(packed)
+    assert (found["kind"], found["damage"], found["architectures"]) == ("packed", None, ["T5EncoderModel"])
+    for card in (packed / "README.md", packed / "text_encoder_3" / "README.md"):
+        code = [line for line in card.read_text().splitlines() if "from_pretrained(" in line or "quant.load(" in line]
+        assert 'quant.load("path/to/the/pipeline/text_encoder_3"' in code[0]
+        assert 'AutoTokenizer.from_pretrained("path/to/the/pipeline/tokenizer_3")' in code[1]
+        assert "T5EncoderModel.from_pretrained" in code[2]
+        assert "AutoModel" not in card.read_text()
+    config = packed / "text_encoder_3" / "config.json"
+    for file, old, new in ((config, b'"bitwright"', b'"bitwrighu"'), (config.with_name("model.safetensors"), b"", b"")):
+        whole = file.read_bytes()
+        file.write_bytes(whole.replace(old, new) if old else whole[:-1] + bytes([whole[-1] ^ 1]))
+        result = CliRunner().invoke(inspect, [str(packed)])
+        assert (result.exit_code, "text_encoder_3" in result.stderr) == (6, True)
+        file.write_bytes(whole)
+    assert CliRunner().invoke(inspect, [str(packed)]).exit_code == 0
 
 
 def test_killed_in_the_second_component_it_resumes_to_the_same_bytes(source: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from quant.checkpoint.words import Report, by_reason, capped, code_bits, notes, 
 from quant.errors import CheckpointError
 
 BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
-FOLDER = "path/to/this/folder"
+FOLDER, PIPELINE = "path/to/this/folder", "path/to/the/pipeline"
 MOST_LINES, MOST_NAMES = 20, 5
 FIGURES = (  # label, where it is in an evaluation's report, format
     ("perplexity per token", "perplexity", "token", ".5g"),
@@ -64,7 +64,7 @@ hold every setting.
 ## Evaluation
 
 {BEGIN}
-Not evaluated yet: `quant-eval {FOLDER} --against` the original.
+Not evaluated yet: {_code(f"quant-eval {_place(report)} --against")} the original.
 {END}
 
 ## What did not go as asked
@@ -148,11 +148,21 @@ def _sizes(report: Report) -> list[tuple[str, str]]:
     ]
 
 
+def _place(report: Report) -> str:
+    """What to load: a text encoder lies in the pipeline's folder, and a transformer is found from there."""
+    source = report["source"]
+    inside = source["component"] if source.get("library") != "diffusers" else ""
+    return f"{PIPELINE}/{inside}" if inside else FOLDER
+
+
 def _loading(report: Report) -> str:
+    component, architecture = report["source"]["component"], report["source"]["architecture"]
     if report["source"].get("library") == "diffusers":
-        return _loading_pipeline(report["source"]["component"], report["source"]["architecture"])
-    generates = report["source"]["architecture"].endswith("ForCausalLM")
-    kind = "AutoModelForCausalLM" if generates else "AutoModel"
+        return _loading_pipeline(component, architecture)
+    folder, generates = _place(report), architecture.endswith("ForCausalLM")
+    tokenizer = folder.replace("text_encoder", "tokenizer")
+    kind = "AutoModelForCausalLM" if generates else architecture if component else "AutoModel"
+    whole = f', and so does `DiffusionPipeline.from_pretrained("{PIPELINE}")`' if component else ""
     use = """
 tokens = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=40)[0]))"""
@@ -160,12 +170,12 @@ print(tokenizer.decode(model.generate(**tokens, max_new_tokens=40)[0]))"""
 import quant  # the package bitwright
 from transformers import AutoTokenizer
 
-model = quant.load("{FOLDER}", device="cpu")  # verified by checksums; packed weights stay packed
-tokenizer = AutoTokenizer.from_pretrained("{FOLDER}"){use if generates else ""}
+model = quant.load("{folder}", device="cpu")  # verified by checksums; packed weights stay packed
+tokenizer = AutoTokenizer.from_pretrained("{tokenizer}"){use if generates else ""}
 ```
 
-`{kind}.from_pretrained("{FOLDER}")` works too, once `quant` is imported. `quant.load(..., dequantize=True)` gives a
-plain float model. Without `quant`, transformers refuses the folder."""
+{_code(f'{kind}.from_pretrained("{folder}")')} works too{whole}, once `quant` is imported.
+`quant.load(..., dequantize=True)` gives a plain float model. Without `quant`, transformers refuses the folder."""
 
 
 def _loading_pipeline(component: str, architecture: str) -> str:
