@@ -21,7 +21,7 @@ from quant.blocks import BlockSolver, Solved, fill, float_weights
 from quant.calibration.activations import Activations
 from quant.calibration.replay import Replay
 from quant.calibration.samples import Batch, moved
-from quant.checkpoint.components import check_home, copy_beside, copy_card
+from quant.checkpoint.components import check_home, clear_others, copy_beside, copy_card
 from quant.checkpoint.journal import FOLDER, Journal, Mode, check_place, check_same, complete, finished_report
 from quant.checkpoint.provenance import provenance
 from quant.checkpoint.recall import keep, recall
@@ -114,6 +114,7 @@ def run(
         progress.say("the checkpoint is already complete: its files are checked, and nothing else is done")
         report = finished_report(place, prepared.identity())
         return Result(out, Written(place, report["files"], report["bits"]["measured"]), report)
+    clear_others(out, source, parts, mode)
     order = deterministic(prepared.settings.device, prepared.recipe.trains and not source.is_diffusion)
     memory = enough_memory(
         "lower --set calibration.batch_size=1 or --samples, then --restart; --dry-run predicts the peak. Unfinished "

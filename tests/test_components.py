@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import quant
 from quant.cli import app
-from quant.errors import ModelError, SettingsError
+from quant.errors import ModelError, ResumeError, SettingsError
 from quant.inspect import app as inspect
 from quant.inspect import look
 from quant.linear import PackedLinear
@@ -78,6 +78,24 @@ def paint(folder: Path) -> torch.Tensor:
     return torch.from_numpy(made.images)
 
 
+class StopIn(Progress):
+    """Ctrl-C after the first block of a component, counted from 1."""
+
+    def __init__(self, which: int) -> None:
+        self.left = which
+
+    def begin(self, blocks: int, weights: int, done: int) -> None:
+        self.left -= 1
+
+    def advanced(self, index: int, weights: int) -> None:
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+def rounded(bits: int = 4) -> Recipe:
+    return override(quant.load_recipe("rtn"), ["spec.group_size=4", f"spec.bits={bits}"])
+
+
 def test_both_are_packed_and_load_as_one_pipeline(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "packed"
     result = quant.quantize(str(source), out, recipe(source), components=BOTH)
@@ -103,7 +121,7 @@ def test_both_are_packed_and_load_as_one_pipeline(source: Path, tmp_path: Path) 
 
 def test_a_text_encoder_packed_alone_is_found_and_checked(source: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed"
-    quant.quantize(str(source), packed, override(quant.load_recipe("rtn"), ["spec.group_size=8"]), components=BOTH[1:])
+    quant.quantize(str(source), packed, rounded(), components=BOTH[1:])
     found = look(packed)
     assert (found["kind"], found["damage"], found["architectures"]) == ("packed", None, ["T5EncoderModel"])
     for card in (packed / "README.md", packed / "text_encoder_3" / "README.md"):
@@ -123,22 +141,49 @@ def test_a_text_encoder_packed_alone_is_found_and_checked(source: Path, tmp_path
 
 
 def test_killed_in_the_second_component_it_resumes_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    class Stop(Progress):
-        begun = 0
-
-        def begin(self, blocks: int, weights: int, done: int) -> None:
-            self.begun += 1
-
-        def advanced(self, index: int, weights: int) -> None:
-            if self.begun == 2:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        quant.quantize(str(source), tmp_path / "stopped", recipe(source), components=BOTH, progress=Stop())
+        quant.quantize(str(source), tmp_path / "stopped", recipe(source), components=BOTH, progress=StopIn(2))
     resumed = quant.quantize(str(source), tmp_path / "stopped", recipe(source), components=BOTH, mode="resume")
     assert resumed.others[0].report["resumed_blocks"] == 1
     quant.quantize(str(source), tmp_path / "straight", recipe(source), components=BOTH)
     assert tiny.contents(tmp_path / "stopped") == tiny.contents(tmp_path / "straight")
+
+
+def test_a_restart_with_fewer_components_leaves_nothing_of_the_others(source: Path, tmp_path: Path) -> None:
+    for parts in (BOTH[1:], BOTH[:1]):
+        out, straight = tmp_path / f"out {parts}", tmp_path / f"straight {parts}"
+        quant.quantize(str(source), straight, rounded(), components=parts)
+        quant.quantize(str(source), out, rounded(), components=BOTH)
+        for part in BOTH:
+            (out / part / "notes.txt").write_text("mine")
+        quant.quantize(str(source), out, rounded(), components=parts, mode="restart")
+        assert all((out / part / "notes.txt").read_text() == "mine" for part in BOTH)
+        for part in BOTH:
+            (out / part / "notes.txt").unlink()
+        assert tiny.contents(out) == tiny.contents(straight)
+        assert not (out / next(part for part in BOTH if part not in parts) / "report.json").exists()
+
+
+def test_a_restart_that_was_killed_resumes_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    """What the earlier run made of the second component does not stand in the way, nor does it stay."""
+    out, straight = tmp_path / "out", tmp_path / "straight"
+    quant.quantize(str(source), out, rounded(8), components=BOTH)
+    with pytest.raises(KeyboardInterrupt):
+        quant.quantize(str(source), out, rounded(), components=BOTH, mode="restart", progress=StopIn(1))
+    quant.quantize(str(source), out, rounded(), components=BOTH, mode="resume")
+    quant.quantize(str(source), straight, rounded(), components=BOTH)
+    assert tiny.contents(out) == tiny.contents(straight)
+
+
+def test_a_resumed_run_makes_no_packed_component_float(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        quant.quantize(str(source), out, rounded(), components=BOTH, progress=StopIn(2))
+    before = tiny.contents(out)
+    with pytest.raises(ResumeError, match=r"out/transformer: would become float; name it in --components too"):
+        quant.quantize(str(source), out, rounded(), components=BOTH[1:], mode="resume")
+    assert tiny.contents(out) == before
+    quant.quantize(str(source), out, rounded(), components=BOTH, mode="resume")
 
 
 def test_the_command_predicts_what_it_then_writes(source: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from quant.checkpoint.journal import FOLDER, complete
+from quant.checkpoint.journal import FOLDER, Journal, Mode, complete
 from quant.checkpoint.shards import disk_error
 from quant.errors import ResumeError
 from quant.models.diffusion import components
@@ -29,6 +29,24 @@ def check_home(out: Path, source: Source, parts: Sequence[str]) -> None:
         return
     if any(out.iterdir()):
         raise ResumeError(f"{out}: holds files that are not bitwright's; choose another --out")
+
+
+def clear_others(out: Path, source: Source, parts: Sequence[str], mode: Mode) -> None:
+    """A restart clears the other components too, when it begins with the first of `parts`: those that are not among
+    them become float, and those that are may then be resumed.
+
+    Raises:
+        ResumeError: another mode, and a packed component would become float; or another run is writing there.
+    """
+    others = {*components(source.home)} - {source.inside} if source.inside else set[str]()
+    for place in [p for p in out.glob("*") if p.name in others and ((p / FOLDER).exists() or complete(p))]:
+        if mode == "restart" and source.inside == parts[0]:
+            with Journal(place, {}, mode) as journal:
+                (journal.folder / "run.json").unlink()
+                if place.name not in parts:
+                    journal.close()
+        elif place.name not in parts:
+            raise ResumeError(f"{place}: would become float; name it in --components too, or begin anew with --restart")
 
 
 def beside(source: Source, parts: Sequence[str]) -> Iterator[Path]:
