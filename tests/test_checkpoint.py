@@ -303,6 +303,38 @@ def test_a_sharded_model_makes_a_sharded_checkpoint(packed_llama: Path, words: P
     assert torch.equal(logits(quant.load(whole)), logits(quant.load(tmp_path / "out")))
 
 
+def test_folders_that_belong_to_the_model_go_along_sealed(llama: Path, tmp_path: Path) -> None:
+    """Those of sentence-transformers' modules, and of a tokenizer's further chat templates."""
+    model, out = Path(shutil.copytree(llama, tmp_path / "model")), tmp_path / "out"
+    modules = [{"path": path} for path in ("", "1_Pooling", "2_Dense", "3_Normalize")]  # the last saved nothing
+    (model / "modules.json").write_text(json.dumps(modules))
+    for name in ("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/pytorch_model.bin", "other/notes.txt"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("{}")
+    save_file({"linear.weight": torch.ones(2, 3)}, model / "2_Dense" / "model.safetensors")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    quant.quantize(str(model), out, quant.load_recipe("rtn"))
+    inner = {str(path.relative_to(out)) for path in out.glob("*/*")}
+    template = "additional_chat_templates/tool_use.jinja"
+    assert inner == {"1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", template}
+    assert inner < json.loads((out / "checksums.json").read_text())["files"].keys()
+    assert transformers.AutoTokenizer.from_pretrained(out).chat_template == {"tool_use": "{{ messages }}"}
+    quant.load(out)
+    (out / "1_Pooling" / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"1_Pooling/config\.json: its content is not what was written"):
+        quant.load(out)
+    shutil.rmtree(out / "1_Pooling")
+    with pytest.raises(CheckpointError, match=r"1_Pooling/config\.json: missing"):
+        quant.load(out)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_text("mine")
+    (out / "1_Pooling").symlink_to(tmp_path / "elsewhere")
+    quant.quantize(str(llama), out, quant.load_recipe("rtn"), mode="restart")
+    assert [str(path.relative_to(out)) for path in out.glob("*/*")] == ["1_Pooling/config.json"]  # not ours
+    assert (tmp_path / "elsewhere" / "config.json").read_text() == "mine"
+
+
 def test_tensors_lie_aligned_in_the_file(packed_llama: Path) -> None:
     with (packed_llama / "model.safetensors").open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -355,18 +387,19 @@ def test_an_index_that_leads_out_of_the_folder(copied: Path, name: Any) -> None:
         quant.load(copied)
 
 
-def test_a_checksum_list_that_leads_out_of_the_folder(copied: Path) -> None:
+@pytest.mark.parametrize("name", ["../outside", "sub/../../outside", "sub/./x", "sub//x", "/dev/null"])
+def test_a_checksum_list_that_leads_out_of_the_folder(name: str, copied: Path) -> None:
     from quant.checkpoint.manifest import seal
 
     (copied.parent / "outside").write_text("x")
+    (copied / "sub").mkdir()
+    (copied / "sub" / "x").write_text("x")
     config = json.loads((copied / "config.json").read_text())
     del config["quantization_config"]["checksums"]
-    manifest, sealed = seal(copied, config, ["model.safetensors", "../outside"])
+    manifest, sealed = seal(copied, config, ["model.safetensors", name])
     (copied / "checksums.json").write_text(manifest)
     (copied / "config.json").write_text(sealed)
-    with pytest.raises(
-        CheckpointError, match=r"checksums\.json: names '\.\./outside', which is not a file of this folder"
-    ):
+    with pytest.raises(CheckpointError, match=rf"checksums\.json: names {name!r}, which is not a file of this folder"):
         quant.load(copied)
 
 

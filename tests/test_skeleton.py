@@ -362,6 +362,42 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     assert "float model" in message
 
 
+@pytest.mark.parametrize("path", ["../outside", "..", "/etc", "a/../../outside", ".bitwright", "link", "links", "a\0"])
+def test_a_module_that_leads_out_of_the_folder(path: str, tmp_path: Path) -> None:
+    folder = copied(checkpoint("llama"), tmp_path)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "config.json").write_text("{}")
+    (folder / "link").symlink_to(tmp_path / "outside")
+    (folder / "links").mkdir()
+    (folder / "links" / "config.json").symlink_to(tmp_path / "outside" / "config.json")
+    (folder / "modules.json").write_text(json.dumps([{"path": path}]))
+    assert f"{path!r} leads out of it" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "null", "[{}]", '[{"path": null}]'])
+def test_other_modules_than_those_of_sentence_transformers(content: str, tmp_path: Path) -> None:
+    folder = copied(checkpoint("llama"), tmp_path)
+    (folder / "modules.json").write_text(content)
+    assert "modules.json" in find(str(folder)).copied
+
+
+def test_the_links_of_the_hubs_cache_are_followed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And a module's own weights are downloaded too."""
+    folder = Path(shutil.copytree(checkpoint("llama"), tmp_path / "models--a--b" / "snapshots" / "c0ffee"))
+    (folder / "modules.json").write_text('[{"path": "1_Dense"}]')
+
+    def download(name: str, **settings: Any) -> str:
+        (folder / "1_Dense").mkdir(exist_ok=True)
+        (tmp_path / "blobs").mkdir(exist_ok=True)
+        (tmp_path / "blobs" / "1").write_text("x")
+        if "*/*.safetensors" not in settings["ignore_patterns"]:
+            (folder / "1_Dense" / "model.safetensors").symlink_to(tmp_path / "blobs" / "1")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert "1_Dense/model.safetensors" in find("a/b").copied
+
+
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-model", "a/b/c", "sp ace/x"])
 def test_a_hub_that_cannot_be_reached(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub.constants

@@ -4,8 +4,8 @@ The output folder holds `.bitwright/` while a run is under way: `run.json` says 
 text, versions), `lock` keeps a second run out, and each finished block has two files: `00007.safetensors` with its
 packed tensors and `00007.json` with its records and their sha256. Both appear by rename, the record last: a block is
 finished when its record is there. `rows.safetensors` is what of the plan `run.json` has no room for (`recall.py`).
-Resuming compares `run.json` key by key and refuses a run that is not the same one, by name of the difference.
-`files.json` lists what the run writes beside the journal: what a restart may delete, and nothing else.
+Resuming compares `run.json` key by key and refuses another run, by name of the difference. `files.json` lists what the
+run writes beside the journal: what a restart may delete, and nothing else.
 """
 
 from __future__ import annotations
@@ -146,10 +146,11 @@ class Journal:
         listed = self.folder / FILES
         names = set(_written_files(self.out))
         with suppress(ResumeError, CheckpointError, KeyError, TypeError):
-            names.update(plain_name(name, listed) for name in read_json(listed)["files"])
+            names.update(plain_name(name, listed, inner=True) for name in read_json(listed)["files"])
         for name in sorted(names, key=lambda name: (name in (CHECKSUMS, "config.json"), name)):
-            (self.out / name).unlink(missing_ok=True)
-            (self.out / f"{name}.part").unlink(missing_ok=True)
+            if (self.out / name).parent.resolve().is_relative_to(self.out.resolve()):
+                (self.out / name).unlink(missing_ok=True)
+                (self.out / f"{name}.part").unlink(missing_ok=True)
         for item in sorted(self.folder.iterdir(), key=lambda item: (item.name == FILES, item.name == "run.json")):
             if item.name != "lock":
                 shutil.rmtree(item) if item.is_dir() else item.unlink()

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.hub import fetch
@@ -211,7 +211,7 @@ def listed_files(folder: Path) -> dict[str, str]:
             raise ValueError("no list of files")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); copy the checkpoint again, whole") from None
-    return {plain_name(name, path): str(digest) for name, digest in files.items()}
+    return {plain_name(name, path, inner=True): str(digest) for name, digest in files.items()}
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -227,9 +227,11 @@ def weight_files(folder: Path) -> list[str]:
     return sorted({plain_name(name, index) for name in names})
 
 
-def plain_name(name: Any, listed_in: Path) -> str:
-    """`name` if it is that of a file in its folder. Raises `CheckpointError` for one that leads out of it."""
-    if not isinstance(name, str) or name in ("", ".", "..") or PurePosixPath(name).name != name:
+def plain_name(name: Any, listed_in: Path, inner: bool = False) -> str:
+    """`name` if it is that of a file in its folder; `inner`: or of one in a folder there. Raises `CheckpointError` for
+    one that leads out of it."""
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if not {"", ".", ".."}.isdisjoint(parts) or (len(parts) > 1 and not inner):
         raise CheckpointError(f"{listed_in}: names {name!r}, which is not a file of this folder")
     return name
 

@@ -38,7 +38,6 @@ from quant.models.walk import Site
 from quant.prepare import Prepared
 from quant.version import VERSION
 
-COPIED = (".json", ".txt", ".model", ".jinja")
 MADE = ("config.json", *map(index_name, STEMS), "recipe.json", "plan.json", "report.json", CHECKSUMS)
 
 
@@ -104,12 +103,8 @@ def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any
     shards = arrangement(prepared, packed)
     stem = prepared.source.stem
     names, index = file_names(len(shards), stem), index_name(stem)
-    copied = [
-        path
-        for path in sorted(prepared.source.folder.iterdir())
-        if path.suffix in COPIED and path.name not in MADE and path.is_file()
-    ]
-    sealed_names = [*names, *(path.name for path in copied), "recipe.json", "plan.json"]
+    copied = {name: path for name, path in prepared.source.copied.items() if name not in MADE}
+    sealed_names = [*names, *copied, "recipe.json", "plan.json"]
     if len(shards) > 1:
         sealed_names.append(index)
     journal.claim([*sealed_names, "config.json", *FOR_PEOPLE])
@@ -118,8 +113,9 @@ def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any
     if len(shards) > 1:
         write_text(out / index, index_text(shards, stem))
     try:
-        for path in copied:
-            shutil.copyfile(path, out / path.name)
+        for name, path in copied.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / name)
     except OSError as error:
         raise disk_error(out, error) from None
     write_text(out / "recipe.json", json.dumps(prepared.recipe.to_dict(), indent=2) + "\n")

@@ -6,6 +6,7 @@ the checkpoint), on the meta device, and filled tensor by tensor like any other 
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import warnings

@@ -24,6 +24,8 @@ SAMPLE_BYTES = 64 * 1024
 STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 PIPELINE = "model_index.json"  # what makes a folder a diffusers pipeline
 NEEDED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")  # the last for its licence
+MODULES, TEMPLATES = "modules.json", "additional_chat_templates"  # of sentence-transformers, of a tokenizer
+COPIED = (".json", ".txt", ".model", ".jinja")
 DIFFUSION_STEM = "diffusion_pytorch_model"
 COMPONENT = "transformer"  # of a diffusers pipeline: what is quantized
 DUPLICATES = ("*/*.safetensors", "consolidated*.safetensors")  # the same weights in other people's layouts
@@ -39,8 +41,10 @@ class Entry:
 
 
 class Source:
-    """A safetensors checkpoint folder. `entries` maps each stored name to its place, in sorted order. `inside`: which
-    component it is of the pipeline in the parent folder; "" if it stands alone."""
+    """A safetensors checkpoint folder. `entries` maps each stored name to its place, in sorted order. `copied`: files
+    that go with it as they are, by their names in the folder: those of sentence-transformers' modules and of a
+    tokenizer's further chat templates lie in folders there. `inside`: which component it is of the pipeline in the
+    parent folder; "" if it stands alone."""
 
     def __init__(self, folder: Path, name: str, inside: str = "") -> None:
         self.folder = folder
@@ -48,6 +52,7 @@ class Source:
         self.inside = inside
         self.config: dict[str, Any] = read_json(folder / "config.json")
         self.stem = DIFFUSION_STEM if self.is_diffusion else "model"
+        self.copied = self._copied()
         self.files = self._weight_files()
         self.entries: dict[str, Entry] = {}
         for file in self.files:
@@ -69,6 +74,21 @@ class Source:
         """Where its tokenizer lies: a pipeline has a text encoder's beside it, under a like name."""
         beside = self.home / self.inside.replace("text_encoder", "tokenizer")
         return beside if self.inside and beside.is_dir() else self.folder
+
+    def _copied(self) -> dict[str, Path]:
+        home = self.folder.resolve()
+        home = next((place.parent for place in home.parents if place.name.startswith("models--")), home)  # hub's links
+        found = [path for path in sorted(self.folder.iterdir()) if path.suffix in COPIED and path.is_file()]
+        listed = parsed(self.folder / MODULES) if (self.folder / MODULES).is_file() else []
+        modules = [module for module in listed if isinstance(module, dict)] if isinstance(listed, list) else []
+        for name in [*(str(module["path"]) for module in modules if module.get("path")), TEMPLATES]:
+            top = self.folder / name
+            plain = PurePosixPath(name).name == name and name[0] != "." and name.isprintable() and not top.is_symlink()
+            inner = [path for path in sorted(top.rglob("*")) if path.is_file()] if plain else []
+            if not plain or not all(path.resolve().is_relative_to(home) for path in inner):
+                raise ModelError(f"{self.folder}: {name!r} leads out of it (by {MODULES} or a link); copy it there")
+            found += [path for path in inner if path.suffix in (*COPIED, ".safetensors")]
+        return {path.relative_to(self.folder).as_posix(): path for path in found}
 
     def _weight_files(self) -> list[str]:
         index = self.folder / f"{self.stem}.safetensors.index.json"
@@ -187,8 +207,8 @@ def local(model: str) -> Path:
 
     try:
         folder = Path(snapshot_download(model, allow_patterns=list(NEEDED), ignore_patterns=list(DUPLICATES)))
-        if (folder / PIPELINE).is_file():
-            folder = Path(snapshot_download(model, allow_patterns=list(NEEDED)))
+        if any((folder / name).is_file() for name in (PIPELINE, MODULES)):
+            folder = Path(snapshot_download(model, allow_patterns=list(NEEDED), ignore_patterns=DUPLICATES[1]))
     except Exception as error:  # hub errors come from three libraries
         raise ModelError(
             f"{model}: no folder of this name here, and the hub did not give it ({first_line(error)}). "
@@ -218,17 +238,21 @@ def _at(folder: Path, name: str, part: str) -> Source:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    data = parsed(path)
+    if not isinstance(data, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data  # pyright: ignore[reportUnknownVariableType]
+
+
+def parsed(path: Path) -> Any:
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: missing; give a folder that transformers can load") from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({first_line(error)})") from None
     except (ValueError, RecursionError) as error:  # what is not JSON, not UTF-8, or nested without end
         raise ModelError(f"{path}: not valid JSON ({first_line(error)})") from None
-    if not isinstance(data, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data  # pyright: ignore[reportUnknownVariableType]
 
 
 def first_line(error: object) -> str:
