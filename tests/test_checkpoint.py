@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -375,6 +376,44 @@ def test_weights_laid_beside_a_checkpoint_are_refused(packed_moe: Path, packed_l
     shutil.copyfile(packed_llama / "model.safetensors", tmp_path / "out" / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"/model\.safetensors: does not belong to this checkpoint.* remove it"):
         quant.load(tmp_path / "out")
+
+
+FURTHER = (
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/a.jinja", "added_tokens.json",
+    "special_tokens_map.json", "tokenizer.model", "tokenizer.1.0.json", "preprocessor_config.json",
+    "generation_config.json", "adapter_config.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_what_would_change_a_checkpoint_is_refused_beside_it(name: str, llama: Path, tmp_path: Path) -> None:
+    """A chat template above all: transformers takes it from where it lies, whatever the tokenizer's own checksum."""
+    model, out = Path(shutil.copytree(llama, tmp_path / "model")), tmp_path / "out"
+    (model / "generation_config.json").unlink()
+    quant.quantize(str(model), out, quant.load_recipe("rtn"))
+    quant.load(out)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("{}")
+    said = rf"{re.escape(name)}: does not belong to this checkpoint.* remove it, or, .* with verify=False"
+    with pytest.raises(CheckpointError, match=said):
+        quant.load(out)
+    with pytest.raises(CheckpointError, match="does not belong to this checkpoint"):
+        transformers.AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_what_a_checkpoint_lacks_may_be_laid_beside_it(llama: Path, packed_llama: Path, tmp_path: Path) -> None:
+    """The tokenizer of a model that was saved without; what people and the hub add."""
+    make("llama").save_pretrained(tmp_path / "bare")
+    quant.quantize(str(tmp_path / "bare"), tmp_path / "out", quant.load_recipe("rtn"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "out")
+    again = Path(shutil.copytree(packed_llama, tmp_path / "again"))
+    for folder in (tmp_path / "out", again):
+        for name in (".gitattributes", "results.json", "notes.txt", "README.md"):
+            (folder / name).write_text("{}")
+        quant.load(folder)
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "..", "", "/etc/passwd", "a/b.safetensors", 7, None])

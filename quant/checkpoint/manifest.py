@@ -4,8 +4,8 @@
 `sites` (per site: `shape` `[rows, in]`, `spec`, and `experts` or `transposed` where they apply), and `checksums`, the
 sha256 of `checksums.json`. That file lists the sha256 of every other file except those written for people (README.md,
 report.*); of config.json it takes the content without the `checksums` entry. So one flipped bit anywhere is noticed
-before a tensor is touched. A folder written by transformers' `save_pretrained` has no `checksums` entry; its tensors
-are still checked against the specs by name, dtype and shape.
+before a tensor is touched, and so is a further file that transformers would read. A folder written by transformers'
+`save_pretrained` has no `checksums` entry; its tensors are still checked against the specs by name, dtype and shape.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ FORMAT_VERSION = 2
 CHECKSUMS = "checksums.json"
 JOURNAL = ".bitwright"  # here while a run is under way; see `journal`
 FOR_PEOPLE = ("README.md", "report.json", "report.html", CHECKSUMS)
+WEIGHTS = ("*.safetensors*", "adapter_config.json")  # none is read that the checksums do not list
+READ = ("tokenizer*.json", "tokenizer.model", "added_tokens.json", "special_tokens_map.json", "chat_template.json")
+READ += ("*.jinja", "additional_chat_templates/*.jinja", "generation_config.json", "*processor_config.json")
 KEYS = {"quant_method", "format_version", "version", "sites", "checksums"}
 SITE_KEYS = {"shape", "spec", "experts", "transposed"}
 
@@ -182,10 +185,13 @@ def _verify_files(folder: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(f"{path}: {state}; copy the checkpoint again, whole")
     files = listed_files(folder)
     fetch(folder, files)
-    for file in sorted(folder.glob("*.safetensors*")):
-        if file.name not in files:
+    has_tokenizer = any(name.startswith(("tokenizer", "vocab")) or name.endswith(".model") for name in files)
+    patterns = [*WEIGHTS, *(READ if has_tokenizer else ())]  # a checkpoint that has none may be given it
+    for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
+        if file.relative_to(folder).as_posix() not in files:
             raise CheckpointError(
-                f"{file}: does not belong to this checkpoint, and would be read as if it did; remove it"
+                f"{file}: does not belong to this checkpoint, and would be read as if it did; remove it, or, if it was "
+                "added on purpose, load it in Python with verify=False"
             )
     for name, digest in files.items():
         file = folder / name
