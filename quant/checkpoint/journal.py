@@ -50,10 +50,8 @@ class Journal:
     """A context that holds the lock of one output folder."""
 
     def __init__(self, out: Path, run: Mapping[str, Any], mode: Mode) -> None:
-        self.out = out
-        self.folder = out / FOLDER
+        self.out, self.folder, self.mode = out, out / FOLDER, mode
         self.run = json.loads(json.dumps(run))
-        self.mode = mode
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> Journal:
@@ -148,9 +146,9 @@ class Journal:
         with suppress(ResumeError, CheckpointError, KeyError, TypeError):
             names.update(plain_name(name, listed, inner=True) for name in read_json(listed)["files"])
         for name in sorted(names, key=lambda name: (name in (CHECKSUMS, "config.json"), name)):
-            if (self.out / name).parent.resolve().is_relative_to(self.out.resolve()):
-                (self.out / name).unlink(missing_ok=True)
-                (self.out / f"{name}.part").unlink(missing_ok=True)
+            for file in (self.out / name, self.out / f"{name}.part"):
+                if file.parent.resolve().is_relative_to(self.out.resolve()):
+                    file.unlink(missing_ok=True)
         for item in sorted(self.folder.iterdir(), key=lambda item: (item.name == FILES, item.name == "run.json")):
             if item.name != "lock":
                 shutil.rmtree(item) if item.is_dir() else item.unlink()

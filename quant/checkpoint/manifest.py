@@ -32,8 +32,10 @@ CHECKSUMS = "checksums.json"
 JOURNAL = ".bitwright"  # here while a run is under way; see `journal`
 FOR_PEOPLE = ("README.md", "report.json", "report.html", CHECKSUMS)
 WEIGHTS = ("*.safetensors*", "adapter_config.json")  # none is read that the checksums do not list
-READ = ("tokenizer*.json", "tokenizer.model", "added_tokens.json", "special_tokens_map.json", "chat_template.json")
-READ += ("*.jinja", "additional_chat_templates/*.jinja", "generation_config.json", "*processor_config.json")
+READ = (
+    "tokenizer*.json", "tokenizer.model", "added_tokens.json", "special_tokens_map.json", "chat_template.json",
+    "*.jinja", "additional_chat_templates/*.jinja", "generation_config.json", "*processor_config.json",
+)  # fmt: skip
 KEYS = {"quant_method", "format_version", "version", "sites", "checksums"}
 SITE_KEYS = {"shape", "spec", "experts", "transposed"}
 
