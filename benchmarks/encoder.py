@@ -29,7 +29,7 @@ import quant
 from quant.calibration.samples import draw
 from quant.eval.evaluate import evaluate
 from quant.eval.subject import Subject, open_subject
-from quant.models.building import read_config
+from quant.models.skeleton import Skeleton
 from quant.models.source import find
 from quant.recipe import Calibration, override, with_spec
 
@@ -87,7 +87,7 @@ def encoder() -> Path | None:
 
 def write_windows(folder: Path, file: Path) -> None:
     source = find(str(folder))
-    drawn = draw(override(quant.Recipe(), CALIBRATION).calibration or Calibration(), source, read_config(source))
+    drawn = draw(override(quant.Recipe(), CALIBRATION).calibration or Calibration(), source, Skeleton(source).model)
     save_file({"input_ids": torch.cat([batch["input_ids"] for batch in drawn.batches])}, file)
 
 

@@ -26,7 +26,6 @@ from quant.kernels.rotated import IDENTITY
 from quant.kernels.spec import Trellis
 from quant.kernels.trellis import read
 from quant.kernels.viterbi import search
-from quant.models.building import read_config
 from quant.models.source import find
 from quant.recipe import Calibration
 from quant.solvers.basis import rotate, rotation
@@ -96,7 +95,7 @@ def inputs_of(model: Path, text: str) -> list[tuple[Tensor, Statistics]]:
     """Every linear inside the blocks: its weight, and the statistics of what the float model gives it."""
     subject = open_subject(model)
     source = find(str(model))
-    batches = draw(Calibration(text=text, samples=32), source, read_config(source)).batches
+    batches = draw(Calibration(text=text, samples=32), source, subject.model).batches
     head: Any = subject.model.get_output_embeddings()
     linears = [m for m in subject.model.modules() if isinstance(m, nn.Linear) and m is not head]
     collectors = {module: HessianCollector(module.in_features) for module in linears}

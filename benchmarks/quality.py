@@ -31,7 +31,6 @@ from quant.calibration.samples import draw
 from quant.calibration.texts import PIECE
 from quant.eval.evaluate import evaluate
 from quant.eval.subject import Subject, open_subject
-from quant.models.building import read_config
 from quant.models.source import find
 from quant.prepare import Settings
 from quant.recipe import Calibration, Recipe, override, with_spec
@@ -154,7 +153,7 @@ def rotated(file: Path) -> int:
 def check_windows(calibration: Calibration, original: Subject) -> str:
     """Draws the windows by the shared rule, written out. Raises `SystemExit` if the package drew others."""
     source = find(str(original.folder))
-    drawn = draw(calibration, source, read_config(source))
+    drawn = draw(calibration, source, original.model)
     ours = torch.cat([batch["input_ids"] for batch in drawn.batches])
     text, tokenizer = Path(calibration.text).read_text(encoding="utf-8"), original.tokenizer()
     ids: list[int] = []

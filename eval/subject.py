@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import quant
+from quant.calibration.samples import UNBOUNDED, context_length
 from quant.checkpoint.manifest import JOURNAL
 from quant.errors import BitwrightError, CheckpointError, ModelError, SettingsError
 from quant.machine import check_device
@@ -52,12 +53,8 @@ class Subject:
     @property
     def max_length(self) -> int | None:
         """Longest sequence the configuration promises, None if it promises none."""
-        config = self.model.config.get_text_config()
-        for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-            value = getattr(config, key, None)
-            if isinstance(value, int) and value > 0:
-                return value
-        return None
+        most = context_length(self.model)
+        return most if most < UNBOUNDED else None
 
     def tokenizer(self) -> Any:
         """The tokenizer stored with the model.

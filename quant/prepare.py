@@ -105,7 +105,7 @@ class Prepared:
         if calibration is None or distillation is None or not distillation.samples or self.source.is_diffusion:
             return ()
         text = replace(calibration, samples=distillation.samples, seed=calibration.seed + 1)
-        return draw(text, self.source, self.skeleton.config).batches
+        return draw(text, self.source, self.skeleton.model).batches
 
     def probe(self) -> Batch:
         """What the verification runs on: the first window's first tokens, or a sample of its own."""
@@ -182,7 +182,7 @@ def _fold(skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, p
         return Folded()
     progress.step("proving which rotations can be folded")
     alone = skeleton_of(skeleton.source, replace(settings, dtype="float32"), lent=found.lent)
-    batch = _trace(alone) if isinstance(alone, DiffusionSkeleton) else noise(alone.config, TRACE_TOKENS).batches[0]
+    batch = _trace(alone) if isinstance(alone, DiffusionSkeleton) else noise(alone.model, TRACE_TOKENS).batches[0]
     with threads(settings.threads or torch.get_num_threads()):
         skeleton.change = folded = find_folds(alone, found.chain, batch, recipe.folding)
     return folded
@@ -234,8 +234,8 @@ def _draw(
         return lambda: _follow(skeleton, found, recipe, settings, progress)
     progress.step("reading the calibration text")
     calibration = _read(recipe.calibration, skeleton.source)
-    drawn = noise(skeleton.config) if calibration is None else draw(calibration, skeleton.source, skeleton.config)
-    if calibration is not None and calibration.sequence_length > (most := context_length(skeleton.config)):
+    drawn = noise(skeleton.model) if calibration is None else draw(calibration, skeleton.source, skeleton.model)
+    if calibration is not None and calibration.sequence_length > (most := context_length(skeleton.model)):
         progress.say(f"note: calibration windows have {most} tokens, the most that this model takes")
     return lambda: drawn
 

@@ -42,7 +42,7 @@ def folded(folder: Path, folding: Folding = FOLDING) -> tuple[Folded, Skeleton, 
     those that it was proven on."""
     alone, skeleton = (Skeleton(Source(folder, str(folder))) for _ in range(2))
     chain = walk(skeleton.model, {"input_ids": torch.zeros((1, 8), dtype=torch.int64)}).chain
-    found = find(alone, chain, noise(alone.config, 16).batches[0], folding)
+    found = find(alone, chain, noise(alone.model, 16).batches[0], folding)
     logits: list[torch.Tensor] = []
     for change in (None, found):
         skeleton.change = change

@@ -25,7 +25,7 @@ from quant.recipe import override, with_spec
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
 from tests import tiny
-from tests.architectures import ARCHITECTURES, VOCABULARY, save
+from tests.architectures import ARCHITECTURES, VOCABULARY, make_from, save
 
 CALIBRATION = ["calibration.samples=16", "calibration.sequence_length=256"]
 
@@ -53,6 +53,22 @@ def packed_bytes(folder: Path) -> int:
 
 
 # --- every architecture
+
+
+@pytest.mark.parametrize("kind", ["RobertaForMaskedLM", "MPNetModel", "BertModel"])
+def test_positions_behind_a_row_for_padding_are_fewer(kind: str, words: Path, tmp_path: Path) -> None:
+    """RoBERTa's 514 positions take 512 tokens."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    made = make_from(kind, **sizes, num_attention_heads=2, max_position_embeddings=34, pad_token_id=1)
+    made.save_pretrained(tmp_path / "model")
+    source, most = str(tiny.add_tokenizer(tmp_path / "model")), 34 if kind == "BertModel" else 32
+    report = quant.quantize(source, tmp_path / "out", tiny.recipe(words, "calibration.sequence_length=1024")).report
+    assert all(site["tokens"] == [4 * most] for site in report["sites"])
+    for folder in (source, tmp_path / "out"):
+        subject = open_subject(folder)
+        assert subject.max_length == most
+        with pytest.raises(SettingsError, match=f"takes at most {most} tokens"):
+            rule_for(subject, most + 1, None, None)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

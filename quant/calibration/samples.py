@@ -23,6 +23,8 @@ from quant.errors import CalibrationError, ModelError, SettingsError
 from quant.models.source import Source
 from quant.recipe import Calibration
 
+UNBOUNDED = 2**31
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -74,7 +76,7 @@ def read_text(calibration: Calibration) -> Text:
         raise CalibrationError(f"calibration {error}") from None
 
 
-def draw(calibration: Calibration, source: Source, config: Any) -> Samples:
+def draw(calibration: Calibration, source: Source, model: Any) -> Samples:
     """`samples` windows from the calibration text.
 
     Raises:
@@ -82,13 +84,13 @@ def draw(calibration: Calibration, source: Source, config: Any) -> Samples:
     """
     text = read_text(calibration)
     ids = encode(load_tokenizer(source), text).ids
-    length = min(calibration.sequence_length, context_length(config))
+    length = min(calibration.sequence_length, context_length(model))
     if len(ids) <= length + 1:
         raise CalibrationError(
             f"calibration text {text.name}: {len(ids)} tokens, and one window takes {length}; give a longer text "
             "(128 windows want about 65,000 tokens) or a smaller --sequence-length"
         )
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     if vocabulary is not None and int(ids.max()) >= vocabulary:
         raise CalibrationError(
             f"calibration text {text.name}: the tokenizer gave id {int(ids.max())}, the model knows {vocabulary}; "
@@ -101,19 +103,22 @@ def draw(calibration: Calibration, source: Source, config: Any) -> Samples:
     return Samples(batches, text.name, text.sha256, windows.numel())
 
 
-def noise(config: Any, length: int = 64) -> Samples:
+def noise(model: Any, length: int = 64) -> Samples:
     """Random token ids, for recipes that read no text: only the verification of the saved checkpoint runs on them."""
-    vocabulary = int(getattr(config.get_text_config(), "vocab_size", 2))
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 2))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (1, min(length, context_length(config))), generator=generator)
+    ids = torch.randint(0, vocabulary, (1, min(length, context_length(model))), generator=generator)
     return Samples(({"input_ids": ids},), "none (data-free)", "", ids.numel())
 
 
-def context_length(config: Any) -> int:
-    """The most tokens that the model's positions allow."""
-    text = config.get_text_config()
+def context_length(model: Any) -> int:
+    """The most tokens that the model's positions allow: all, or where their table has a row for padding (RoBERTa and
+    its kin) those after that row."""
+    text = model.config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
         value = getattr(text, name, None)
         if isinstance(value, int) and value > 0:
-            return value
-    return 2**31
+            tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.num_embeddings == value]
+            padded = (m.padding_idx for m in tables if m is not model.get_input_embeddings())
+            return value - max((row + 1 for row in padded if row is not None), default=0)
+    return UNBOUNDED
