@@ -66,6 +66,7 @@ Exit codes: 0 done, 2 settings, 3 model, 4 calibration, 5 solver, 6 checkpoint, 
 8 disk or memory, 130 interrupted, 143 terminated, 1 anything else.
 """
 
+MOST_THREADS = 1024
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -199,8 +200,8 @@ def _mode(
 ) -> Mode:  # fmt: skip
     """How a run begins. Raises `SettingsError` for flags that exclude each other and numbers that cannot be."""
     BEGUN.clear()
-    if threads is not None and threads < 1:
-        raise SettingsError(f"--threads is {threads}; give at least 1, or leave it out")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise SettingsError(f"--threads is {threads}; give 1 to {MOST_THREADS}, or leave it out")
     if size and (bits is not None or time_budget or components):
         raise SettingsError("--size picks the bits of one model; leave out --bits, --time-budget and --components")
     if time_budget and components:

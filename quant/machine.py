@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
 def check_device(device: str) -> None:
     """Raises `SettingsError` unless torch can compute on `device`."""
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # which a device without memory refuses
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = "there is no such kind of device" if str(error).startswith("Expected one of") else first_line(error)
         usable = "cpu or cuda" if torch.cuda.is_available() else "cpu, the only one here"

@@ -160,7 +160,10 @@ def load_recipe(name: str) -> Recipe:
         if spec is None or spec.loader is None or not path.is_file():
             raise SettingsError(f"--recipe {name}: no such file")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # the user's own code
+            raise SettingsError(f"--recipe {name}: cannot be run ({type(error).__name__}: {error})") from error
     else:
         try:
             if not name.isidentifier():

@@ -117,6 +117,10 @@ def test_dry_run_table(quantize) -> None:
         (("--recipe", "rtn", "--samples", 3), 2, "reads no text"),
         (("--dtype", "int4"), 2, "float32, float16 or bfloat16"),
         (("--resume", "--restart"), 2, "exclude"),
+        (("--seed", 10**23), 2, "calibration.seed is 1000"),
+        (("--threads", 10**11), 2, "give 1 to 1024"),
+        (("--threads", 0), 2, "give 1 to 1024"),
+        (("--device", "meta"), 2, "device 'meta': torch cannot use it"),
         (("--bits", "nan"), 2, "from 1 to 8"),
         (("--set", "average=NaN"), 2, "from 1 to 8"),
         (("--set", "recovery=foo"), 2, "expected a JSON object"),
@@ -141,6 +145,15 @@ def test_wrong_settings_end_in_one_sentence(quantize, tmp_path: Path, args, code
     assert err.startswith("error:")
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.mark.parametrize("code", ["RECIPE = Recipe(", "import quant\nRECIPE = 1 / 0\n", "from nowhere import RECIPE\n"])
+def test_a_recipe_file_that_cannot_be_run_is_named(quantize, tmp_path: Path, code: str) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(code)
+    got, _, err = quantize("--model", MODEL, "--recipe", file)
+    assert got == 2
+    assert f"error: --recipe {file}: cannot be run (" in err
 
 
 def test_a_model_that_is_not_there(quantize, monkeypatch: pytest.MonkeyPatch) -> None:

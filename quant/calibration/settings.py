@@ -9,6 +9,7 @@ from quant.errors import SettingsError
 
 MOST_SAMPLES = 1_000_000
 MOST_STEPS = 1000
+MOST_SEED = 2**62  # torch takes 64 bits, and samples count on from it
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Calibration:
                 raise SettingsError(f"calibration.{name} is {getattr(self, name)}; give at least 1")
         if self.samples > MOST_SAMPLES:
             raise SettingsError(f"calibration.samples is {self.samples:,}; at most {MOST_SAMPLES:,} windows are cut")
+        if abs(self.seed) > MOST_SEED:
+            raise SettingsError(f"calibration.seed is {self.seed}; give at most {MOST_SEED}")
 
 
 @dataclass(frozen=True)
