@@ -154,8 +154,11 @@ def spread(recipe: Recipe, sites: Sequence[Site], average: float) -> dict[str, S
     if least > average * weights and bits > 1 and isinstance(low.core, Trellis):
         return spread(replace(recipe, spec=respec(low, bits=bits - 1)), sites, average)
     if least > average * weights:
+        given = recipe.average or average
+        rest = "" if math.isclose(given, average) else f", of which the plan file leaves {average:.4f} to all others"
         raise SettingsError(
-            f"{average:g} bits on average: {bits}-bit codes take {least / weights:.4f} with their overhead; give more"
+            f"{given:g} bits on average{rest}: {bits}-bit codes take {least / weights:.4f} with their overhead; give "
+            "more"
         )
     chosen, room = dict[str, Spec](), 0.0  # bits that the sites so far left over
     for name, (site, small, large) in pairs.items():

@@ -15,6 +15,7 @@ import pytest
 
 from quant import budget, cli
 from quant.errors import SettingsError
+from quant.kernels.spec import Uniform
 from quant.place import Settings
 from quant.progress import Progress
 from quant.recipe import load_recipe, override
@@ -154,6 +155,14 @@ def test_a_recipe_file_that_cannot_be_run_is_named(quantize, tmp_path: Path, cod
     got, _, err = quantize("--model", MODEL, "--recipe", file)
     assert got == 2
     assert f"error: --recipe {file}: cannot be run (" in err
+
+
+def test_an_average_that_a_plan_file_uses_up_is_told_as_it_was_given(quantize, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({"*.down_proj": Uniform(bits=4).to_dict()}))
+    code, _, err = quantize("--model", MODEL, "--bits", 2.5, "--recipe", "gptq", "--plan", file, *FEW)
+    assert code == 2
+    assert "error: 2.5 bits on average, of which the plan file leaves 1.9444 to all others" in err
 
 
 def test_a_model_that_is_not_there(quantize, monkeypatch: pytest.MonkeyPatch) -> None:
