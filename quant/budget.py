@@ -11,9 +11,10 @@ import math
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
-from quant.checkpoint.shards import sizes
+from quant.checkpoint.shards import arrange, header, index_text, sizes
 from quant.checkpoint.writer import arrangement, promised_pieces, quantized_sites
 from quant.errors import SettingsError
 from quant.estimate import estimate
@@ -28,7 +29,7 @@ RECIPES = ("best", "balanced", "fast")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 MOST = 8
-HEADER = 64  # bytes by which the entries of a site in a file's header may grow with its bits
+HEADER = 64  # bytes by which a site's entries in a header may differ with its bits; a further file's has fewer
 
 
 def seconds(text: str) -> float:
@@ -96,28 +97,19 @@ def sized(
     walked: Prepared | None = None
     for bits in range(MOST, 0, -1):
         try:
-            made = recipe(bits)
+            made = replace(recipe(bits), average=None)
             walked = walked or prepared(made)
-            least, packed, weights = _promised(walked, made)
+            least, floats, weights = _promised(_planned(walked, made))
         except SettingsError:
             if bits == 1 and walked is None:
                 raise
             continue
         if least > limit:
             continue
-        room = limit - least + packed - HEADER * len(walked.walk.sites)
-        average = math.floor(8e4 * room / weights) / 1e4
-        finer = replace(made, average=average)
-        try:
-            if measured(finer, walked.source):
-                allowance(finer, walked.walk, walked.settings)
-                fits = bits < min(MOST, widths(finer)[-1])
-            else:
-                fits = bits < MOST and _promised(walked, finer)[0] <= limit
-        except SettingsError:
-            fits = False  # no codes of one bit more, or of one less
-        chosen = finer if fits else made
-        progress.say(f"--size {size}: {average if chosen is finer else bits:g} bits per weight")
+        chosen = made
+        with suppress(SettingsError):  # no codes of one bit more, or of one less
+            chosen = _finer(walked, made, bits, limit, floats, weights)
+        progress.say(f"--size {size}: {chosen.average or bits:g} bits per weight")
         return prepared(chosen)
     raise SettingsError(
         f"--size {size}: the narrowest codes make {least:,} bytes, embeddings and all that stays float included; give "
@@ -125,11 +117,44 @@ def sized(
     )
 
 
-def _promised(walked: Prepared, recipe: Recipe) -> tuple[int, int, int]:
-    """Bytes of all weight files and of the packed sites, and quantized weights; of a recipe's own bits."""
-    plan = make_plan(recipe, walked.walk, walked.settings.plan)
-    ready = replace(walked, recipe=recipe, make=lambda _: plan)
-    sites = quantized_sites(ready).values()
-    files = sizes(arrangement(ready, promised_pieces(ready)), ready.source.stem)
+def _finer(walked: Prepared, made: Recipe, bits: int, limit: int, floats: int, weights: int) -> Recipe:
+    """With the highest average that fits whatever plan it makes: in one file, or in several with an index. `made`
+    itself where its codes are the widest. Raises `SettingsError` where none keep to an average."""
+    finer, source = replace(made, average=float(bits)), walked.source
+    by_cost = measured(finer, source)
+    among = widths(finer) if by_cost else [bits, bits + 1]
+    if bits >= min(MOST, among[-1]):
+        return made
+    plans = [_planned(walked, made), *(_planned(walked, finer, width) for width in among)]
+    named = {name: piece for plan in plans for name, piece in promised_pieces(plan).items()}
+    pieces = arrange(piece for shard in arrangement(plans[0], named) for piece in shard)
+    most = max((source.folder / file).stat().st_size for file in source.files)
+    files = 2 * limit // most + 2  # or fewer: two that follow each other hold more than one may
+    room = limit - floats - len(header(pieces)) - HEADER * (len(walked.walk.sites) + files)
+    room = max(min(room, most - floats), room - len(index_text([pieces, []], source.stem)))
+    finer = replace(made, average=math.floor(8e4 * room / weights) / 1e4)
+    if by_cost:
+        allowance(finer, walked.walk, walked.settings)
+        return finer
+    return finer if _promised(_planned(walked, finer))[0] <= limit else made
+
+
+def _planned(walked: Prepared, recipe: Recipe, bits: int | None = None) -> Prepared:
+    """With a recipe's own plan, or these bits for every site; where a text is read, with all first tokens in float."""
+    sites, anchors = walked.walk.sites, frozenset[str]()
+    if walked.source.is_diffusion and recipe.calibration is not None and (bits or recipe.average is None):
+        texts = {name for name, x in walked.outline[0].items() if getattr(x, "ndim", 0) == 3} - {"hidden_states"}
+        anchors = frozenset(site.name for site in sites if texts and site.kind == "linear")
+    every = {site.name: bits for site in sites} if bits else None
+    plan = make_plan(recipe, walked.walk, walked.settings.plan, every, anchors)
+    return replace(walked, recipe=recipe, make=lambda _: plan)
+
+
+def _promised(planned: Prepared) -> tuple[int, int, int]:
+    """Bytes of all weight files and of what stays float in them, and quantized weights."""
+    sites = quantized_sites(planned).values()
+    shards = arrangement(planned, promised_pieces(planned))
     packed = sum(spec.nbytes(site.shape) for site, spec in sites)
-    return sum(files.values()), packed, sum(site.shape[0] * site.shape[1] for site, _ in sites)
+    floats = sum(piece.nbytes for shard in shards for piece in shard) - packed
+    files = sizes(shards, planned.source.stem)
+    return sum(files.values()), floats, sum(site.shape[0] * site.shape[1] for site, _ in sites)

@@ -15,8 +15,11 @@ from torch import Tensor
 
 import quant
 from quant import planning, prepare
+from quant.budget import sized
 from quant.calibration.anchors import anchored
 from quant.calibration.statistics import HessianCollector, Statistics
+from quant.checkpoint.shards import sizes
+from quant.checkpoint.writer import arrangement, promised_pieces
 from quant.errors import SolverError
 from quant.kernels.spec import LowRank, Rotated, Smoothed, Spec, Trellis, Uniform, spec_from_dict
 from quant.models.arguments import build
@@ -24,7 +27,7 @@ from quant.models.folding import Folding
 from quant.plan import with_anchor
 from quant.prepare import settled
 from quant.progress import Progress
-from quant.recipe import Calibration, Recipe, Trajectory
+from quant.recipe import Calibration, Recipe, Trajectory, with_spec
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
 from quant.solvers.solution import Solver
@@ -175,6 +178,16 @@ def test_an_average_counts_it(source: Path, tmp_path: Path) -> None:
     result = quant.quantize(str(source), tmp_path / "out", recipe(tmp_path / "text.safetensors", average=4.5))
     assert sum(bool(site["spec"].get("anchor")) for site in result.report["sites"]) == len(KEYS)
     assert result.report["bits"]["measured"] <= 4.5
+
+
+def test_a_size_counts_it(source: Path, tmp_path: Path) -> None:
+    """Codes of 8 bits would fit, but not with what keeps the token, which is known once the model has run."""
+    texts(tmp_path / "text.safetensors")
+    made, size = recipe(tmp_path / "text.safetensors"), 131_000
+    with_bits = lambda bits: with_spec(made, bits=bits)  # noqa: E731
+    ready = settled(sized(str(size), with_bits, lambda one: prepare.prepare(str(source), one), Progress()))
+    assert sum(getattr(spec, "anchor", False) for spec in ready.plan.specs.values()) == len(KEYS)
+    assert sum(sizes(arrangement(ready, promised_pieces(ready)), ready.source.stem).values()) <= size
 
 
 def test_folded_weights_keep_it_too(source: Path, tmp_path: Path) -> None:

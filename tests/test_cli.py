@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,17 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from quant import budget, cli
+from quant.checkpoint.shards import sizes
+from quant.checkpoint.writer import arrangement, promised_pieces
 from quant.errors import SettingsError
 from quant.kernels.spec import Uniform
 from quant.place import Settings
+from quant.prepare import prepare
 from quant.progress import Progress
-from quant.recipe import load_recipe, override
+from quant.recipe import load_recipe, override, with_spec
 from quant.recovery.tuning import BlockTuning
 from quant.stopped import Begun
 
@@ -306,6 +311,32 @@ def test_a_size_is_used_and_kept(quantize, size: str, bits: set[int], tmp_path: 
     report = json.loads(out)
     assert report["files"] == promised
     assert {site["spec"]["bits"] for site in report["sites"]} == bits
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model in four files."""
+    folder = tmp_path_factory.mktemp("shards")
+    AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto").save_pretrained(folder, max_shard_size="500KB")
+    shutil.copy(Path(MODEL) / "tokenizer.json", folder)
+    assert len([*folder.glob("*.safetensors")]) == 4
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "files"),
+    [("rtn", 500_000, 1), ("rtn", 510_000, 1), ("rtn", 560_000, 3), ("balanced", 518_000, 1), ("balanced", 524_000, 3)],
+)
+def test_a_size_counts_the_files_that_finer_codes_make(shards: Path, name: str, size: int, files: int) -> None:
+    """The first file is full at 493,792 bytes; a second one brings an index of 12,313."""
+    few = ["calibration.samples=2", "calibration.sequence_length=32"] if name != "rtn" else []
+    made = override(load_recipe(name), few)
+    ready = budget.sized(
+        str(size), lambda bits: with_spec(made, bits=bits), lambda recipe: prepare(str(shards), recipe), Progress()
+    )
+    found = sizes(arrangement(ready, promised_pieces(ready)), ready.source.stem)
+    assert len(found) == files
+    assert 0.97 * size < sum(found.values()) <= size
 
 
 def test_a_time_budget_picks_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
