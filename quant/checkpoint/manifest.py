@@ -31,11 +31,9 @@ FORMAT_VERSION = 2
 CHECKSUMS = "checksums.json"
 JOURNAL = ".bitwright"  # here while a run is under way; see `journal`
 FOR_PEOPLE = ("README.md", "report.json", "report.html", CHECKSUMS)
-WEIGHTS = ("*.safetensors*", "adapter_config.json")  # none is read that the checksums do not list
-READ = (
-    "tokenizer*.json", "tokenizer.model", "added_tokens.json", "special_tokens_map.json", "chat_template.json",
-    "*.jinja", "additional_chat_templates/*.jinja", "generation_config.json", "*processor_config.json",
-)  # fmt: skip
+READ = ("*.safetensors*", "adapter_config.json", "generation_config.json")  # by transformers, if it is there
+INPUTS = ("*.jinja", "additional_chat_templates/*.jinja", "chat_template.json", "*processor_config.json")
+TOKENIZER = (*INPUTS, "tokenizer*.json", "tokenizer.model", "added_tokens.json", "special_tokens_map.json")
 KEYS = {"quant_method", "format_version", "version", "sites", "checksums"}
 SITE_KEYS = {"shape", "spec", "experts", "transposed"}
 
@@ -188,7 +186,7 @@ def _verify_files(folder: Path, config: dict[str, Any]) -> None:
     files = listed_files(folder)
     fetch(folder, files)
     has_tokenizer = any(name.startswith(("tokenizer", "vocab")) or name.endswith(".model") for name in files)
-    patterns = [*WEIGHTS, *(READ if has_tokenizer else ())]  # a checkpoint that has none may be given it
+    patterns = [*READ, *(TOKENIZER if has_tokenizer else ())]  # a checkpoint that has none may be given it
     for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
         if file.relative_to(folder).as_posix() not in files:
             raise CheckpointError(
