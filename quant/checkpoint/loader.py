@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant.checkpoint import pipelines
-from quant.checkpoint.manifest import METHOD, PackedSite, read_config, read_sites
+from quant.checkpoint.manifest import METHOD, VERIFIED, PackedSite, read_config, read_sites, verified
 from quant.checkpoint.manifest import verify as verify_folder
 from quant.errors import BitwrightError, CheckpointError, ResourceError, SettingsError, out_of_memory
 from quant.experts import PackedExperts
@@ -33,8 +32,6 @@ from quant.linear import PackedLinear, put_packed
 from quant.machine import check_device
 from quant.models.candidates import is_linear
 from quant.models.source import first_line, local
-
-_verified: ContextVar[bool] = ContextVar("verified", default=False)  # whether `load` has done so already
 
 
 @register_quantization_config(METHOD)
@@ -60,7 +57,7 @@ class BitwrightQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config: Any = self.quantization_config
         files = kwargs.get("checkpoint_files") or []
-        if files and not _verified.get():
+        if files and not VERIFIED.get():
             verify_folder(Path(files[0]).parent)
         where = getattr(model.config, "name_or_path", "") or "checkpoint"
         names = {packed.name: put_site(model, packed) for packed in read_sites(config.to_dict(), where).values()}
@@ -199,22 +196,23 @@ def load(
             raise SettingsError(f"dtype {dtype!r} is unknown; give float32, float16, bfloat16 or auto")
         dtype = getattr(torch, dtype)
     if "_class_name" in config:
-        return pipelines.load(folder, device=device, dtype=dtype, dequantize=dequantize)
+        with verified():
+            return pipelines.load(folder, device=device, dtype=dtype, dequantize=dequantize)
     names = [n for n in config.get("architectures") or [] if isinstance(n, str) and hasattr(transformers, n)]
     if not names:
         raise CheckpointError(f"{folder}: architectures {config.get('architectures')} are unknown to transformers here")
     spread = {"": device} if isinstance(device, str) and device != "auto" else device
     options: dict[str, Any] = {} if device == "cpu" else {"device_map": spread}
-    token = _verified.set(True)
     try:
-        model, info = getattr(transformers, names[0]).from_pretrained(
-            folder,
-            dtype=dtype or (torch.float32 if device == "cpu" else "auto"),
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
+        with verified():
+            model, info = getattr(transformers, names[0]).from_pretrained(
+                folder,
+                dtype=dtype or (torch.float32 if device == "cpu" else "auto"),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
     except BitwrightError:
         raise
     except Exception as error:  # whatever transformers, safetensors and torch make of a damaged folder
@@ -224,8 +222,6 @@ def load(
                 f"{folder}: out of memory while it was loaded ({reason}); free some, or choose a narrower dtype"
             ) from None
         raise CheckpointError(f"{folder}: transformers cannot load it ({reason})") from error
-    finally:
-        _verified.reset(token)
     packed = tuple(f"{name}." for name in model.config.quantization_config.entries["sites"])
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         wrong = sorted(info.get(what) or ())

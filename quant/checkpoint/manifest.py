@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ FOR_PEOPLE = ("README.md", "report.json", "report.html", CHECKSUMS)
 READ = ("*.safetensors*", "adapter_config.json", "generation_config.json")  # by transformers, if it is there
 INPUTS = ("*.jinja", "additional_chat_templates/*.jinja", "chat_template.json", "*processor_config.json")
 TOKENIZER = (*INPUTS, "tokenizer*.json", "tokenizer.model", "added_tokens.json", "special_tokens_map.json")
+VERIFIED: ContextVar[bool] = ContextVar("verified", default=False)  # whether `quant.load` has done so, or must not
 KEYS = {"quant_method", "format_version", "version", "sites", "checksums"}
 SITE_KEYS = {"shape", "spec", "experts", "transposed"}
 
@@ -175,6 +178,16 @@ def verify(folder: Path) -> dict[str, PackedSite]:
                     f"{folder}: {name} is {piece.dtype} {list(piece.shape)}; {dtype} {list(shape)} was expected"
                 )
     return sites
+
+
+@contextmanager
+def verified() -> Generator[None]:
+    """What transformers and diffusers load in it is not verified again."""
+    token = VERIFIED.set(True)
+    try:
+        yield
+    finally:
+        VERIFIED.reset(token)
 
 
 def _verify_files(folder: Path, config: dict[str, Any]) -> None:

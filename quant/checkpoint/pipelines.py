@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from quant.checkpoint.manifest import METHOD, read_config, read_sites, stored_tensors, verify
+from quant.checkpoint.manifest import METHOD, VERIFIED, read_config, read_sites, stored_tensors, verify
 from quant.errors import BitwrightError, CheckpointError, ResourceError, out_of_memory
 from quant.held import Holder
 from quant.models.diffusion import named, quiet
@@ -70,7 +70,7 @@ class _Quantizer:
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """The one call that is told where the files are."""
         self.folder = Path(checkpoint_files[0]).parent
-        if self.quantization_config.entries.get("checksums"):
+        if self.quantization_config.entries.get("checksums") and not VERIFIED.get():
             verify(self.folder)
         return loaded_keys
 
