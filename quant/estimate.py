@@ -31,7 +31,7 @@ from quant.fisher import enough, kept
 from quant.kernels.spec import LowRank, Smoothed, Spec, Trellis
 from quant.memory import enough_memory, peak_bytes
 from quant.models.stream import Forward, outside_blocks
-from quant.order import deterministic, threads
+from quant.order import threads
 from quant.planning import probes, weighed
 from quant.prepare import Prepared, skeleton_of
 from quant.recovery.block import task
@@ -87,11 +87,10 @@ def estimate(prepared: Prepared) -> Estimate:
     packed = sum(spec.nbytes(site.shape) for site, spec in sites.values())
     files = sizes(arrangement(prepared, promised_pieces(prepared)), prepared.source.stem)
     cuda = prepared.settings.device.startswith("cuda")
-    order = deterministic(prepared.settings.device, prepared.recipe.trains and not prepared.source.is_diffusion)
     memory = enough_memory(
         "lower --set calibration.batch_size=1 or --samples", " in the rehearsal, as the run would be"
     )
-    with memory, threads(prepared.threads), order:
+    with memory, threads(prepared.threads), prepared.in_order():
         _warm(prepared)
         follow = _follow(prepared)
         seen = _rehearse(prepared)

@@ -35,7 +35,7 @@ from quant.memory import enough_memory, give_back, peak_bytes
 from quant.models.source import STORED
 from quant.models.stream import finite, first_tensor, outside_blocks
 from quant.models.walk import Block
-from quant.order import deterministic, threads
+from quant.order import threads
 from quant.prepare import Prepared, Settings, prepare, settled, with_plan
 from quant.progress import Progress
 from quant.recipe import Recipe, load_recipe
@@ -115,12 +115,11 @@ def run(
         report = finished_report(place, prepared.identity())
         return Result(out, Written(place, report["files"], report["bits"]["measured"]), report)
     clear_others(out, source, parts, mode)
-    order = deterministic(prepared.settings.device, prepared.recipe.trains and not source.is_diffusion)
     memory = enough_memory(
         "lower --set calibration.batch_size=1 or --samples, then --restart; --dry-run predicts the peak. Unfinished "
         f"work is in {place / FOLDER}"
     )
-    with memory, threads(prepared.threads), order, Journal(place, prepared.identity(), mode) as journal:
+    with memory, threads(prepared.threads), prepared.in_order(), Journal(place, prepared.identity(), mode) as journal:
         keep(journal.folder, prepared.plan)
         resumed = sum(journal.finished(i) for i in range(len(prepared.walk.chain)))
         logits = _blocks(prepared, journal, progress)

@@ -154,18 +154,22 @@ def spread(recipe: Recipe, sites: Sequence[Site], average: float) -> dict[str, S
     if least > average * weights and bits > 1 and isinstance(low.core, Trellis):
         return spread(replace(recipe, spec=respec(low, bits=bits - 1)), sites, average)
     if least > average * weights:
-        given = recipe.average or average
-        rest = "" if math.isclose(given, average) else f", of which the plan file leaves {average:.4f} to all others"
-        raise SettingsError(
-            f"{given:g} bits on average{rest}: {bits}-bit codes take {least / weights:.4f} with their overhead; give "
-            "more"
-        )
+        asked = recipe.average or average
+        raise too_few(asked, average, not math.isclose(asked, average), bits, least / weights)
     chosen, room = dict[str, Spec](), 0.0  # bits that the sites so far left over
     for name, (site, small, large) in pairs.items():
         extra = 8 * (large.nbytes(site.shape) - small.nbytes(site.shape))
         room += (average - least / weights) * math.prod(site.shape)
         chosen[name], room = (large, room - extra) if extra <= room else (small, room)
     return chosen
+
+
+def too_few(asked: float, average: float, told: bool, bits: int, least: float) -> SettingsError:
+    """On `asked` bits on average, of which a plan file, where one is `told`, leaves `average`; codes take `least`."""
+    rest = f", of which the plan file leaves {average:.4f} to all others" if told else ""
+    return SettingsError(
+        f"{asked:g} bits on average{rest}: {bits}-bit codes take {least:.4f} with their overhead; give more"
+    )
 
 
 def raised(recipe: Recipe, spec: Spec, site: Site) -> Spec:

@@ -34,7 +34,7 @@ from quant.models.walk import Site, Walk
 from quant.order import deterministic, threads
 from quant.pairs import LONGEST
 from quant.place import Settings
-from quant.plan import Plan, given, left, make_plan, of_width, with_anchor
+from quant.plan import Plan, given, left, make_plan, of_width, too_few, with_anchor
 from quant.progress import Progress
 from quant.recipe import Recipe, respec
 
@@ -107,11 +107,8 @@ def allowance(recipe: Recipe, found: Walk, settings: Settings) -> tuple[list[Sit
     weights, narrow = sum(site.shape[0] * site.shape[1] for site in free), widths(recipe)[0]
     least = sum(of_width(recipe.spec, narrow, site).nbytes(site.shape) for site in free)
     if free and least > budget:
-        rest = f", of which the plan file leaves {8 * budget / weights:.4f} to all others" if told else ""
-        raise SettingsError(
-            f"{recipe.average or 8 * budget / weights:g} bits on average{rest}: {narrow}-bit codes take "
-            f"{8 * least / weights:.4f} with their overhead; give more"
-        )
+        average = 8 * budget / weights
+        raise too_few(recipe.average or average, average, bool(told), narrow, 8 * least / weights)
     return free, budget
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,7 @@ from quant.models.skeleton import Skeleton
 from quant.models.source import COMPONENT, Source, find
 from quant.models.stream import Forward
 from quant.models.walk import Walk, turned, walk
-from quant.order import threads
+from quant.order import deterministic, threads
 from quant.place import Settings as Settings
 from quant.plan import Plan, given
 from quant.planning import allowance, measured, planned, weighed, weighed_rows
@@ -97,6 +98,10 @@ class Prepared:
     def threads(self) -> int:
         """CPU threads of the run."""
         return self.settings.threads or torch.get_num_threads()
+
+    def in_order(self) -> AbstractContextManager[None]:
+        """The run's sums are added in one order (`order.py`)."""
+        return deterministic(self.settings.device, self.recipe.trains and not self.source.is_diffusion)
 
     def windows(self) -> tuple[Batch, ...]:
         """What the end-to-end tuning trains on, if not on `samples`: windows of the same text, drawn by the next

@@ -12,7 +12,7 @@ import quant
 from quant import Settings, load_recipe
 from quant.recipe import override
 from tests import pretend, tiny
-from tests.processes import PATIENCE, Children
+from tests.processes import PATIENCE, Start
 
 SHORT = ["calibration.samples=4", "calibration.sequence_length=64", "calibration.batch_size=2"]
 RUNS = {
@@ -41,13 +41,10 @@ def work(name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_on_a_gpu(name: str, tmp_path: Path) -> None:
-    children = Children()
-    child = children.start(work, name, tmp_path)
+def test_a_run_on_a_gpu(name: str, tmp_path: Path, started: Start) -> None:
+    child = started(work, name, tmp_path)
     child.join(5 * PATIENCE)  # it works, and others may too
-    code = child.exitcode
-    children.end()
-    assert code == 0
+    assert child.exitcode == 0
 
 
 def both() -> None:
@@ -74,10 +71,7 @@ def both() -> None:
     assert linear.weight.grad.is_cuda
 
 
-def test_what_is_pretended_is_noticed() -> None:
-    children = Children()
-    child = children.start(both)
-    child.join(5 * PATIENCE)  # it works, and others may too
-    code = child.exitcode
-    children.end()
-    assert code == 0
+def test_what_is_pretended_is_noticed(started: Start) -> None:
+    child = started(both)
+    child.join(5 * PATIENCE)
+    assert child.exitcode == 0

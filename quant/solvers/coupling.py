@@ -12,6 +12,8 @@ rows more to look ahead, it lowered what errors cost by no more than four of the
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -41,12 +43,19 @@ class Coupling:
 
 
 class Together:
-    """`B` float32 `[n, T, T]` of `n` sequences, or of one that has many columns at once, and what a step needs of it:
-    how much of one is tried, and `B`'s diagonal."""
+    """`B` float32 `[n, T, T]` of `n` sequences, or of one that has many columns at once. `step`: see `Coupling`."""
 
     def __init__(self, B: Tensor, step: Tensor) -> None:
-        self.B, self.step, self.weight = B, step, B.diagonal(dim1=1, dim2=2).contiguous()
-        self.inverse = torch.where(self.weight > 0, 1 / self.weight, 0.0)
+        self.B, self.step = B, step
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """`B`'s diagonal `[n, T]`."""
+        return self.B.diagonal(dim1=1, dim2=2).contiguous()
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        return torch.where(self.weight > 0, 1 / self.weight, 0.0)
 
     def of(self, first: int, last: int, length: int) -> Together:
         """Sequences `first` to `last`, of another length: the last one's rows, or with padding."""

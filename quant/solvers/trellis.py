@@ -68,7 +68,6 @@ class TrellisRounder:
         self.peaks = torch.zeros(len(sequences), dtype=torch.float16, device=device)
         self.rounded, self.sweep = set[int](), 0
         self.coupling = Coupling(metric, spec.length) if tries and metric.shape[1] > 1 else None
-        self._scale(torch.zeros(shape[0], dtype=torch.uint8, device=device))
 
     def _scale(self, codes: Tensor) -> None:
         """Takes `codes` for the rows' scales, and what a search needs of these. `scales` float32 `[out]`."""
