@@ -122,13 +122,14 @@ class BlockSolver:
 
     def _remember(self, block: Block, sites: set[str], solved: set[str]) -> None:
         """From now on the outputs of what is finished inside the block are computed once."""
-        if self.room is None or self.recipe.calibration is None or not self.recipe.sequential or self.float_store:
+        if self.room is None or self.recipe.calibration is None or not self.recipe.sequential:
             return
         known = {one.name for one in self.remembered}
         for name in finished(self.model.get_submodule(block.name), block.name, sites, solved):
             if name not in known:
                 module = self.model.get_submodule(name)
-                self.remembered.append(Remembered(name, module, self.replay, self.room(name)))
+                rooms = [self.room(f"{name}{path}") for path in ([""] if self.float_store is None else ["", " float"])]
+                self.remembered.append(Remembered(name, module, self.replay, rooms))
 
     def forget(self) -> None:
         """The block is done with: its outputs are stored."""

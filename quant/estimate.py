@@ -219,7 +219,7 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
         output: list[Any] = []
         advance = _timed(lambda: output.append(replay.output(index, batch, store[0], 0)))
         stored = sum(t.nbytes for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor))
-        stored += sum(one.store.held + one.store.spilled for one in solver.remembered)
+        stored += sum(one.stores[0].held + one.stores[0].spilled for one in solver.remembered)  # of each path as much
         solver.forget()
         recover = step = 0.0
         if recipe.trains:

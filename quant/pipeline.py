@@ -256,7 +256,7 @@ def _advance_float(
     if float_store is not None:
         with float_weights(replay.model, originals):
             for number in wanted:
-                float_store[number] = replay.output(index, batches[number], float_store[number])
+                float_store[number] = replay.output(index, batches[number], float_store[number], number, path=1)
 
 
 def _advance(replay: Replay, index: int, batches: Sequence[Batch], wanted: Sequence[int], store: Activations) -> None:

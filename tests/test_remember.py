@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -14,9 +16,12 @@ from quant.calibration.remember import finished
 from tests import tiny
 
 
+@pytest.mark.parametrize("match", ["quantized", "float"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "falcon", "gemma3", "qwen3-moe", "bert"])
-def test_the_bytes_are_those_of_computing_it_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, model = tiny.recipe(tiny.text(tmp_path)), tiny.model(name, tmp_path / "model")
+def test_the_bytes_are_those_of_computing_it_again(
+    name: str, match: Literal["quantized", "float"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, model = replace(tiny.recipe(tiny.text(tmp_path)), match=match), tiny.model(name, tmp_path / "model")
     attentions = list[int]()
     real = nn.functional.scaled_dot_product_attention
 

@@ -149,7 +149,7 @@ def collect_matched(
     for number, batch in enumerate(batches):
         seen: list[torch.Tensor] = []
         with float_weights(), stage.watch(lambda _, x, seen=seen: seen.append(x.detach().clone()), alone=True):
-            replay.output(index, batch, float_previous[number])
+            replay.output(index, batch, float_previous[number], number, path=1)
         take = stage.take(None if weights is None else weights[number], seen[0], timestep(batch))
         with stage.watch(take, alone=True):
-            replay.output(index, batch, previous[number])
+            replay.output(index, batch, previous[number], number)

@@ -1,13 +1,13 @@
 """Outputs that no later solving can change, kept so that each is computed once per batch.
 
-True sequential order runs a block once for every stage. When the sites of a submodule (an attention, say) are all
-solved, its output for each batch is final, since everything before it was solved earlier: the next pass keeps it, and
-the passes after that read it back.
+True sequential order runs a block once for every stage, and where the float path is followed, twice. When the sites of
+a submodule (an attention, say) are all solved, its output for each batch is final, since everything before it was
+solved earlier: the next pass on either path keeps it, and the passes after that read it back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -19,10 +19,10 @@ from quant.calibration.replay import Replay, copy
 
 class Remembered:
     """Stands in for `module`'s forward until `forget`. Only passes that `replay` was given a batch's number for use
-    `store`."""
+    `stores`, of each path one."""
 
-    def __init__(self, name: str, module: nn.Module, replay: Replay, store: Activations) -> None:
-        self.name, self.module, self.store = name, module, store
+    def __init__(self, name: str, module: nn.Module, replay: Replay, stores: Sequence[Activations]) -> None:
+        self.name, self.module, self.stores = name, module, stores
         self._own, forward = module.__dict__.get("forward"), module.forward
 
         @wraps(forward)
@@ -30,6 +30,7 @@ class Remembered:
             number = replay.number
             if number is None:
                 return forward(*args, **kwargs)
+            store = stores[replay.path]
             kept = store[number]
             if kept is not None:
                 return copy(kept)
@@ -44,8 +45,8 @@ class Remembered:
             del self.module.forward
         else:
             self.module.forward = self._own
-        for number in range(len(self.store)):
-            del self.store[number]
+        for store in self.stores:
+            store.clear()
 
 
 def finished(block: nn.Module, prefix: str, sites: Iterable[str], solved: set[str]) -> list[str]:

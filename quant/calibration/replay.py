@@ -35,7 +35,8 @@ class Replay:
         self.names = tuple(names)
         self._patched: list[tuple[nn.Module, Any]] = []
         self._cacheless = cacheless(model)
-        self.number: int | None = None  # of the batch in the pass under way, for `remember`
+        self.number: int | None = None  # of the batch in the pass under way, and its path, for `remember`
+        self.path = 0
         self._active = 0
         self._given: Any = None  # what block `_active` gets from the one before it
         self._filler: Any = None  # what the blocks before that answer; its numbers never arrive anywhere
@@ -89,9 +90,11 @@ class Replay:
             return self._filler
         return pytree.tree_map_only(Shape, lambda x: torch.zeros(x.size, dtype=x.dtype, device=x.device), gave)
 
-    def output(self, index: int, batch: Mapping[str, Any], previous: Any, number: int | None = None) -> Any:
+    def output(
+        self, index: int, batch: Mapping[str, Any], previous: Any, number: int | None = None, path: int = 0
+    ) -> Any:
         """Block `index`'s output on a batch, given the output of the block before it (None for the first). `number`:
-        the batch's, where what it gave earlier may be used again (`remember`).
+        the batch's, where what it gave earlier on this `path` (0 quantized, 1 float) may be used again (`remember`).
 
         A hook inside the block may raise `Stop` to end the pass early; the result is then None.
 
@@ -99,7 +102,7 @@ class Replay:
             ModelError: this batch does not take the model through block `index`.
         """
         self._only_arguments = False
-        self.number = number
+        self.number, self.path = number, path
         try:
             return self._run(index, batch, previous)
         finally:
