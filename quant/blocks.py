@@ -1,8 +1,9 @@
 """Quantizes one block: stage by stage, each on the inputs that the already quantized part of the model gives it.
 
 A stage is a group of sites that read the same tensor. Its statistics are collected, its sites solved, and their float
-weights replaced in place by the dequantized ones before the next stage is looked at ("true sequential" order). Small
-uniform sites of a stage (q, k and v; gate and up) are solved as one matrix of more rows: the same codes in less time.
+weights replaced in place by the dequantized ones before the next stage is looked at ("true sequential" order). Sites of
+a stage with one spec (q, k and v; gate and up) and the experts of a stack are solved together: the same codes in less
+time. Small uniform ones are one matrix of more rows, trellises go in lockstep (`solvers/lockstep.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,9 +24,8 @@ from quant.calibration.remember import Remembered, finished
 from quant.calibration.replay import Replay
 from quant.calibration.samples import Batch
 from quant.calibration.statistics import Statistics
-from quant.errors import SolverError
 from quant.kernels.packed import Packed, concatenate
-from quant.kernels.spec import Smoothed, Spec, Uniform, rounds_inputs
+from quant.kernels.spec import Smoothed, Spec, Trellis, Uniform, rounds_inputs
 from quant.memory import give_back
 from quant.models.walk import Block, Site
 from quant.order import threads, worth
@@ -33,10 +33,13 @@ from quant.plan import Plan
 from quant.recipe import Recipe
 from quant.recovery.placed import oriented
 from quant.rounding import Rounding, unrounded
-from quant.solvers.solution import Solution, solution
+from quant.solvers.lockstep import LIMIT, at_once
+from quant.solvers.several import solve_named
+from quant.solvers.solution import Problem
 
 TOGETHER = 1 << 26
-"""Weights up to which sites are solved as one matrix. Larger ones keep a processor busy alone and only take memory."""
+"""Weights up to which uniform sites are solved as one matrix. Larger ones keep a processor busy alone and only take
+memory."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ class BlockSolver:
         for name in finished(self.model.get_submodule(block.name), block.name, sites, solved):
             if name not in known:
                 module = self.model.get_submodule(name)
-                rooms = [self.room(f"{name}{path}") for path in ([""] if self.float_store is None else ["", " float"])]
+                rooms = [self.room(f"{name}{path}") for path in ("", " float")]
                 self.remembered.append(Remembered(name, module, self.replay, rooms))
 
     def forget(self) -> None:
@@ -167,78 +170,64 @@ class BlockSolver:
         return any(spec is not None and (isinstance(spec, Smoothed) or rounds_inputs(spec)) for spec in specs)
 
     def _together(self, stage: Sequence[Site]) -> list[list[Site]]:
-        """The sites of a stage in groups that are solved as one matrix: they share a Hessian, and rows know nothing of
-        each other. Each gets the codes that it would get alone; small matrices take as long together as one apart."""
+        """The sites of a stage in groups that are solved together: they share a Hessian and a spec, and rows, or the
+        sequences of a trellis, know nothing of each other. Each gets the codes that it would get alone."""
         groups = list[list[Site]]()
         for site in stage:
             spec, group = self.plan.specs[site.name], groups[-1] if groups else []
             rows = sum(one.shape[0] for one in (*group, site))
             alike = all(one.kind == site.kind == "linear" and self.plan.specs[one.name] == spec for one in group)
-            if group and alike and isinstance(spec, Uniform) and rows * site.inputs <= TOGETHER:
+            limit = TOGETHER if isinstance(spec, Uniform) else 0
+            if spec is not None and isinstance(spec.core, Trellis):
+                limit = LIMIT.get(self._device().type, 0)
+            if group and alike and rows * site.inputs <= limit:
                 group.append(site)
             else:
                 groups.append([site])
         return groups
 
     def _solve_sites(self, sites: Sequence[Site], stats: dict[int, Statistics]) -> list[Solved]:
-        try:
-            whole = self._solve_site(sites, stats, time.perf_counter())
-        except SolverError:
-            if len(sites) == 1:
-                raise
-            return [self._solve_sites([site], stats)[0] for site in sites]  # for an error that names the one at fault
-        if len(sites) == 1:
-            return [whole]
-        solved, stop = list[Solved](), 0
-        for site in sites:
-            start, stop = stop, stop + site.out
-            packed = row_range(whole.packed, start, stop)
-            error = solution(packed, self._weight(site), stats[0]).error
-            share = site.out / whole.packed.shape[0]
-            solved.append(replace(whole, site=site, packed=packed, error=error, seconds=whole.seconds * share))
-        return solved
+        """An expert stack, or linears of one spec."""
+        spec, began = self.plan.specs[sites[0].name], time.perf_counter()
+        assert spec is not None
+        with threads(worth(sum(site.shape[0] * site.inputs // max(1, site.experts) for site in sites))):
+            if sites[0].kind == "experts":
+                return [self._solve_experts(sites[0], spec, stats, began)]
+            metrics = [(self.plan.metrics(site) or [None])[0] for site in sites]
+            problems = [self._problem(self._weight(site), stats[0], m) for site, m in zip(sites, metrics, strict=True)]
+            parts = solve_named(self.recipe.solver, [site.name for site in sites], problems, spec)
+        each = (time.perf_counter() - began) / sum(site.out for site in sites)
+        tokens = (stats[0].tokens,)
+        return [
+            Solved(site, spec, part.packed, part.error, tokens, part.notes, each * site.out)
+            for site, part in zip(sites, parts, strict=True)
+        ]
 
     def _weight(self, site: Site) -> torch.Tensor:
         return oriented(self.model.get_parameter(site.parameter), site).float()
 
-    def _solve_site(self, sites: Sequence[Site], stats: dict[int, Statistics], began: float) -> Solved:
-        """One site, or several as one matrix under the first one's name."""
-        spec = self.plan.specs[sites[0].name]
-        assert spec is not None
-        weight = self._weight(sites[0]) if len(sites) == 1 else torch.cat([self._weight(site) for site in sites])
-        with threads(worth(weight.shape[-2] * weight.shape[-1])):
-            return self._solve_matrices(sites[0], spec, weight, stats, began)
-
-    def _solve_matrices(
-        self, site: Site, spec: Spec, weight: torch.Tensor, stats: dict[int, Statistics], began: float
-    ) -> Solved:
+    def _solve_experts(self, site: Site, spec: Spec, stats: dict[int, Statistics], began: float) -> Solved:
         tokens = tuple(stats[e].tokens for e in sorted(stats))
-        metrics = self.plan.metrics(site) or [None] * max(1, site.experts)
-        if site.kind == "linear":
-            part = self._solve(site.name, weight, stats[0], spec, metrics[0])
-            return Solved(site, spec, part.packed, part.error, tokens, part.notes, time.perf_counter() - began)
+        metrics, weight = self.plan.metrics(site) or [None] * site.experts, self._weight(site)
         stats, notes = self._with_priors(stats)
         if self.float_store is not None:
             notes = ("matches its own outputs: the float path may send a token to other experts", *notes)
         packed, error = list[Packed](), 0.0
-        for e in range(site.experts):
-            part = self._solve(f"{site.name}[{e}]", weight[e], stats[e], spec, metrics[e])
-            notes += tuple(f"expert {e}: {note}" for note in part.notes)
-            packed.append(part.packed)
-            error += part.error * max(1, tokens[e])
-            stats[e].forget()
+        step = max(1, at_once(weight.shape[1:], weight.device) // 2) if isinstance(spec.core, Trellis) else 1
+        for start in range(0, site.experts, step):
+            part = range(start, min(start + step, site.experts))
+            problems = [self._problem(weight[e], stats[e], metrics[e]) for e in part]
+            solved = solve_named(self.recipe.solver, [f"{site.name}[{e}]" for e in part], problems, spec)
+            for e, one in zip(part, solved, strict=True):
+                notes += tuple(f"expert {e}: {note}" for note in one.notes)
+                packed.append(one.packed)
+                error += one.error * max(1, tokens[e])
+                stats[e].forget()
         error /= sum(max(1, count) for count in tokens)
         return Solved(site, spec, concatenate(packed), error, tokens, notes, time.perf_counter() - began)
 
-    def _solve(
-        self, name: str, weight: torch.Tensor, statistics: Statistics, spec: Spec, metric: torch.Tensor | None
-    ) -> Solution:
-        try:
-            return self.recipe.solver.solve(
-                weight, statistics, spec, None if metric is None else metric.to(weight.device)
-            )
-        except SolverError as error:
-            raise SolverError(f"{name}: {error}") from None
+    def _problem(self, weight: torch.Tensor, statistics: Statistics, metric: torch.Tensor | None) -> Problem:
+        return Problem(weight, statistics, None if metric is None else metric.to(weight.device))
 
     def _with_priors(self, stats: dict[int, Statistics]) -> tuple[dict[int, Statistics], tuple[str, ...]]:
         """Experts with too few tokens get their whole stack's mean Hessian as a prior."""
@@ -290,10 +279,3 @@ def float_weights(model: nn.Module, originals: dict[str, torch.Tensor]) -> Gener
     finally:
         for name, weight in kept.items():
             model.get_parameter(name).data = weight
-
-
-def row_range(packed: Packed, start: int, stop: int) -> Packed:
-    """Some rows of a uniform weight, with tensors of their own."""
-    parts = {name: tensor.unflatten(0, (packed.shape[0], -1)) for name, tensor in packed.tensors().items()}
-    cut = {name: part[start:stop].flatten(0, 1).clone() for name, part in parts.items()}
-    return type(packed).from_tensors(packed.spec, (stop - start, packed.shape[1]), cut)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from quant.calibration.statistics import Statistics
 from quant.errors import CalibrationError, ModelError, ResourceError, SettingsError
 from quant.eval.evaluate import evaluate
 from quant.eval.subject import open_subject
-from quant.kernels.spec import Trellis
+from quant.kernels.spec import Spec, Trellis
 from quant.models.walk import Site
 from quant.pairs import Pairs
 from quant.pipeline import run
@@ -32,7 +33,7 @@ from quant.recovery.placed import oriented
 from quant.recovery.tunable_trellis import TunableTrellis
 from quant.solvers.feedback import Feedback
 from quant.solvers.metric import own
-from quant.solvers.solution import solution
+from quant.solvers.solution import Problem, Solution, solution
 from tests import tiny
 
 SMALL = ["calibration.samples=16", "calibration.sequence_length=256"]
@@ -180,13 +181,14 @@ def test_what_missed_where_rows_count_is_worse() -> None:
 def test_each_expert_has_its_own_rows(words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = override(load_recipe("balanced"), [f"calibration.text={words}", *TRELLIS, "solver.sweeps=0"])
     recipe = replace(recipe, only=("*.0.mlp.experts.*",))
-    seen, solve = list[torch.Tensor](), Feedback.solve
+    seen, solve = list[torch.Tensor](), Feedback.solve_all
 
-    def spied(self: Feedback, weight: Any, statistics: Any, spec: Any, metric: Any = None) -> Any:
-        seen.extend([own(metric)] if isinstance(spec, Trellis) else [])
-        return solve(self, weight, statistics, spec, metric)
+    def spied(self: Feedback, problems: Sequence[Problem], spec: Spec) -> list[Solution]:
+        if isinstance(spec, Trellis):
+            seen.extend(own(one.metric) for one in problems if one.metric is not None)
+        return solve(self, problems, spec)
 
-    monkeypatch.setattr(Feedback, "solve", spied)
+    monkeypatch.setattr(Feedback, "solve_all", spied)
     prepared = prepare(str(tiny.model("mixtral", tmp_path / "model")), recipe)
     run(prepared, tmp_path / "out")
     wanted = [prepared.plan.counts(site.name) for site in prepared.walk.sites]

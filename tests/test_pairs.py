@@ -130,7 +130,7 @@ def test_a_settled_path_costs_less(spec: Trellis) -> None:
     correlated, alone = 0.8 * root @ root.mT + 0.2 * torch.eye(64), torch.eye(64).expand(6, 64, 64)
     found = list[list[float]]()
     for blocks in (correlated, alone):
-        coupling = Coupling(blocks.flatten(0, 1), 64)
+        coupling = Coupling([blocks.flatten(0, 1)], 64)
         together = coupling.together(scales)
         states = search(x, together.weight, values, spec.step)
         paths = [together.settle(x, values, spec.step, states, tries, 0) for tries in range(7)]

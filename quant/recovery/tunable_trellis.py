@@ -66,14 +66,15 @@ class TunableTrellis(Tunable):
     def weigh(self, metric: Tensor) -> None:
         self.rows = own(metric)
         if metric.shape[1] > 1 and self.place is not None:
-            self.coupling = Coupling(metric, self.spec.length)
+            self.coupling = Coupling([metric], self.spec.length)
 
     def settle(self, step: int) -> None:
         if self.place is None:
             return
         known = self._values().detach()
         scales = scale_values(self._codes(), self.peaks)
-        weight, together = counted(scales, self.rows), None if self.coupling is None else self.coupling.together(scales)
+        energy = scales.square() * self.rows
+        together = None if self.coupling is None else self.coupling.together(scales)
         columns = torch.arange(step % EVERY, self.shape[1], EVERY, device=self.place.device)
         wanted = self.place.detach()[:, columns].T * self.unit
         code = (1 << self.spec.step) - 1  # bits of a state that are its own
@@ -82,14 +83,15 @@ class TunableTrellis(Tunable):
             first, length = number * self.spec.length, states.shape[1] * self.spec.vector
             rows = min(self.spec.length, self.shape[0] - first)
             target, counts = wanted.new_zeros((2, len(columns), length))
-            target[:, :rows], counts[:, :rows] = wanted[:, first : first + rows], weight[first : first + rows]
+            target[:, :rows], counts[:, :rows] = wanted[:, first : first + rows], energy[first : first + rows]
+            counts = counted(counts)
             seam = states.shape[1] // 2 if step // EVERY % 2 else 0
             old = states[columns]
             new = improve(target, counts, known, self.spec.step, old, seam)
             if together is None:
                 gain = ((read(known, new) - target).square() - (read(known, old) - target).square()).mul_(counts).sum(1)
             else:
-                both = together.of(number, number + 1, length)
+                both = together.of(slice(number, number + 1), length)
                 new = both.nearer(target, known, old, new)
                 new = both.settle(target, known, self.spec.step, new, 1, step // EVERY)
                 before, after = (both.cost(read(known, path) - target)[1][:, 0] for path in (old, new))

@@ -19,25 +19,25 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from quant.calibration.statistics import Statistics
 from quant.errors import SolverError
 from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.spec import DTYPES, LowRank
-from quant.solvers.solution import Solution, Solver, solution
+from quant.solvers.solution import Problem, Solution, Solver, solution
 
 
-def solve_anchored(solver: Solver, weight: Tensor, statistics: Statistics, spec: LowRank) -> Solution:
-    """`solver`'s solution for `weight` `[out, in]` with the token `statistics.anchor` in float; a branch of rank above
-    1 has its other components from the rest of the inputs."""
+def solve_anchored(solver: Solver, problem: Problem, spec: LowRank) -> Solution:
+    """`solver`'s solution for `problem` with the token `statistics.anchor` in float; a branch of rank above 1 has its
+    other components from the rest of the inputs."""
+    weight, statistics = problem.weight, problem.statistics
     c = statistics.anchor
     if c is None or not float(c.norm()) > 0:
         raise SolverError("no first token was seen to keep in float; give this site its base spec with --plan")
     shape = (weight.shape[0], weight.shape[1])
     others = spec.width(shape) - 1
     inner = replace(spec, rank=others, anchor=False) if others else spec.base
-    base = solver.solve(weight, without(statistics), inner)
+    base = solver.solve(weight, without(statistics), inner, problem.metric)
     dtype = DTYPES[spec.factor_dtype]
     lora_a = (c / c.norm())[None].to(dtype)
     lost = ((weight.float() - base.weight) @ c) / (lora_a[0].float() @ c)

@@ -8,6 +8,7 @@ basis would have kept. So each weight is solved in every basis that its spec all
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -16,18 +17,27 @@ from quant.calibration.statistics import Statistics
 from quant.kernels.hadamard import block_for, random_signs
 from quant.kernels.rotated import IDENTITY, PackedRotated, Rotation
 from quant.kernels.spec import Rotated
-from quant.solvers.solution import Solution, Solver, solution
+from quant.solvers.solution import Problem, Solution, Solver, solution
 
 
-def solve_rotated(solver: Solver, weight: Tensor, statistics: Statistics, spec: Rotated) -> Solution:
-    """`solver`'s best solution for `weight` `[out, in]` over the bases that `spec` allows."""
+def solve_rotated(solver: Solver, problems: Sequence[Problem], spec: Rotated) -> list[Solution]:
+    """`solver`'s best solution for each problem over the bases that `spec` allows, which are solved together."""
+    tried = [(problem, basis) for problem in problems for basis in _bases(problem.weight, spec)]
+    solved = solver.solve_all([_in_basis(problem, spec, *basis) for problem, basis in tried], spec.base)
+    found = dict[int, tuple[Solution, tuple[Rotation, Rotation]]]()
+    for one, (problem, basis) in zip(solved, tried, strict=True):
+        best = found.get(id(problem))
+        if best is None or one.missed < best[0].missed:  # the first of equal ones
+            found[id(problem)] = one, basis
+    chosen = [(problem, *found[id(problem)]) for problem in problems]
+    around = lambda one, basis: PackedRotated.around(spec, one.packed, *basis)  # noqa: E731
+    return [solution(around(one, basis), p.weight, p.statistics, one.notes, one.noise) for p, one, basis in chosen]
+
+
+def _bases(weight: Tensor, spec: Rotated) -> list[tuple[Rotation, Rotation]]:
     inputs, outputs = (rotation(n, spec.block, weight) for n in (weight.shape[1], weight.shape[0]))
-    bases = [(inputs, IDENTITY)] if not spec.outputs else [(inputs, IDENTITY), (inputs, outputs)]
-    if spec.measured:
-        bases.insert(0, (IDENTITY, IDENTITY))
-    found = [(_in_basis(solver, weight, statistics, spec, *basis), basis) for basis in bases]
-    best, basis = min(found, key=lambda pair: pair[0].missed)  # the first of equal ones
-    return solution(PackedRotated.around(spec, best.packed, *basis), weight, statistics, best.notes, best.noise)
+    plain = [(IDENTITY, IDENTITY)] if spec.measured else []
+    return [*plain, (inputs, IDENTITY), *([(inputs, outputs)] if spec.outputs else [])]
 
 
 def rotation(n: int, largest: int, like: Tensor) -> Rotation:
@@ -35,12 +45,11 @@ def rotation(n: int, largest: int, like: Tensor) -> Rotation:
     return Rotation(block_for(n, largest), random_signs(n, n).to(like.device))
 
 
-def _in_basis(
-    solver: Solver, weight: Tensor, statistics: Statistics, spec: Rotated, inputs: Rotation, outputs: Rotation
-) -> Solution:
-    turned = inputs.apply(weight.float())
+def _in_basis(problem: Problem, spec: Rotated, inputs: Rotation, outputs: Rotation) -> Problem:
+    """Rotated outputs mix rows: where they are allowed, all rows count the same."""
+    turned = inputs.apply(problem.weight.float())
     turned = outputs.apply(turned.T).T.contiguous() if outputs.signs is not None else turned
-    return solver.solve(turned, rotate(statistics, inputs), spec.base)
+    return Problem(turned, rotate(problem.statistics, inputs), None if spec.outputs else problem.metric)
 
 
 def rotate(statistics: Statistics, inputs: Rotation) -> Statistics:

@@ -12,6 +12,7 @@ rows more to look ahead, it lowered what errors cost by no more than four of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -26,20 +27,24 @@ REACH, SHORTER = 1.5, 0.7  # Jacobi's method converges below 2. 1 to 2 and 0.5 t
 
 
 class Coupling:
-    """Of the sequences of `length` rows. `step` float32 `[sequences, 1]`: how much of a step is tried first."""
+    """Of the sequences of `length` rows of matrices, each with its metric `[out, width]`. `step` float32
+    `[sequences, 1]`: how much of a step is tried first."""
 
-    def __init__(self, metric: Tensor, length: int) -> None:
-        self.rows, self.length, self.blocks = own(metric), length, cut(metric, length)
+    def __init__(self, metrics: Sequence[Tensor], length: int) -> None:
+        self.rows, self.length = torch.stack([own(metric) for metric in metrics]), length
+        self.spare = -self.rows.shape[1] % length
+        self.blocks = torch.cat([cut(metric, length) for metric in metrics])
         energy = self.blocks.diagonal(dim1=1, dim2=2).double()
         inverse = torch.where(energy > 0, energy.rsqrt(), 0.0)
         largest = torch.linalg.eigvalsh(self.blocks * inverse[:, :, None] * inverse[:, None])[:, -1:]
         self.step = (REACH / largest.clamp_min(1.0)).float()
 
     def together(self, scales: Tensor) -> Together:
-        """How unscaled values count in rows with `scales` `[out]`, of mean 1 on the rows' diagonal."""
-        mean = (scales.square() * self.rows).mean().clamp_min(1e-30)
-        beside = pad(scales, (0, -len(scales) % self.length)).view(-1, self.length)
-        return Together(self.blocks * (beside[:, :, None] * beside[:, None] / mean), self.step)
+        """How unscaled values count in rows with `scales` `[rows]`, of mean 1 on each sequence's diagonal."""
+        beside, rows = (pad(one.view_as(self.rows), (0, self.spare)) for one in (scales, self.rows))
+        mean = (beside.square() * rows).view(-1, self.length).mean(1).clamp_min(1e-30)
+        beside = beside.view(-1, self.length)
+        return Together(self.blocks * (beside[:, :, None] * beside[:, None] / mean[:, None, None]), self.step)
 
 
 class Together:
@@ -57,10 +62,10 @@ class Together:
     def inverse(self) -> Tensor:
         return torch.where(self.weight > 0, 1 / self.weight, 0.0)
 
-    def of(self, first: int, last: int, length: int) -> Together:
-        """Sequences `first` to `last`, of another length: the last one's rows, or with padding."""
+    def of(self, numbers: Tensor | slice, length: int) -> Together:
+        """The sequences `numbers` `[k]`, of another length: the last one's rows of a matrix, or with padding."""
         spare = length - self.B.shape[-1]
-        return Together(pad(self.B[first:last], (0, spare, 0, spare)), self.step[first:last])
+        return Together(pad(self.B[numbers], (0, spare, 0, spare)), self.step[numbers])
 
     def cost(self, error: Tensor) -> tuple[Tensor, Tensor]:
         """`B e` and `eT B e` `[n, 1]` of errors `[n, T]`."""

@@ -16,36 +16,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant.solvers.lockstep import laid, put_back
 from quant.solvers.rounder import Rounder, in_one_kernel
 
 
 def descend(
     weight: Tensor, quantized: Tensor, hessian: Tensor, order: Tensor, rounder: Rounder, block: int = 128
 ) -> Tensor:
-    """One sweep over the columns in `order`. `quantized` `[out, in]`: what `rounder` holds now; returns what it holds
-    then.
+    """One sweep over the columns in `order`. `quantized` `[out, in]`, or a stack `[S, rows, in]` (`lockstep.py`): what
+    `rounder` holds now; returns what it holds then.
 
-    `hessian` `[in, in]` positive definite, of `weight`'s dtype.
+    `hessian` `[in, in]`, or one for each of the stack, positive definite, of `weight`'s dtype.
     """
-    index = order.to(weight.device)
-    H = hessian[index][:, index]
-    Q = quantized.T[index].contiguous()
-    D = weight.T[index] - Q
+    H = hessian if hessian.ndim == 3 else laid(laid(hessian, order), order)
+    Q = laid(quantized, order)
+    D = laid(weight, order) - Q
     kernel = in_one_kernel(rounder, Q)
-    diagonal = [] if kernel else H.diagonal().tolist()
+    inverse = 1 / H.diagonal(dim1=-2, dim2=-1)[..., None]
     for start in range(0, len(order), block):
         stop = min(start + block, len(order))
-        slope = H[start:stop] @ D
+        slope = H[..., start:stop, :] @ D
         if kernel:
             part = slice(start, stop)
-            Q[part], change = kernel.round_in_turn(order[part], slope, H[part, part], Q[part], 1 / H.diagonal()[part])
+            Q[part], change = kernel.round_in_turn(order[part], slope, H[part, part], Q[part], inverse[part, 0])
             D[part] -= change
             continue
         for i in range(start, stop):
-            best = torch.add(Q[i], slope[i - start], alpha=1 / diagonal[i])
-            rounded = rounder.round(order[i : i + 1], best[:, None])[:, 0]
-            step = Q[i] - rounded  # D's change
-            slope.addr_(H[start:stop, i], step)
-            D[i] += step
-            Q[i] = rounded
-    return torch.empty_like(weight).index_copy_(1, index, Q.T)
+            held = Q[..., i, :]
+            best = torch.addcmul(held, slope[..., i - start, :], inverse[..., i, :])
+            rounded = rounder.round(order[i : i + 1], best.reshape(-1, 1)).view(held.shape)
+            step = held - rounded  # D's change
+            slope.addcmul_(H[..., start:stop, i, None], step[..., None, :])
+            D[..., i, :] += step
+            Q[..., i, :] = rounded
+    return put_back(Q, order)

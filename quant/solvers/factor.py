@@ -39,7 +39,7 @@ class Factor:
     @cached_property
     def diagonal(self) -> bool:
         """No two inputs are correlated: every column is on its own, and rounding to nearest is all there is to do."""
-        return int(self.hessian.count_nonzero()) == int(self.hessian.diagonal().count_nonzero())
+        return int(self.hessian.count_nonzero()) == int(self.hessian.diagonal(dim1=-2, dim2=-1).count_nonzero())
 
 
 def factorise(statistics: Statistics, order: Order, damp: float, span: int, granularity: int) -> Factor | str:

@@ -21,7 +21,7 @@ Feedback never looks back, so a few sweeps of coordinate descent and closed-form
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -31,22 +31,24 @@ from torch import Tensor
 
 from quant.calibration.statistics import Statistics
 from quant.errors import SettingsError
-from quant.kernels.spec import Spec, Uniform
+from quant.kernels.spec import Spec, Trellis, Uniform
 from quant.solvers.around import solve_around
 from quant.solvers.descent import descend
 from quant.solvers.factor import Factor, factorise
 from quant.solvers.grid import SEARCH, Search
+from quant.solvers.lockstep import laid, put_back, stacked, stacks
 from quant.solvers.metric import own
 from quant.solvers.nearest import Nearest
 from quant.solvers.rounder import Rehearsal, Rounder, in_one_kernel, rounder_for
 from quant.solvers.rounding import of_rounded
-from quant.solvers.solution import Solution, check, solution
+from quant.solvers.solution import Problem, Solution, Solver, check, solution
+from quant.solvers.trellis import TrellisRounder
 
 REHEARSED = 256  # columns; see `_fit_group`
 
 
 @dataclass(frozen=True)
-class Feedback:
+class Feedback(Solver):
     """GPTQ. With `statistics.cross` it aims at the float path's outputs instead of the layer's own.
 
     `damp`: added to the Hessian's diagonal, as a share of its mean; ten times more on each of 3 retries if the matrix
@@ -71,30 +73,62 @@ class Feedback:
                 "damp is finite and at least 0, block at least 1, sweeps and tries at least 0"
             )
 
-    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, metric: Tensor | None = None) -> Solution:
-        check(weight, statistics)
-        around = solve_around(self, weight, statistics, spec, metric)
+    def solve_all(self, problems: Sequence[Problem], spec: Spec) -> list[Solution]:
+        for problem in problems:
+            check(problem.weight, problem.statistics)
+        around = solve_around(self, problems, spec)
         if around is not None:
             return around
-        if metric is not None and not self.tries:
-            metric = own(metric)[:, None]
-        rounder = rounder_for(spec, (weight.shape[0], weight.shape[1]), weight.device, self.search, metric, self.tries)
+        if isinstance(spec, Trellis):
+            return self._solve_trellises(problems, spec)
+        return [self._solve(problem, spec) for problem in problems]
+
+    def _solve(self, problem: Problem, spec: Spec) -> Solution:
+        weight, statistics = problem.weight, problem.statistics
+        rounder = rounder_for(spec, (weight.shape[0], weight.shape[1]), weight.device, self.search)
         factor = factorise(of_rounded(statistics, spec), self.order, self.damp, rounder.span, rounder.granularity)
         if isinstance(factor, str):
-            return self._without_feedback(weight, statistics, spec, metric, f"{factor}; rounded to nearest")
+            return self._without_feedback(problem, spec, f"{factor}; rounded to nearest")
         target = weight.float() if factor.match is None else weight.float() @ factor.match
-        static = self.static_groups or self.order == "act"
-        quantized = feed(target, factor, rounder, factor.hessian.diagonal(), self.block, static)
+        self._round(target, factor, rounder, self.static_groups or self.order == "act")
+        return solution(rounder.pack(), weight, statistics, factor.notes, metric=problem.metric)
+
+    def _solve_trellises(self, problems: Sequence[Problem], spec: Trellis) -> list[Solution]:
+        """In lockstep (`lockstep.py`)."""
+        if not self.tries:
+            alone = [p.metric if p.metric is None else own(p.metric)[:, None] for p in problems]
+            problems = [replace(p, metric=metric) for p, metric in zip(problems, alone, strict=True)]
+        found, known = dict[int, Solution](), dict[int, Factor]()
+        for number, problem in enumerate(problems):
+            factor = factorise(problem.statistics, self.order, self.damp, problem.statistics.features, 1)
+            if isinstance(factor, str):
+                found[number] = self._without_feedback(problem, spec, f"{factor}; rounded to nearest")
+            else:
+                known[number] = factor
+        for sets in stacks(problems, known):
+            numbers = [number for one in sets for number in one]
+            weights = [problems[number].weight for number in numbers]
+            metrics = [problems[number].metric for number in numbers]
+            target, factor = stacked(weights, [known[one[0]] for one in sets])
+            shape = (weights[0].shape[0], weights[0].shape[1])
+            rounder = TrellisRounder(spec, shape, target.device, metrics, self.tries)
+            self._round(target, factor, rounder, static=True)
+            for place, number in enumerate(numbers):
+                one, own_factor = problems[number], known[number]
+                packed = rounder.pack(place, own_factor.order)
+                found[number] = solution(packed, one.weight, one.statistics, own_factor.notes, metric=one.metric)
+        return [found[number] for number in range(len(problems))]
+
+    def _round(self, target: Tensor, factor: Factor, rounder: Rounder, static: bool) -> None:
+        quantized = feed(target, factor, rounder, factor.hessian.diagonal(dim1=-2, dim2=-1), self.block, static)
         if rounder.granularity == 1 and not factor.diagonal:
             for _ in range(self.sweeps):
                 quantized = descend(target, quantized, factor.hessian, factor.order, rounder, self.block)
                 quantized = rounder.refit(target, factor.hessian)
-        return solution(rounder.pack(), weight, statistics, factor.notes, metric=metric)
 
-    def _without_feedback(
-        self, weight: Tensor, statistics: Statistics, spec: Spec, metric: Tensor | None, note: str
-    ) -> Solution:
+    def _without_feedback(self, problem: Problem, spec: Spec, note: str) -> Solution:
         """A grid by `Nearest`; of other codes what is nearest where all inputs count alike."""
+        weight, statistics, metric = problem.weight, problem.statistics, problem.metric
         if isinstance(spec, Uniform):
             return replace(Nearest(search=self.search).solve(weight, statistics, spec), notes=(note,))
         alike = Statistics.identity(statistics.features, weight.device)
@@ -103,30 +137,40 @@ class Feedback:
 
 
 def feed(weight: Tensor, factor: Factor, rounder: Rounder, importance: Tensor, block: int, static: bool) -> Tensor:
-    """Rounds the columns of `weight` `[out, in]` in the factor's order; returns the representable matrix `[out, in]`.
+    """Rounds the columns of `weight` `[out, in]`, or of a stack `[S, rows, in]` (`lockstep.py`), in the factor's order;
+    returns the representable matrix or matrices.
 
     Works in `weight`'s dtype. `importance` `[in]`: weighs the columns when a grid is fitted. `static`: fit all of it at
-    once, beforehand.
+    once, beforehand; always so for a stack.
     """
     order, V, size = factor.order, factor.feedback.to(weight.dtype), rounder.granularity
-    index = order.to(weight.device)
-    work = weight.T[index].contiguous()  # [in, out]: a column is contiguous
+    work = laid(weight, order)  # [..., in, out]: a column is contiguous
     quantized = torch.empty_like(work)
     if static:
         rounder.fit(0, weight, importance)
     fresh = set[int]() if static else set(group_starts(order, rounder.span))
     kernel = in_one_kernel(rounder, work)
     for start, stop in blocks(order, rounder.span, max(size, block - block % size), static):
-        errors = torch.empty_like(work[start:stop])
+        errors = torch.empty_like(work[..., start:stop, :])
         for i, end in _pieces(start, stop, block if kernel else size, fresh):
             if i in fresh:
                 _fit_group(work, i, factor, rounder, importance)
-            part = (order[i:end], work[i:end], V[i:end, i:end])
+            part = (order[i:end], work[..., i:end, :], V[..., i:end, i:end])
             rounded, error = kernel.round_in_turn(*part) if kernel else _round(rounder, *part)
-            quantized[i:end], errors[i - start : end - start] = rounded, error
-            work[end:stop].addmm_(V[i:end, end:stop].T, error, alpha=-1)
-        work[stop:].addmm_(V[start:stop, stop:].T, errors, alpha=-1)
-    return torch.empty_like(weight).index_copy_(1, index, quantized.T)
+            quantized[..., i:end, :], errors[..., i - start : end - start, :] = rounded, error
+            _make_up(work[..., end:stop, :], V[..., i:end, end:stop], error)
+        _make_up(work[..., stop:, :], V[..., start:stop, stop:], errors)
+    return put_back(quantized, order)
+
+
+def _make_up(work: Tensor, V: Tensor, error: Tensor) -> None:
+    """`work -= VT error`, for columns to come, of one weight or a stack."""
+    if work.ndim == 2:
+        work.addmm_(V.T, error, alpha=-1)
+    elif len(V[0]) == 1:
+        work.addcmul_(V.mT, error, value=-1)
+    else:
+        work.baddbmm_(V.mT, error, alpha=-1)
 
 
 def _pieces(start: int, stop: int, size: int, fresh: Collection[int]) -> Iterator[tuple[int, int]]:
@@ -136,11 +180,12 @@ def _pieces(start: int, stop: int, size: int, fresh: Collection[int]) -> Iterato
 
 
 def _round(rounder: Rounder, columns: Tensor, values: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns `values` `[k, out]` rounded together, and the error to propagate."""
-    rounded = rounder.round(columns, values.T).T
+    """The columns `values` `[..., k, out]` rounded together, and the error to propagate."""
+    turned = values.mT
+    rounded = rounder.round(columns, turned.reshape(-1, len(columns))).view(turned.shape).mT
     error = values - rounded
     if len(columns) > 1:
-        error = torch.linalg.solve_triangular(V.T, error, upper=False, unitriangular=True)
+        error = torch.linalg.solve_triangular(V.mT, error, upper=False, unitriangular=True)
     return rounded, error
 
 

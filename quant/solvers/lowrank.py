@@ -23,20 +23,21 @@ from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.spec import DTYPES, LowRank
 from quant.solvers.anchor import solve_anchored
 from quant.solvers.factor import factorise
-from quant.solvers.solution import Solution, Solver, relative_error, solution
+from quant.solvers.solution import Problem, Solution, Solver, relative_error, solution
 
 DAMP = 0.01  # of the matching of the float path, as a share of the Hessian's mean diagonal
 
 
-def solve_low_rank(solver: Solver, weight: Tensor, statistics: Statistics, spec: LowRank) -> Solution:
-    """`solver`'s solution for `weight` `[out, in]` with the best branch beside it."""
+def solve_low_rank(solver: Solver, problem: Problem, spec: LowRank) -> Solution:
+    """`solver`'s solution for `problem` with the best branch beside it."""
     if spec.anchor:
-        return solve_anchored(solver, weight, statistics, spec)
+        return solve_anchored(solver, problem, spec)
+    weight, statistics = problem.weight, problem.statistics
     target, own = _aim(weight.float(), statistics)
     found: list[tuple[float, PackedLowRank, Solution]] = []
     aim = target
     for _ in range(spec.rounds + 1):
-        base = solver.solve(aim, own, spec.base)
+        base = solver.solve(aim, own, spec.base, problem.metric)
         lora_a, lora_b = factors(target - base.weight, own if spec.weighted else None, spec)
         packed = PackedLowRank(spec, (weight.shape[0], weight.shape[1]), base.packed, lora_a, lora_b)
         found.append((relative_error(target, packed.dequantize(), own.hessian, base.noise), packed, base))

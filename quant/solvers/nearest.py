@@ -10,6 +10,7 @@ bits it has the same, and at 1 bit, where it stays as it was, 3 % more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,20 +23,22 @@ from quant.kernels.spec import DTYPES, Spec, Uniform
 from quant.solvers.around import solve_around
 from quant.solvers.grid import SEARCH, Search, encode, fit, storable
 from quant.solvers.rounding import of_rounded
-from quant.solvers.solution import Solution, check, solution
+from quant.solvers.solution import Problem, Solution, Solver, check, solution
 
 
 @dataclass(frozen=True)
-class Nearest:
+class Nearest(Solver):
     """`search`: how to look for the grid of least weighted error; `grid.MINMAX` spans the extremes (plain RTN)."""
 
     search: Search = SEARCH
 
-    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, metric: Tensor | None = None) -> Solution:
-        check(weight, statistics)
-        around = solve_around(self, weight, statistics, spec, metric)
-        if around is not None:
-            return around
+    def solve_all(self, problems: Sequence[Problem], spec: Spec) -> list[Solution]:
+        for problem in problems:
+            check(problem.weight, problem.statistics)
+        around = solve_around(self, problems, spec)
+        return [self._solve(one.weight, one.statistics, spec) for one in problems] if around is None else around
+
+    def _solve(self, weight: Tensor, statistics: Statistics, spec: Spec) -> Solution:
         if not isinstance(spec, Uniform):
             raise SolverError(f"round to nearest knows uniform grids; {type(spec).__name__} came")
         scales, zeros = fit(weight, of_rounded(statistics, spec).diagonal, spec, self.search)

@@ -16,7 +16,7 @@ from torch import Tensor
 from quant.errors import SolverError
 from quant.kernels.available import runs_triton
 from quant.kernels.layouts import Packed, PackedUniform
-from quant.kernels.spec import DTYPES, Binary, Codebook, Spec, Trellis, Uniform
+from quant.kernels.spec import DTYPES, Binary, Codebook, Spec, Uniform
 from quant.solvers.grid import Search, at_once, encode, fit, storable
 
 
@@ -77,18 +77,11 @@ class Rounder(Protocol):
         ...
 
 
-def rounder_for(
-    spec: Spec, shape: tuple[int, int], device: torch.device, search: Search, metric: Tensor | None = None,
-    tries: int = 0,
-) -> Rounder:  # fmt: skip
-    """The rounder of a spec. `metric` `[out, width]`, `tries`: see `TrellisRounder`. Raises `SolverError` for a spec
-    that has none."""
+def rounder_for(spec: Spec, shape: tuple[int, int], device: torch.device, search: Search) -> Rounder:
+    """The rounder of a spec; a trellis's takes several matrices (`trellis.py`). Raises `SolverError` for a spec that
+    has none."""
     if isinstance(spec, Uniform):
         return UniformRounder(spec, shape, device, search)
-    if isinstance(spec, Trellis):
-        from quant.solvers.trellis import TrellisRounder
-
-        return TrellisRounder(spec, shape, device, metric, tries)
     if isinstance(spec, Codebook):
         from quant.solvers.codebook import CodebookRounder
 

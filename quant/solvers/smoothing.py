@@ -24,7 +24,7 @@ from quant.calibration.statistics import Statistics
 from quant.errors import SolverError
 from quant.kernels.smoothed import PackedSmoothed
 from quant.kernels.spec import Smoothed, Uniform
-from quant.solvers.solution import Solution, Solver, solution
+from quant.solvers.solution import Problem, Solution, Solver, solution
 
 WIDEST = 2.0**10
 """Factors lie between its inverse and it: no weight or input leaves float16 by them."""
@@ -32,17 +32,17 @@ LEAST = 1e-4
 """Of the largest channel: what counts as the largest value of a channel that is nearly dead."""
 
 
-def solve_smoothed(solver: Solver, weight: Tensor, statistics: Statistics, spec: Smoothed) -> Solution:
-    """`solver`'s solution for `weight` `[out, in]` under the best factors."""
-    if statistics.peaks is None:
+def solve_smoothed(solver: Solver, problem: Problem, spec: Smoothed) -> Solution:
+    """`solver`'s solution for `problem` under the best factors."""
+    if problem.statistics.peaks is None:
         raise SolverError("smoothing looks at the inputs, and none were seen; calibrate, or take the spec's base alone")
     from quant.solvers.nearest import Nearest  # it needs this module
 
     rough: Solver = Nearest() if isinstance(spec.core, Uniform) else solver
-    tried = factors(weight.float(), statistics.peaks.mean(0), spec.points)
-    best = min(tried, key=lambda m: _solve(rough, weight, statistics, spec, m).missed)  # the first of equal ones
+    tried = factors(problem.weight.float(), problem.statistics.peaks.mean(0), spec.points)
+    best = min(tried, key=lambda m: _solve(rough, problem, spec, m).missed)  # the first of equal ones
     plain = torch.ones_like(best)
-    found = [_solve(solver, weight, statistics, spec, m) for m in (plain, best)]
+    found = [_solve(solver, problem, spec, m) for m in (plain, best)]
     return min(found, key=lambda one: one.missed)
 
 
@@ -58,8 +58,9 @@ def factors(weight: Tensor, peaks: Tensor, points: int) -> list[Tensor]:
     return found
 
 
-def _solve(solver: Solver, weight: Tensor, statistics: Statistics, spec: Smoothed, m: Tensor) -> Solution:
-    base = solver.solve(weight.float() / m.float(), smoothed(statistics, m.float()), spec.base)
+def _solve(solver: Solver, problem: Problem, spec: Smoothed, m: Tensor) -> Solution:
+    weight, statistics = problem.weight, problem.statistics
+    base = solver.solve(weight.float() / m.float(), smoothed(statistics, m.float()), spec.base, problem.metric)
     packed = PackedSmoothed(spec, (weight.shape[0], weight.shape[1]), base.packed, m)
     return solution(packed, weight, statistics, base.notes, base.noise)
 

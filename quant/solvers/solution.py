@@ -16,6 +16,7 @@ rows count as codes were told that they do (`A`, `metric.py`). But for what no s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,14 +46,27 @@ class Solution:
     noise: float = 0.0
 
 
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A `weight` `[out, in]` to be quantized. `metric` `[out, width]`: how much errors in the rows count (`metric.py`),
+    where codes share bits among them; None: all the same."""
+
+    weight: Tensor
+    statistics: Statistics
+    metric: Tensor | None = None
+
+
 class Solver(Protocol):
-    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, metric: Tensor | None = None) -> Solution:
-        """Quantizes `weight` `[out, in]`. With a uniform spec no row's result depends on another row: sites that share
-        statistics are solved as one. `metric` `[out, width]`: how much errors in the rows count (`metric.py`), where
-        codes share bits among them; None: all the same. Raises `SolverError` where the numbers do not allow it, naming
-        what is wrong.
+    def solve_all(self, problems: Sequence[Problem], spec: Spec) -> list[Solution]:
+        """Quantizes each; what they share, and what takes no longer for many than for one, is done once. With a uniform
+        spec no row's result depends on another row: sites that share statistics are solved as one weight. Raises
+        `SolverError` where the numbers do not allow it, naming what is wrong.
         """
         ...
+
+    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, metric: Tensor | None = None) -> Solution:
+        """One problem's solution."""
+        return self.solve_all([Problem(weight, statistics, metric)], spec)[0]
 
 
 def solution(
