@@ -101,7 +101,7 @@ def test_stacks_hold_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch) -> N
     assert [[len(part) for part in sets] for sets in stacks(problems, known)] == [[3] * 5]
     whole = solver.solve_all(problems, Trellis(window=8, length=32))
     for most in (1, 2, 3, 7):
-        monkeypatch.setitem(lockstep.LIMIT, "cpu", most * 8 * (32 + 2 * 8))
+        monkeypatch.setitem(lockstep.LIMIT, "cpu", most * 8 * (32 + 8))
         assert at_once((32, 8), weight.device) == most
         found = stacks(problems, known)
         assert sorted(n for sets in found for part in sets for n in part) == list(range(15))
