@@ -9,17 +9,15 @@ activations, which are counted; the times scale with the number of batches and w
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from quant.blocks import BlockSolver, Solved, float_weights
-from quant.calibration.activations import Activations
+from quant.calibration.activations import Activations, scratch
 from quant.calibration.painting import complete
 from quant.calibration.replay import Replay
 from quant.calibration.samples import moved
@@ -188,8 +186,8 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
     batch, count = prepared.outline
     batch = moved(batch, device)
     solved: list[Solved] = []
-    with tempfile.TemporaryDirectory() as folder, Replay(skeleton.model, chain) as replay:
-        store = Activations(1, Path(folder), prepared.settings.spill_bytes, device)
+    with scratch() as folder, Replay(skeleton.model, chain) as replay:
+        store = Activations(1, folder, prepared.settings.spill_bytes, device)
         first = skeleton.names_under(chain[0])
         skeleton.load(first)
         replay.output(0, batch, None)  # the first call pays for what later ones share
@@ -207,7 +205,7 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
             store[0] = None
         names = skeleton.names_under(largest.name)
         load = _timed(lambda: skeleton.load(names))
-        room = lambda name: Activations(1, Path(folder) / name, prepared.settings.spill_bytes, device)  # noqa: E731
+        room = lambda name: Activations(1, folder / name, prepared.settings.spill_bytes, device)  # noqa: E731
         matched = prepared.recipe.match == "float" and prepared.recipe.calibration is not None
         recipe = prepared.recipe
         recipe = replace(recipe, recovery=BlockTuning()) if recipe.trains else recipe  # keeps float weights

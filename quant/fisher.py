@@ -29,7 +29,6 @@ bits with it; what is kept grows with the root of the depth.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils import _pytree as pytree
 
-from quant.calibration.activations import Activations
+from quant.calibration.activations import Activations, scratch
 from quant.calibration.batch import Batch
 from quant.calibration.capture import Stage, collect
 from quant.calibration.replay import Replay
@@ -93,8 +92,8 @@ def information(
     outside, head = outside_blocks(skeleton, chain)
     skeleton.load(outside)
     costs = {site.name: Cost(*torch.zeros((2, site.shape[0]))) for site in found.sites}
-    with tempfile.TemporaryDirectory(prefix="bitwright-costs-") as folder, Replay(skeleton.model, chain) as replay:
-        stream = _Stream(skeleton, replay, windows, Path(folder), spill // kept(len(chain)), progress)
+    with scratch() as folder, Replay(skeleton.model, chain) as replay:
+        stream = _Stream(skeleton, replay, windows, folder, spill // kept(len(chain)), progress)
         starts, given, every = dict[int, Activations](), stream.room("none"), _every(len(chain))
         for index in range(len(chain)):
             before, given = given, stream.forward(index, given)

@@ -322,7 +322,7 @@ def test_no_room_is_said_with_what_helps(llama: Path, words: Path, monkeypatch: 
         patched.setattr("quant.calibration.activations.save_file", fails(OSError(28, "No space left on device")))
         with pytest.raises(ResourceError) as raised:
             _ = prepared.plan
-    assert "bitwright-costs-" in str(raised.value)
+    assert "bitwright-scratch-" in str(raised.value)
     assert re.search(
         r"No space left.* choose another TMPDIR, or --set mixed=false --set widths=\[\]", str(raised.value)
     )

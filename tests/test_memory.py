@@ -1,13 +1,19 @@
-"""What a process is told about its memory, and that freed memory goes back."""
+"""What a process is told about its memory, and that what is no longer used goes back, in memory and on disk."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from quant.calibration.activations import scratch
 from quant.memory import LARGE, peak_bytes
+from tests.processes import FORK, PATIENCE, Children
 
 CHILD = f"""
 import ctypes, torch
@@ -39,3 +45,29 @@ def test_peak_is_at_least_what_is_in_use() -> None:
 def test_freed_memory_goes_back() -> None:
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def _hold(home: str, begun: Any) -> None:
+    tempfile.tempdir = home
+    with scratch() as folder:
+        begun.send(folder.name)
+        time.sleep(PATIENCE)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "bitwright-scratch-young").mkdir()  # another process is about to lock it
+    children, (begun, tells) = Children(), FORK.Pipe(duplex=False)
+    try:
+        killed, alive = (children.start(_hold, str(tmp_path), tells) for _ in range(2))
+        names = {begun.recv() for _ in range(2)}
+        killed.kill()
+        killed.join(PATIENCE)
+        with scratch() as own:
+            left = {path.name for path in tmp_path.glob("bitwright-*")} - {own.name}
+        assert len(left) == 2
+        assert left - names == {"bitwright-scratch-young"}
+        assert alive.is_alive()
+        assert not own.exists()
+    finally:
+        children.end()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import shutil
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,20 @@ from quant.models.source import first_line
 
 RESUME = "free some space, then run the same command with --resume: finished blocks are kept. Or choose another --out"
 _TENSOR = object()  # where a nest had a tensor
+_SCRATCH = "bitwright-scratch-"
+
+
+@contextmanager
+def scratch() -> Generator[Path]:
+    """A folder in TMPDIR for what one process spills. Those of processes that were killed, whose locks are free, go."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        with suppress(OSError), (left / "lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as folder, (Path(folder) / "new").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (Path(folder) / "new").rename(Path(folder) / "lock")  # it is never seen without its lock
+        yield Path(folder)
 
 
 class Activations:
