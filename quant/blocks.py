@@ -33,7 +33,7 @@ from quant.plan import Plan
 from quant.recipe import Recipe
 from quant.recovery.placed import oriented
 from quant.rounding import Rounding, unrounded
-from quant.solvers.lockstep import LIMIT, at_once
+from quant.solvers.lockstep import at_once
 from quant.solvers.several import solve_named
 from quant.solvers.solution import Problem
 
@@ -175,12 +175,11 @@ class BlockSolver:
         groups = list[list[Site]]()
         for site in stage:
             spec, group = self.plan.specs[site.name], groups[-1] if groups else []
-            rows = sum(one.shape[0] for one in (*group, site))
             alike = all(one.kind == site.kind == "linear" and self.plan.specs[one.name] == spec for one in group)
-            limit = TOGETHER if isinstance(spec, Uniform) else 0
+            fits = isinstance(spec, Uniform) and sum(s.out for s in (*group, site)) * site.inputs <= TOGETHER
             if spec is not None and isinstance(spec.core, Trellis):
-                limit = LIMIT.get(self._device().type, 0)
-            if group and alike and rows * site.inputs <= limit:
+                fits = len(group) < at_once(site.shape, self._device())
+            if group and alike and fits:
                 group.append(site)
             else:
                 groups.append([site])
