@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,52 @@ def test_from_pretrained_reads_it_once_quant_is_imported(packed_llama: Path) -> 
     with torch.no_grad():
         hidden = ours.model(input_ids=IDS).last_hidden_state
         assert torch.equal(headless(input_ids=IDS).last_hidden_state, hidden)
+
+
+def test_threads_load_one_after_another(packed_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two loads at once make transformers skip what it fills, and forget tied weights in whatever is loaded later."""
+    load, here, most = transformers.LlamaForCausalLM.from_pretrained, list[None](), list[int]()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        here.append(None)
+        most.append(len(here))
+        time.sleep(0.02)
+        try:
+            return load(*args, **kwargs)
+        finally:
+            here.pop()
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", counted)
+    expected = logits(quant.load(packed_llama))
+    with ThreadPoolExecutor(3) as pool:
+        models = list(pool.map(quant.load, [packed_llama] * 3))
+    assert most == [1] * 4
+    assert all(torch.equal(logits(model), expected) for model in models)
+
+
+def test_adapters_can_be_trained_on_it(packed_llama: Path) -> None:
+    """The Trainer takes a PEFT model only where the quantizer says that training works."""
+    model = quant.load(packed_llama)
+    assert model.hf_quantizer.is_trainable
+    inputs = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    model(inputs_embeds=inputs).logits.square().sum().backward()
+    plain = quant.load(packed_llama, dequantize=True)
+    again = inputs.detach().requires_grad_()
+    plain(inputs_embeds=again).logits.square().sum().backward()
+    torch.testing.assert_close(inputs.grad, again.grad)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # between PEFT and transformers
+def test_the_trainer_trains_lora(packed_llama: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(quant.load(packed_llama), config)
+    options = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, report_to=[], save_strategy="no", use_cpu=True, learning_rate=1e-2
+    )
+    rows: Any = [{"input_ids": row, "labels": row} for row in IDS]
+    transformers.Trainer(model, options, train_dataset=rows).train()
+    assert any(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name)
 
 
 def test_packed_weights_stay_packed_in_memory(packed_llama: Path, packed_moe: Path) -> None:

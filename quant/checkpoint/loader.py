@@ -79,7 +79,7 @@ class BitwrightQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return False
+        return True  # adapters on packed linears: gradients go through to what is before
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         return unpack_model(model, dtype or torch.float32)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -37,6 +38,7 @@ READ = ("*.safetensors*", "adapter_config.json", "generation_config.json")  # by
 INPUTS = ("*.jinja", "additional_chat_templates/*.jinja", "chat_template.json", "*processor_config.json")
 TOKENIZER = (*INPUTS, "tokenizer*.json", "tokenizer.model", "added_tokens.json", "special_tokens_map.json")
 VERIFIED: ContextVar[bool] = ContextVar("verified", default=False)  # whether `quant.load` has done so, or must not
+LOADING = threading.Lock()
 KEYS = {"quant_method", "format_version", "version", "sites", "checksums"}
 SITE_KEYS = {"shape", "spec", "experts", "transposed"}
 
@@ -182,12 +184,14 @@ def verify(folder: Path) -> dict[str, PackedSite]:
 
 @contextmanager
 def verified() -> Generator[None]:
-    """What transformers and diffusers load in it is not verified again."""
-    token = VERIFIED.set(True)
-    try:
-        yield
-    finally:
-        VERIFIED.reset(token)
+    """What transformers and diffusers load in it is not verified again, and by one thread at a time: they change torch
+    and their own classes meanwhile, and two at once leave weights unread, even of models that are loaded later."""
+    with LOADING:
+        token = VERIFIED.set(True)
+        try:
+            yield
+        finally:
+            VERIFIED.reset(token)
 
 
 def _verify_files(folder: Path, config: dict[str, Any]) -> None:
