@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -116,6 +117,11 @@ class PackedExperts(Holder):
         original = inspect.unwrap(super().forward)
         return getattr(original, "__func__", original)(_View(self, stacks), *args, **kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For pickle, which finds no class by name that was made at run time: by the class that it was made from."""
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _unfilled, (type(self).__bases__[1],), *state
+
     def unpack(self, dtype: torch.dtype) -> None:
         """Becomes the float module that it was."""
         for slot, (leaf, (_, site)) in zip(self.slots(), self.bitwright_stacks.items(), strict=True):
@@ -127,11 +133,19 @@ class PackedExperts(Holder):
         del self.bitwright_stacks
 
 
+@cache
+def _packed(kind: type[nn.Module]) -> type[PackedExperts]:
+    return type(f"Packed{kind.__name__}", (PackedExperts, kind), {"__module__": kind.__module__})
+
+
+def _unfilled(kind: type[nn.Module]) -> PackedExperts:
+    return _packed(kind).__new__(_packed(kind))
+
+
 def pack_experts(module: nn.Module, leaf: str, spec: Spec, site: Site) -> None:
     """Turns the 3-D parameter `leaf` of an experts module into packed buffers, its class into one that reads them."""
     if not isinstance(module, PackedExperts):
-        kind = type(module)
-        module.__class__ = type(f"Packed{kind.__name__}", (PackedExperts, kind), {"__module__": kind.__module__})
+        module.__class__ = _packed(type(module))
         module.bitwright_stacks = {}  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     device = module._parameters.pop(leaf).device  # pyright: ignore[reportOptionalMemberAccess]
     register(module, spec, site.shape, leaf, device)

@@ -282,6 +282,19 @@ def test_save_pretrained_writes_the_same_checkpoint(
     assert tiny.contents(tmp_path / "third") == tiny.contents(tmp_path / "again")
 
 
+@pytest.mark.parametrize("kind", ["packed_llama", "packed_moe"])
+def test_a_module_goes_through_pickle(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """As `torch.save` of a model and processes that are given one do; a stack's class is made at run time."""
+    model = quant.load(request.getfixturevalue(kind))
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    assert [type(module) for module in again.modules()] == [type(module) for module in model.modules()]
+    plain = quant.load(request.getfixturevalue(kind), dequantize=True)
+    assert torch.equal(logits(again.dequantize() or again), logits(plain))
+
+
 def test_the_base_of_a_model_can_be_saved_and_loaded(packed_llama: Path, tmp_path: Path) -> None:
     """Its sites lose the prefix that they had inside the whole model."""
     base = transformers.AutoModel.from_pretrained(packed_llama, dtype=torch.float32)
