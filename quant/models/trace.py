@@ -85,7 +85,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
         except Exception as error:  # a model's own code may raise anything
             raise ModelError(
                 f"{type(model).__name__}: the forward pass that finds its layers failed, given "
-                f"{', '.join(batch) or 'nothing'} ({_line(error)})"
+                f"{', '.join(batch) or 'nothing'} ({_line(error)}); a model that needs more cannot be quantized"
             ) from error
         chain = tuple(name for name, calls in watch.calls.items() if calls == 1)
         repeated = {name: calls for name, calls in watch.calls.items() if calls > 1}
