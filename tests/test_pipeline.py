@@ -336,6 +336,22 @@ def test_experts_that_saw_few_tokens_are_named(words: Path, tmp_path: Path) -> N
     assert report["left_float"]["model.layers.0.mlp.gate.weight"].startswith("a matrix of MixtralTopKRouter")
 
 
+def test_an_expert_s_token_is_one_that_was_sent_to_it(words: Path, tmp_path: Path) -> None:
+    """Llama 4 multiplies every expert by every token, those of the others as zeros."""
+    settings = {"hidden_size": 64, "intermediate_size": 32, "intermediate_size_mlp": 48, "num_hidden_layers": 2}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 8}
+    settings |= {"interleave_moe_layer_step": 1, "attention_chunk_size": 64, "num_experts_per_tok": 1}
+    model = make_from("Llama4ForCausalLM", vocab_size=VOCABULARY, pad_token_id=0, **settings)
+    model.save_pretrained(tmp_path / "model")
+    tiny.add_tokenizer(tmp_path / "model")
+    report = quant.quantize(str(tmp_path / "model"), tmp_path / "out", tiny.recipe(words)).report
+    stacks = [site for site in report["sites"] if site["experts"]]
+    assert len(stacks) == 4
+    for site in stacks:
+        assert sum(site["tokens"]) == 4 * 32
+        assert any("its stack's mean Hessian counted as 256 tokens" in note for note in site["notes"])
+
+
 def test_experts_do_not_match_the_float_path_and_say_so(words: Path, tmp_path: Path) -> None:
     source = tiny.model("mixtral", tmp_path / "model")
     report = quant.quantize(str(source), tmp_path / "out", tiny.recipe(words, "match=float")).report

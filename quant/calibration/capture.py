@@ -3,7 +3,7 @@
 A linear's input comes from a hook on it; since all sites of a stage read the same tensor, the first one called is
 enough and the pass ends there. An expert's input is seen where it is multiplied: a function mode recognises the matrix
 by its place inside the stack's memory, so every expert gets its own statistics and its own count of tokens, however the
-architecture routes.
+architecture routes; one that multiplies a whole stack at once gives each expert zeros in place of the others' tokens.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class _ExpertInputs(TorchFunctionMode):
             x, weight, _ = used
             if weight.dim() == 3:
                 for expert in range(weight.shape[0]):
-                    self.take(expert, x[expert])
+                    self.take(expert, x[expert][x[expert].any(-1)])  # a token for others is a row of zeros to it
             else:
                 self.take((weight.storage_offset() - self.first) // self.step, x)
         return func(*args, **(kwargs or {}))
