@@ -22,7 +22,7 @@ from quant.errors import SettingsError
 from quant.kernels.spec import Uniform
 from quant.machine import versions
 from quant.models.arguments import build, cast
-from quant.models.diffusion import DiffusionSkeleton
+from quant.models.diffusion import DiffusionSkeleton, components
 from quant.models.foldable import find as find_folds
 from quant.models.folding import Folded
 from quant.models.skeleton import Skeleton
@@ -161,6 +161,9 @@ def prepare(
     settings, progress = settings or Settings(), progress or Progress()
     progress.step("reading the model")
     source = find(model, part)
+    for name in () if part or not source.inside else sorted({*components(source.home)} - {COMPONENT}):
+        if name.startswith(COMPONENT):  # one for the first steps, another for the last
+            progress.say(f"note: its {name} stays float; --components {COMPONENT},{name} packs both")
     skeleton = skeleton_of(source, settings)
     found = walk(skeleton.model, _trace(skeleton), only=recipe.only, skip=recipe.skip)
     skeleton.lent = found.lent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,47 @@ def test_a_transformer_alone_is_calibrated_on_noise_and_says_so(tmp_path: Path) 
     assert moved(samples.batches[0], "cpu")["timestep"].tolist() == [999, 999]
 
 
+AURA = {
+    "num_mmdit_layers": 1,
+    "num_single_dit_layers": 1,
+    "joint_attention_dim": 24,
+    "caption_projection_dim": 32,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "guidance"),
+    [
+        ("FluxTransformer2DModel", 1.0, 3.5),
+        ("AuraFlowTransformer2DModel", 1.0, None),
+        ("HunyuanVideoTransformer3DModel", 1000.0, 3500.0),
+        ("SD3Transformer2DModel", 1000.0, None),
+    ],
+)
+def test_timestep_and_guidance_are_what_the_pipeline_gives(
+    name: str, first: float, guidance: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some models multiply both by 1000 themselves."""
+    monkeypatch.setitem(tiny_dit.CONFIGS, "AuraFlowTransformer2DModel", AURA)
+    source = tiny_dit.folder(name, tmp_path / "float", "FlowMatchEulerDiscreteScheduler")
+    batch = prepare(str(source), Recipe(calibration=SMALL, trajectory=WAY)).samples.batches[0]
+    assert batch["timestep"].tolist() == [first] * 2
+    assert guidance is None or batch["guidance"].tolist() == [guidance] * 2
+
+
+def test_what_says_too_little_of_its_latents_is_refused(tmp_path: Path) -> None:
+    source = tiny_dit.folder("DiTTransformer2DModel", tmp_path / "float")
+    config = {"_class_name": "Kandinsky5Transformer3DModel", "num_text_blocks": 1, "num_visual_blocks": 1}
+    (source / "config.json").write_text(json.dumps(config))  # which calls its channels something else
+    with pytest.raises(ModelError, match=r"in none of the layouts known here.*in_channels"):
+        prepare(str(source), Recipe(calibration=None))
+
+
 def test_code_and_models_that_are_not_diffusers_are_refused(tmp_path: Path) -> None:
     source = tiny_dit.folder("DiTTransformer2DModel", tmp_path / "float")
     config = json.loads((source / "config.json").read_text())
@@ -235,6 +277,37 @@ def test_a_pipeline_comes_out_as_a_pipeline(tmp_path: Path) -> None:
     again = quant.quantize(str(tmp_path / "float"), tmp_path / "again", recipe)
     files = [f"transformer/{name}" for name in again.report["files"]] + ["transformer/config.json"]
     assert all((out / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+
+
+class Said(Progress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, what: str) -> None:
+        self.lines.append(what)
+
+
+def test_a_second_transformer_is_not_forgotten(tmp_path: Path) -> None:
+    """Wan 2.2 has one for the first steps and one for the last."""
+    pipeline(tmp_path / "float")
+    index = tmp_path / "float" / "model_index.json"
+    more = {"transformer_2": ["diffusers", "DiTTransformer2DModel"], "transformer_3": [None, None]}
+    index.write_text(json.dumps(json.loads(index.read_text()) | more))
+    shutil.copytree(tmp_path / "float" / "transformer", tmp_path / "float" / "transformer_2")
+    said = Said()
+    prepare(str(tmp_path / "float"), Recipe(calibration=SMALL), progress=said)
+    note = "note: its transformer_2 stays float; --components transformer,transformer_2 packs both"
+    assert [line for line in said.lines if "stays float" in line] == [note]
+    said.lines.clear()
+    prepare(str(tmp_path / "float"), Recipe(calibration=SMALL), progress=said, part="transformer")
+    assert not said.lines
+
+
+def test_a_transformer_that_its_pipeline_does_not_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline(tmp_path / "float")
+    monkeypatch.setattr(tiny_dit.library().DiTPipeline, "__call__", lambda self, class_labels, **_: None)
+    with pytest.raises(CalibrationError, match="did not call its transformer in the steps kept of 3 samples"):
+        _ = prepare(str(tmp_path / "float"), Recipe(calibration=SMALL)).samples
 
 
 def test_a_pipeline_is_calibrated_as_it_paints(tmp_path: Path) -> None:

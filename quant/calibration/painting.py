@@ -85,6 +85,11 @@ def follow(skeleton: DiffusionSkeleton, chain: Sequence[str], recipe: Recipe, li
         first = paint.parts(min(SAMPLES, calibration.samples)) if weighed else []
         found = effects([partial(paint, part) for part in first], calibration.seed)
     steps = [(step, batch) for step in sorted(kept) for batch in _packed(kept[step], calibration.batch_size)]
+    if not steps:
+        raise CalibrationError(
+            f"{skeleton.source.name}: its pipeline did not call its {skeleton.source.inside} in the steps kept of "
+            f"{calibration.samples} samples; raise trajectory.keep, trajectory.steps or --samples"
+        )
     batches, counts = tuple(batch for _, batch in steps), [len(batch["hidden_states"]) for _, batch in steps]
     guidance = "its own guidance" if trajectory.guidance is None else f"guidance {trajectory.guidance:g}"
     text = (

@@ -26,7 +26,7 @@ from quant.calibration.pictures import Pictures, fresh, pictures
 from quant.calibration.samples import Samples, read_text
 from quant.checkpoint.shards import sha256
 from quant.errors import CalibrationError, SettingsError
-from quant.models.arguments import build, cast, own_size, packed_time
+from quant.models.arguments import build, cast, own_size
 from quant.models.diffusion import DiffusionSkeleton, scheduler
 from quant.models.source import first_line
 from quant.models.stream import Forward
@@ -271,4 +271,4 @@ def _set(schedule: Any, steps: int) -> None:
 
 
 def _time(time: Tensor, given: Mapping[str, Any]) -> Tensor:
-    return time.float() / 1000 if packed_time(given) else time
+    return time.float() / 1000 if float(given["timestep"].max()) <= 1 else time  # as `build` has told the model

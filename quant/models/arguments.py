@@ -62,14 +62,14 @@ def find_form(model: Any, dtype: torch.dtype = torch.float32) -> Form:
         ModelError: the model takes none of them.
     """
     config = model.config
-    channels, patch, steps = config["in_channels"], _patch(config, "patch_size"), _patch(config, "patch_size_t")
+    channels, patch, steps = config.get("in_channels"), _patch(config, "patch_size"), _patch(config, "patch_size_t")
     side = 4 * patch if 4 * patch != channels else 6 * patch
     frames = 2 * steps + (steps == 1)
     small = Size(frames if frames != channels else frames + 2 * steps, side, side, TEXT_TOKENS)
     said = ""
     for size in (small, own_size(config)):
         for layout in LAYOUTS:
-            said = _refusal(model, cast(build(model, layout, size, 2), dtype)) or ""
+            said = _refusal(model, lambda layout=layout, size=size: cast(build(model, layout, size, 2), dtype)) or ""
             if not said:
                 return Form(layout, size)
     raise ModelError(
@@ -96,7 +96,8 @@ def build(model: Any, layout: str, size: Size, rows: int, generator: torch.Gener
     frames = size.frames if layout != "packed" or "num_frames" in names else 1
     shape = LAYOUTS[layout](config["in_channels"], frames, size.height, size.width)
     given: dict[str, Any] = {"hidden_states": torch.randn((rows, *shape), generator=generator)}
-    given["timestep"] = torch.full((rows,), 0.5 if packed_time(names) else 500)
+    share = _share_of_one(model, names)
+    given["timestep"] = torch.full((rows,), 0.5 if share else 500)
     if "class_labels" in names:
         given["class_labels"] = torch.randint(0, config["num_embeds_ada_norm"] or 1, (rows,), generator=generator)
     if "encoder_hidden_states" in names:
@@ -106,10 +107,10 @@ def build(model: Any, layout: str, size: Size, rows: int, generator: torch.Gener
         "encoder_attention_mask" in names
     ):
         given["encoder_attention_mask"] = torch.ones((rows, size.text), dtype=torch.int64)
-    if "pooled_projections" in names:
+    if "pooled_projections" in names and config.get("pooled_projection_dim"):
         given["pooled_projections"] = torch.randn((rows, config["pooled_projection_dim"]), generator=generator)
     if "guidance" in names and config.get("guidance_embeds"):
-        given["guidance"] = torch.full((rows,), GUIDANCE)
+        given["guidance"] = torch.full((rows,), GUIDANCE if share else 1000 * GUIDANCE)
     if "encoder_hidden_states_image" in names and config.get("image_dim"):
         given["encoder_hidden_states_image"] = torch.randn((rows, size.text, config["image_dim"]), generator=generator)
     return given | _places(names, config, frames, size, rows)
@@ -120,10 +121,11 @@ def cast(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {key: value.to(dtype) if key in CAST else value for key, value in given.items()}
 
 
-def packed_time(given: Container[str]) -> bool:
-    """Whether the timestep is a share of 1, as models of packed latents take it; all others take the scheduler's own
-    number."""
-    return "img_ids" in given or "img_shapes" in given
+def _share_of_one(model: nn.Module, names: Container[str]) -> bool:
+    """Whether the timestep is a share of 1, which the model multiplies by 1000 itself, as it does its guidance; all
+    others take both that large, the timestep as the scheduler numbers it."""
+    scales = (getattr(part, "scale", 1) for part in model.modules() if type(part).__name__ == "Timesteps")
+    return "img_ids" in names or "img_shapes" in names or 1000 in scales
 
 
 def _places(names: Mapping[str, Any], config: Any, frames: int, size: Size, rows: int) -> dict[str, Any]:
@@ -152,8 +154,9 @@ def _patch(config: Any, name: str) -> int:
     return int(value[-1] if isinstance(value, list | tuple) else value)
 
 
-def _refusal(model: nn.Module, given: Mapping[str, Any]) -> str | None:
-    """What the model says to these arguments before its first block; None if it gets there."""
+def _refusal(model: nn.Module, given: Callable[[], Mapping[str, Any]]) -> str | None:
+    """What the model, or making them from its config, says to these arguments before its first block; None if it gets
+    there."""
 
     def stop(*_: object) -> None:
         raise Stop
@@ -161,7 +164,7 @@ def _refusal(model: nn.Module, given: Mapping[str, Any]) -> str | None:
     hooks = [model.get_submodule(name).register_forward_pre_hook(stop) for name in candidates(model)]
     try:
         with torch.no_grad(), weightless(model):
-            model(**given)
+            model(**given())
     except Stop:
         return None
     except Exception as error:  # a model's own code may raise anything
