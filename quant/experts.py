@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -97,7 +98,9 @@ class _View:
         self.__dict__["_module"] = module
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_module"], name)
+        found, module = getattr(self.__dict__["_module"], name), self.__dict__["_module"]
+        own = inspect.ismethod(found) and found.__self__ is module  # a method, which shall see the stacks too
+        return MethodType(found.__func__, self) if own else found
 
 
 class PackedExperts(Holder):

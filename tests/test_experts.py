@@ -40,6 +40,18 @@ class Mixture(nn.Module):
         return torch.stack([linear(x, self.up[i], bias) for i in which])
 
 
+class Delegating(Mixture):
+    """Leaves the work to a method of its own, as diffusers' Nucleus does."""
+
+    def forward(self, x: Tensor, which: Tensor) -> Tensor:
+        return self.one_by_one(x, which)
+
+    def one_by_one(self, x: Tensor, which: Tensor) -> Tensor:
+        if self.transposed:
+            return torch.stack([x @ self.up[i] + 1 for i in which])
+        return torch.stack([linear(x, self.up[i]) + 1 for i in which])
+
+
 def filled(owner: Any, leaf: str, spec: Spec, site: Site) -> PackedUniform:
     """Packs a stack and fills it with random codes."""
     draw = torch.Generator().manual_seed(len(leaf))
@@ -53,16 +65,17 @@ def filled(owner: Any, leaf: str, spec: Spec, site: Site) -> PackedUniform:
     return packed
 
 
-def mixture(transposed: bool, bits: int = 3) -> tuple[Any, PackedUniform]:
-    module, spec = Mixture(transposed), Uniform(bits=bits, group_size=32)
+def mixture(transposed: bool, bits: int = 3, kind: type[Mixture] = Mixture) -> tuple[Any, PackedUniform]:
+    module, spec = kind(transposed), Uniform(bits=bits, group_size=32)
     site = Site("up", "experts", INNER, WIDTH, experts=EXPERTS, transposed=transposed)
     pack_experts(module, "up", spec, site)
     return module, filled(module, "up", spec, site)
 
 
+@pytest.mark.parametrize("kind", [Mixture, Delegating])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_stack_is_the_float_parameter_to_its_module(transposed: bool) -> None:
-    module, packed = mixture(transposed)
+def test_a_stack_is_the_float_parameter_to_its_module(transposed: bool, kind: type[Mixture]) -> None:
+    module, packed = mixture(transposed, kind=kind)
     whole = packed.dequantize().unflatten(0, (EXPERTS, -1))
     x, which = torch.randn(5, WIDTH), torch.tensor([2, 0])
     expected = torch.stack([linear(x, whole[i]) + 1 for i in which])
@@ -72,7 +85,7 @@ def test_a_stack_is_the_float_parameter_to_its_module(transposed: bool) -> None:
     assert stack.shape == tuple(stored.shape)
     assert torch.equal(torch.bmm(x.expand(EXPERTS, -1, -1), stack if transposed else stack.mT), x @ whole.mT)  # pyright: ignore[reportArgumentType]
     module.unpack(torch.float32)
-    assert type(module) is Mixture
+    assert type(module) is kind
     assert torch.equal(module.up, stored)
 
 
