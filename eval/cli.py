@@ -92,6 +92,7 @@ def command(
             networks = (text, judge, real, clip, reward, lpips)
             show(models, against, rule, Showing(*networks, sheet, plot_to, json_to, device, dtype, card, quiet))
             return
+        cards = _cards(models) if card else []
         _idle(models[0], judge=judge, real=real, clip=clip, reward=reward, lpips=lpips, sheet=sheet)
         settings = {"text": resolve(text), "window": window, "stride": stride, "max_windows": max_windows}
         settings |= {"device": device, "dtype": dtype}
@@ -108,9 +109,19 @@ def command(
 
             plot(reports, original, plot_to)
             out.print(f"plot: {plot_to}", soft_wrap=True)
-        for report in reports if card else []:
-            if report.path and packed_by_us(Path(report.path)):
+        for report in reports:
+            if report.path in cards:
                 add_evaluation(report.path, report.to_dict())
+                out.print(f"model card: {report.path}/README.md", soft_wrap=True)
+
+
+def _cards(models: list[str]) -> list[str]:
+    """The folders whose cards are ours to write; raises `SettingsError` for none, or for a name in the hub's cache."""
+    folders = [Path(name).expanduser() for name in models]
+    ours = [str(folder) for folder in folders if folder.is_dir() and packed_by_us(folder)]
+    if not ours or not all(folder.is_dir() for folder in folders):
+        raise SettingsError("--card: it goes into a packed checkpoint's folder, so give its path, not a hub's name.")
+    return ours
 
 
 def _idle(model: str, **drawn: Any) -> None:

@@ -19,7 +19,7 @@ from torch.nn.functional import cosine_similarity
 from quant.calibration.texts import Text
 from quant.errors import ModelError, SettingsError
 from quant.eval.perplexity import Progress
-from quant.eval.subject import Subject
+from quant.eval.subject import Subject, check_ids
 
 _BATCH_TOKENS = 4096
 
@@ -56,6 +56,7 @@ def compare_encoders(
     encoded = [ids for ids in encoded if ids]
     if not encoded:
         raise SettingsError(f"text {text.name}: no line has a token.")
+    check_ids(torch.tensor([max(ids) for ids in encoded]), candidate, original)
     tokens, sentences, done = [], [], 0
     for ids_BT, mask_BT in _batches(encoded, getattr(tokenizer, "pad_token_id", None) or 0):
         h_BTD = _hidden(candidate, ids_BT, mask_BT)
@@ -74,14 +75,8 @@ def compare_encoders(
         if progress is not None:
             progress(done, len(encoded))
     token, sentence = torch.cat(tokens).double(), torch.cat(sentences).double()
-    return HiddenStates(
-        float(token.mean()),
-        float(token.min()),
-        float(sentence.mean()),
-        float(sentence.min()),
-        len(token),
-        len(sentence),
-    )
+    cosines = (float(token.mean()), float(token.min()), float(sentence.mean()), float(sentence.min()))
+    return HiddenStates(*cosines, len(token), len(sentence))
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from quant.eval.footprint import cost_of, size_of
 from quant.eval.generate import NEW_TOKENS, Generation, continued
 from quant.eval.perplexity import Perplexity, Progress, Rule, measure, rule_for
 from quant.eval.report import Report, Settings
-from quant.eval.subject import Subject, open_subject
+from quant.eval.subject import Subject, check_ids, open_subject
 from quant.machine import machine, versions
 
 Source = str | Path | PreTrainedModel | Subject
@@ -140,6 +140,7 @@ def _judge_causal(
 ) -> _Found:
     tokenizer = _tokenizer(subject, original)
     encoded = encode(tokenizer, text)
+    check_ids(encoded.ids, subject, original)
     if original is not None:
         _same_tokens(subject, original, encoded)
     pairs = continued(subject, original, text, tokenizer, prompts) if prompts else ()
@@ -156,6 +157,7 @@ def _judge_encoder(
     del prompts  # an encoder continues nothing
     tokenizer = _tokenizer(subject, original)
     ids_T = encode(tokenizer, Text(text.name, text.text[: 16 * rule.length])).ids[: rule.length]
+    check_ids(ids_T, subject)
     if original is None:
         return _Found(ids_T)
     hidden = compare_encoders(subject, original, text, tokenizer, rule.length, rule.max_windows, progress)

@@ -112,18 +112,16 @@ def size_of(subject: Subject) -> Size:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the model: those of the index, else model.safetensors, else every safetensors file."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    """The files that transformers loads: model.safetensors, else those of the index, else every safetensors file."""
+    index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+    if not files[0].is_file() and index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{index}: cannot be read ({error}); copy the checkpoint again.") from error
         files = [folder / name for name in sorted(names)]
-    else:
-        files = [folder / "model.safetensors"]
-        if not files[0].is_file():
-            files = sorted(folder.glob("*.safetensors"))
+    elif not files[0].is_file():
+        files = sorted(folder.glob("*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(f"{folder}: {missing[0]} is named in the index and not there; copy the checkpoint again.")

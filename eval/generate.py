@@ -117,12 +117,5 @@ def _pair(prompt: str, mine: list[int], theirs: list[int] | None, tokenizer: Any
     text = tokenizer.decode(mine)
     if theirs is None:
         return Generation(prompt, text, repetition(mine), len(mine))
-    return Generation(
-        prompt,
-        text,
-        repetition(mine),
-        len(mine),
-        tokenizer.decode(theirs),
-        repetition(theirs),
-        common_prefix(mine, theirs),
-    )
+    original = (tokenizer.decode(theirs), repetition(theirs), common_prefix(mine, theirs))
+    return Generation(prompt, text, repetition(mine), len(mine), *original)

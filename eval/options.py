@@ -31,7 +31,7 @@ NoGenerate = Annotated[bool, Option("--no-generate", help="No continuations.")]
 Images = Annotated[int, Option(help="Images to draw, each from a seed of its own.", min=1, rich_help_panel=_DRAWN)]
 Steps = Annotated[int, Option(help="Steps of the pipeline's own scheduler.", min=1, rich_help_panel=_DRAWN)]
 Guidance = Annotated[float, Option(help="Classifier-free guidance; 1 is none.", rich_help_panel=_DRAWN)]
-Seed = Annotated[int, Option(help="Of the first image; the next has the next.", min=0, rich_help_panel=_DRAWN)]
+Seed = Annotated[int, Option(help="Of the first image; each has the next.", min=0, max=2**63, rich_help_panel=_DRAWN)]
 Batch = Annotated[int, Option(help="Images drawn at a time.", min=1, rich_help_panel=_DRAWN)]
 JudgeFile = Annotated[
     str | None,

@@ -23,10 +23,10 @@ from torch import nn
 
 import quant
 from quant.errors import BitwrightError, ModelError, SettingsError
-from quant.eval.subject import DTYPES
+from quant.eval.subject import DTYPES, short
 from quant.machine import check_device
 from quant.models.diffusion import library, named, quiet
-from quant.models.source import first_line
+from quant.models.source import first_line, local
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,12 @@ class Painter:
 
 
 def is_diffusion(source: str | Path) -> bool:
-    """Whether a folder holds a pipeline or a model of diffusers, by its files alone."""
-    folder = Path(source).expanduser()
+    """Whether a folder, or what the hub has of this name, holds a pipeline or a model of diffusers, by its files alone.
+
+    Raises:
+        ModelError: no such folder, and the hub cannot give it.
+    """
+    folder = local(str(source))
     return (folder / "model_index.json").is_file() or "_class_name" in _json(folder / "config.json")
 
 
@@ -77,7 +81,7 @@ def open_painter(
     *,
     original: Painter | None = None,
 ) -> Painter:
-    """Opens a folder; parts that it lacks (scheduler, VAE, text encoders) are those of `original`.
+    """Opens a folder or a hub name; parts that it lacks (scheduler, VAE, text encoders) are those of `original`.
 
     Raises:
         SettingsError: unknown dtype or device.
@@ -90,12 +94,12 @@ def open_painter(
     if dtype not in DTYPES:
         raise SettingsError(f"dtype is {dtype!r}; give one of {', '.join(DTYPES)}.")
     check_device(device)
-    root = Path(source).expanduser()
+    root = local(str(source))
     if not is_diffusion(root):
         raise ModelError(f"{source}: no model_index.json and no config.json of diffusers; give a pipeline's folder.")
     try:
         with quiet():
-            return _open(root, device, dtype, original)
+            return _open(short(str(source)), root, device, dtype, original)
     except (BitwrightError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # the file decides what goes wrong in diffusers
@@ -105,20 +109,20 @@ def open_painter(
         ) from error
 
 
-def _open(root: Path, device: str, dtype: str, original: Painter | None) -> Painter:
+def _open(name: str, root: Path, device: str, dtype: str, original: Painter | None) -> Painter:
     index = _json(root / "model_index.json")
     folder = root / "transformer" if index else root
     transformer = transformer_of(root, folder, dtype).to(device).eval()
     prompted = index.get("_class_name", "DiTPipeline") != "DiTPipeline"
     if "num_embeds_ada_norm" not in getattr(transformer, "config", {}) or prompted:
         pipeline = _pipeline(root, index, transformer, dtype, original)
-        return Painter(root.resolve().name, transformer, pipeline.scheduler, None, pipeline.to(device), folder)
+        return Painter(name, transformer, pipeline.scheduler, None, pipeline.to(device), folder)
     scheduler = _scheduler(root, original)
     vae = None
     if (index.get("vae") or [None])[0]:
         found = named(index["vae"][1], "ModelMixin", root)
         vae = found.from_pretrained(root / "vae", torch_dtype=DTYPES[dtype], use_safetensors=True).to(device).eval()
-    return Painter(root.resolve().name, transformer, scheduler, vae, None, folder)
+    return Painter(name, transformer, scheduler, vae, None, folder)
 
 
 def transformer_of(root: Path, folder: Path, dtype: str) -> nn.Module:

@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 
 from quant.calibration.texts import Encoded, encode, resolve
 from quant.errors import BitwrightError, ModelError, SettingsError
-from quant.eval.subject import Subject, open_subject
+from quant.eval.subject import Subject, check_ids, open_subject
 
 DEFAULT_WINDOW = 512
 _CHUNK = 1 << 20  # logits turned to float32 at once: 4 MB stays in a CPU's cache
@@ -218,7 +218,9 @@ def main(
         if subject.kind != "causal-lm":
             raise ModelError(f"{model}: no causal language model head; use `quant-eval {model} --against ORIGINAL`.")
         rule = rule_for(subject, window, stride, max_windows)
-        got = measure(subject, encode(subject.tokenizer(), source), rule)
+        encoded = encode(subject.tokenizer(), source)
+        check_ids(encoded.ids, subject)
+        got = measure(subject, encoded, rule)
     except BitwrightError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None

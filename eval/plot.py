@@ -40,10 +40,11 @@ def plot(reports: Sequence[Report], original: Report | None, path: Path) -> None
     _scale(axes.yaxis, axes.set_yscale, [y for _, y, _ in points])
     axes.margins(0.12)
     axes.grid(visible=True, which="major", color="#dddddd", linewidth=0.6)
-    settings = reports[0].settings
+    settings, shown = reports[0].settings, [*reports, *([original] if original else [])]
+    windows = " / ".join(dict.fromkeys(str(report.settings.window) for report in shown))
     stride = "" if settings.stride is None else f", stride {settings.stride}"
     axes.set_xlabel("weights on disk, MB (10^6 bytes)")
-    axes.set_ylabel(f"perplexity per token, {settings.window_rule} windows of {settings.window}{stride}")
+    axes.set_ylabel(f"perplexity per token, {settings.window_rule} windows of {windows}{stride}")
     axes.set_title(f"{settings.text}: size against perplexity", loc="left")
     _label(figure, axes, points)
     try:

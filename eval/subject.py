@@ -26,7 +26,7 @@ from quant.checkpoint.manifest import JOURNAL
 from quant.errors import BitwrightError, CheckpointError, ModelError, SettingsError
 from quant.machine import check_device
 from quant.models.building import named_class
-from quant.models.source import local
+from quant.models.source import first_line, local
 
 Kind = Literal["causal-lm", "encoder"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,7 +71,7 @@ class Subject:
         except Exception as error:  # tokenizers fail with whatever their files provoke
             raise ModelError(
                 f"{self.name}: no tokenizer could be loaded from {self.source} "
-                f"({_first_line(error)}). Copy the tokenizer files of the original model into that folder."
+                f"({first_line(error)}). Copy the tokenizer files of the original model into that folder."
             ) from error
 
 
@@ -94,13 +94,24 @@ def open_subject(
         name = source.name_or_path or type(source).__name__
         packed = getattr(source.config, "quantization_config", None) is not None and Path(name).is_dir()
         folder = Path(name) if packed else None
-        return Subject(_short(name), source.eval(), _kind([type(source).__name__]), folder)
+        return Subject(short(name), source.eval(), _kind([type(source).__name__]), folder)
     if dtype not in (*DTYPES, "auto"):
         raise SettingsError(f"dtype is {dtype!r}; give one of {', '.join(DTYPES)}, auto.")
     check_device(device)
     folder = local(str(source))
     model, kind = _load(str(source), folder, device, dtype)
-    return Subject(_short(str(source)), model.eval(), kind, folder)
+    return Subject(short(str(source)), model.eval(), kind, folder)
+
+
+def check_ids(ids_T: torch.Tensor, *subjects: Subject | None) -> None:
+    """Raises `ModelError` for a token id that a model does not know."""
+    for subject in filter(None, subjects):
+        size = getattr(subject.model.config.get_text_config(), "vocab_size", UNBOUNDED)
+        if bool((ids_T >= size).any()):
+            raise ModelError(
+                f"{subject.name}: the tokenizer gave id {int(ids_T.max())}, the model knows {size}; they do not belong "
+                "together: copy the tokenizer files of this model again."
+            )
 
 
 def packed_by_us(folder: Path) -> bool:
@@ -122,7 +133,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{folder}: an unfinished run; continue it with quantize --resume.") from error
         raise ModelError(f"{folder}: no config.json, so this is not a Hugging Face model folder.") from error
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({_first_line(error)}).") from error
+        raise ModelError(f"{path}: cannot be read as JSON ({first_line(error)}).") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path}: holds a {type(config).__name__}, expected an object.")
     return config
@@ -138,7 +149,7 @@ def _load(source: str, folder: Path, device: str, dtype: str) -> tuple[PreTraine
         raise
     except Exception as error:  # the file decides what goes wrong in transformers
         raise ModelError(
-            f"{source}: transformers could not load it ({_first_line(error)}). It must be a safetensors checkpoint of "
+            f"{source}: transformers could not load it ({first_line(error)}). It must be a safetensors checkpoint of "
             "an architecture that transformers knows without remote code."
         ) from error
 
@@ -177,10 +188,6 @@ def _kind(architectures: list[str]) -> Kind:
     return "causal-lm" if any(name in heads for name in architectures) else "encoder"
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """A folder's last part; a hub name as it is."""
     return Path(name).expanduser().resolve().name if Path(name).expanduser().exists() else name
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().split("\n")[0] or type(error).__name__)[:300].rstrip(".")

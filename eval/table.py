@@ -44,7 +44,7 @@ _COLUMNS = (
 
 def table(reports: Sequence[Report], width: int) -> Group:
     """One row per report. A column that no report fills is left out; what does not fit continues in a table below."""
-    return tables(_title(reports[-1]), reports, _COLUMNS, width)
+    return tables(_title(reports), reports, _COLUMNS, width)
 
 
 def continuations(reports: Sequence[Report]) -> list[Panel]:
@@ -70,15 +70,20 @@ def console_for(stderr: bool = False) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=180)
 
 
-def _title(report: Report) -> str:
-    settings, machine, scored = report.settings, report.settings.machine, report.perplexity
-    strides = "" if settings.stride is None else f", stride {settings.stride}"
-    counts = "" if scored is None else f", {scored.windows} windows, {scored.tokens:,} tokens predicted"
+def _title(reports: Sequence[Report]) -> str:
+    settings, machine = reports[-1].settings, reports[-1].settings.machine
+    read = " / ".join(dict.fromkeys(map(_read, reports)))  # several where models take other lengths, tokens or dtypes
     return (
-        f"{settings.text} (sha256 {settings.text_sha256[:12]}), {settings.window_rule}, window {settings.window}"
-        f"{strides}{counts}, {settings.dtype} on {settings.device}, "
+        f"{settings.text} (sha256 {settings.text_sha256[:12]}), {settings.window_rule}, {read} on {settings.device}, "
         f"{machine.gpu if 'cuda' in settings.device else machine.cpu}, {machine.threads} threads"
     )
+
+
+def _read(report: Report) -> str:
+    settings, scored = report.settings, report.perplexity
+    strides = "" if settings.stride is None else f", stride {settings.stride}"
+    counts = "" if scored is None else f", {scored.windows} windows, {scored.tokens:,} tokens predicted"
+    return f"window {settings.window}{strides}{counts}, {settings.dtype}"
 
 
 def _label(report: Report, generation: Generation) -> str:

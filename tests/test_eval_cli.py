@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,34 @@ def test_errors_are_a_sentence_and_a_code(packed_llama: Path, llama: Path, words
         assert result.exit_code == code, (arguments, result.output)
         assert said in result.stderr
         assert "Traceback" not in result.output
+
+
+def test_models_read_in_other_windows_say_so(llama: Path, demo: Path, words: Path, tmp_path: Path) -> None:
+    """Perplexities over windows of 64 and of 512 tokens do not compare, and each is said to be its own."""
+    result = call(llama, demo, "--text", words, "--no-generate", "--quiet", "--json", tmp_path / "kept.json")
+    assert result.exit_code == 0, result.output
+    counts = [model["perplexity"]["tokens"] for model in json.loads((tmp_path / "kept.json").read_text())["models"]]
+    title = " ".join(result.stdout.split())
+    for window, tokens in zip((64, 512), counts, strict=True):
+        assert re.search(rf"window {window}, \d+ windows, {tokens:,} tokens predicted, float32 [/o]", title), title
+
+
+def test_a_tokenizer_of_another_model_is_a_sentence(llama: Path, demo: Path, words: Path, tmp_path: Path) -> None:
+    for name, model in (("causal", llama), ("encoder", tiny.model("bert", tmp_path / "bert"))):
+        shutil.copyfile(demo / "tokenizer.json", Path(shutil.copytree(model, tmp_path / name)) / "tokenizer.json")
+        result = call(tmp_path / name, "--against", model, "--text", words, "--window", 16, "--no-generate")
+        assert (result.exit_code, type(result.exception)) == (3, SystemExit), result.output
+        assert "the model knows 128; they do not belong together" in result.stderr
+
+
+def test_a_card_is_of_a_folder_packed_by_us(
+    llama: Path, packed_llama: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never of the hub's cache."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(packed_llama))
+    for models in ((llama,), (packed_llama, "somebody/model")):
+        result = call(*models, "--text", words, "--card")
+        assert (result.exit_code, "give its path, not a hub's name" in result.stderr) == (2, True), result.output
 
 
 def test_figures_are_kept_when_the_plot_fails(llama: Path, words: Path, tmp_path: Path) -> None:

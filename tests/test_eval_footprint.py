@@ -93,6 +93,13 @@ def test_shards_are_those_of_the_index(llama: Path, tmp_path: Path) -> None:
         weight_files(tmp_path)
 
 
+def test_an_index_beside_the_whole_file_is_not_read(llama: Path, tmp_path: Path) -> None:
+    """As by transformers, which loads model.safetensors then."""
+    folder = Path(shutil.copytree(llama, tmp_path / "llama"))
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert weight_files(folder) == [folder / "model.safetensors"]
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"\xff" * 8, b"\x05" + b"\0" * 7 + b"[1,2]", b"\x08" + b"\0" * 7 + b'{"a":[]}']
 )

@@ -217,6 +217,14 @@ def test_table_sheet_plot_and_json(folders: tuple[Path, Path], judge: Path, tmp_
     assert "diffusers" in stated["versions"]
 
 
+def test_a_hub_name_is_drawn(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(folders[0]))
+    figures = tmp_path / "figures.json"
+    result = call("me/dit", "--images", 1, "--steps", 1, "--json", figures)
+    assert result.exit_code == 0, result.output
+    assert json.loads(figures.read_text())["models"][0]["model"] == "me/dit"
+
+
 def test_what_goes_wrong_is_one_sentence(folders: tuple[Path, Path], tmp_path: Path) -> None:
     original, _ = folders
     kept, one = tmp_path / "kept.json", ("--images", 1, "--steps", 1)
@@ -227,6 +235,7 @@ def test_what_goes_wrong_is_one_sentence(folders: tuple[Path, Path], tmp_path: P
         ((original, "--sheet", tmp_path / "none" / "s.png"), 2, "its folder does not exist"),
         ((original, "--card"), 2, "keep these with --json"),
         ((original, "--guidance", 5000), 2, "guidance is 5000"),
+        ((original, "--seed", 2**64), 2, "9223372036854775808"),
         ((original, "--judge", tmp_path / "none.safetensors"), 2, "no such file"),
         ((original, "--against", tmp_path), 3, "no model_index.json"),
     ):

@@ -313,6 +313,7 @@ def test_quant_eval_puts_its_figures_into_the_card(
     written = (mine / "README.md").read_text()
     assert "| KL divergence to the original" in written
     assert "only the first 1 non-overlapping windows of" in written
+    assert f"model card: {mine}/README.md" in result.output.replace("\n", "")
     assert (llama / "README.md").exists() == before
 
 
