@@ -48,12 +48,16 @@ def main() -> None:
                     rows.append(compare(name, options, extra if recipe != "rtn" else [], Path(folder) / "out"))
                     print(record.table(rows[-1:], list(rows[-1])), flush=True)
     sizes = f"{args.blocks} blocks of hidden size {args.hidden}, intermediate {args.intermediate}"
+    sizes += f", {args.samples} calibration windows of 512 tokens"
     record.save(
         args.results,
         "dryrun",
         "The dry run against the run",
         [("Predicted and measured", rows, list(rows[0]))],
-        [f"synthetic: {sizes}, {args.samples} calibration windows of 512 tokens; demo: the recipes' own calibration."],
+        [
+            f"synthetic: {sizes}; demo: the recipes' own calibration.",
+            f"ok: memory within {MEMORY:.0%}, time within a factor of {TIME:g}.",
+        ],
     )
     if not all(row["bytes exact"] and row["memory ok"] and row["time ok"] for row in rows):
         sys.exit(1)

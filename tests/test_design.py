@@ -180,3 +180,11 @@ def test_the_page_on_two_bits_has_the_tables_of_its_results() -> None:
     says += "assert b.page(t, b.read(record.HERE / 'results')) == t, 'python benchmarks/two_bits.py --page'"
     done = subprocess.run([sys.executable, "-c", says], cwd=ROOT / "benchmarks", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_all_benchmarks_can_be_asked_what_they_are() -> None:
+    """And start none of them."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "make bench" in done.stdout
+    assert "--data" in done.stdout
