@@ -57,7 +57,8 @@ def main() -> None:
     parts = [("GPTQ", quantizing(commands, args.rounds), QUANTIZING), ("Tokens per second", running(args), RUNNING)]
     notes = [
         f"GPTQ: {Path(model).name}, {args.bits} bits, group {args.group}; median of {args.rounds} rounds.",
-        "Tokens per second: demo model, packed, batch 1, medians; 'of float' is the ratio within a round.",
+        "Tokens per second: demo model, packed, batch 1, medians.",
+        "'of bitwright', 'of float': the median of the ratios within a round, not the ratio of the medians.",
     ]
     if not args.peer:
         notes.append("No other library was installed for this run; it had no --peer.")
