@@ -17,7 +17,7 @@ from quant.calibration.ranges import KEPT, RANGES, RangeCollector, timestep
 from quant.calibration.statistics import Statistics
 from quant.checkpoint.manifest import verify
 from quant.errors import SettingsError, SolverError
-from quant.kernels import dispatch
+from quant.kernels import dispatch, integer
 from quant.kernels.spec import LowRank, Rotated, Smoothed, Spec, Uniform, rounds_inputs
 from quant.linear import PackedLinear
 from quant.models.arguments import build, find_form
@@ -77,6 +77,18 @@ def test_the_solvers_error_is_what_the_product_loses(spec: Spec, layer: tuple[Te
     assert found.noise > 0
 
 
+def test_codes_are_found_for_the_inputs_as_they_are_rounded(layer: tuple[Tensor, Tensor]) -> None:
+    """Their Hessian is that of the tokens and what rounding adds to each channel."""
+    weight, tokens = layer
+    noise = (integer.rounded(tokens) - tokens).square().mean(0)
+    known = Statistics(seen(tokens).hessian + torch.diag(noise), len(tokens))
+    for solver in (Feedback(), Nearest()):
+        told = solver.solve(weight, seen(tokens), FOUR).packed
+        plain, expected = (solver.solve(weight, s, replace(FOUR, activations=16)).packed for s in (seen(tokens), known))
+        assert torch.equal(told.tensors()["weight"], expected.tensors()["weight"])
+        assert not torch.equal(told.tensors()["weight"], plain.tensors()["weight"])
+
+
 def test_outliers_want_another_basis(layer: tuple[Tensor, Tensor]) -> None:
     """At 8 bits of weights what is lost is lost by rounding the inputs."""
     weight, statistics = layer[0], seen(layer[1])
@@ -106,6 +118,18 @@ def test_smoothing_is_searched_with_the_branch_active(layer: tuple[Tensor, Tenso
         )
     with pytest.raises(SolverError, match="none were seen"):
         Feedback().solve(weight, replace(statistics, peaks=None), Smoothed(base))
+
+
+def test_smoothing_looks_at_every_range_of_timesteps(layer: tuple[Tensor, Tensor]) -> None:
+    weight, tokens = layer
+    peaks = tokens.abs().amax(0)
+    ranges = torch.stack([peaks, peaks.flip(0)])
+    known = (ranges, ranges.mean(0, keepdim=True), ranges[:1])
+    spec = Smoothed(FOUR)
+    found = [Nearest().solve(weight, replace(seen(tokens), peaks=one), spec).packed.tensors() for one in known]
+    assert torch.equal(found[0]["smooth"], found[1]["smooth"])
+    assert not torch.equal(found[0]["smooth"], found[2]["smooth"])
+
 
 
 @pytest.mark.parametrize("spec", [FOUR, Rotated(FOUR, measured=False), LowRank(FOUR, rank=3)])

@@ -28,6 +28,7 @@ from quant.plan import with_anchor
 from quant.prepare import settled
 from quant.progress import Progress
 from quant.recipe import Calibration, Recipe, Trajectory, with_spec
+from quant.solvers.anchor import without
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
 from quant.solvers.solution import Solver
@@ -78,6 +79,21 @@ def test_it_is_one_more_component() -> None:
     weight, _, _, statistics = layer()
     with pytest.raises(SolverError, match="base spec with --plan"):
         Feedback().solve(weight, Statistics(statistics.hessian, 600), with_anchor(GRID))
+
+
+def test_what_is_left_are_the_statistics_of_the_inputs_without_the_token() -> None:
+    """Of `P x`; and of `x_float` without what goes through the float weight, whatever the two have in common."""
+    generator = torch.Generator().manual_seed(1)
+    c, mix = torch.randn(12, generator=generator), torch.randn(12, 12, generator=generator)
+    x = torch.randn(200, 12, generator=generator) @ mix
+    x_float = x @ torch.randn(12, 12, generator=generator)
+    found = without(Statistics(x.T @ x / 200, 200, x_float.T @ x / 200, anchor=c))
+    along = torch.outer(c, c) / c.square().sum()
+    left = x - x @ along
+    assert found.cross is not None
+    assert found.anchor is None
+    torch.testing.assert_close(found.hessian, left.T @ left / 200, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.cross, (x_float - x @ along).T @ left / 200, rtol=1e-4, atol=1e-3)
 
 
 def texts(path: Path, constant: bool = True) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@ trained weight."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from quant.calibration.statistics import Statistics
 from quant.kernels.binary import Binary, PackedBinary
 from quant.kernels.layouts import LAYOUTS, LayoutError
 from quant.kernels.packed import concatenate
-from quant.kernels.scales import NO_SCALE
+from quant.kernels.packing import unpack
+from quant.kernels.scales import NO_SCALE, scale_values
 from quant.kernels.spec import SpecError, Uniform, spec_from_dict
 from quant.recipe import load_recipe, override, recipe_from_dict
+from quant.solvers.binary import STEP, BinaryRounder
 from quant.solvers.feedback import Feedback
 from quant.solvers.grid import SEARCH
 from quant.solvers.rounder import rounder_for
@@ -143,18 +146,51 @@ def test_less_error_than_one_bit_and_less_bits_than_two(trained: tuple[Tensor, S
     assert found.error < plain
 
 
-def test_refit_never_hurts(trained: tuple[Tensor, Statistics]) -> None:
+def test_codes_go_where_inputs_are_largest(trained: tuple[Tensor, Statistics]) -> None:
+    weight, statistics = trained
+    packed = Feedback().solve(weight, statistics, Binary(share=0.1, rows=64)).packed
+    assert isinstance(packed, PackedBinary)
+    mask = unpack(packed.salient, 1, weight.shape[1]).bool()
+    largest = statistics.diagonal.topk(packed.spec.salient(weight.shape[1]))[1].sort()[0]
+    for group in mask:
+        assert torch.equal(group.nonzero()[:, 0], largest)
+
+
+def test_scales_are_fitted_to_what_counts(trained: tuple[Tensor, Statistics]) -> None:
+    """An input that is always zero has no say in a row's scales, and none without codes in the scale of codes."""
+    weight, importance = trained[0][:48, :64].clone(), trained[1].diagonal[:64].clone()
+    importance[40:] = 0
+    made: list[BinaryRounder] = []
+    for silent in (1.0, 100.0):
+        weight[:, 40:] *= silent
+        made.append(BinaryRounder(Binary(share=0.2), (48, 64), weight.device))
+        made[-1].fit(0, weight, importance)
+    assert torch.equal(made[0].row_codes, made[1].row_codes)
+    assert torch.equal(made[0].peaks[:, :2], made[1].peaks[:, :2])
+
+    weight[:24, made[0].salient] *= 3  # and what becomes of the columns' scales
+    made[0].fit(0, weight, importance)
+    rows = scale_values(made[0].row_codes, made[0].peaks[:1, :2])
+    wide = scale_values(made[0].column_codes, made[0].peaks[:, 2:])
+    coded = importance * made[0].salient
+    spread = ((weight / wide).square() @ coded / coded.sum()).sqrt()
+    torch.testing.assert_close(rows[:, 1], STEP * spread, rtol=0.05, atol=0)  # codes of scales: 2.2 % each
+
+
+@pytest.mark.parametrize("rows", [20, 4])
+def test_refit_never_hurts(trained: tuple[Tensor, Statistics], rows: int) -> None:
+    """With few rows to a group columns that are solved together would make it worse, rounded as they are stored."""
     weight, hessian = trained[0][:48, :64], trained[1].hessian[:64, :64] + 0.01 * torch.eye(64)
-    rounder = rounder_for(Binary(share=0.2, rows=20), (48, 64), weight.device, SEARCH)
+    rounder = rounder_for(Binary(share=0.2, rows=rows), (48, 64), weight.device, SEARCH)
     rounder.fit(0, weight, hessian.diagonal())
     found = torch.cat([rounder.round(torch.tensor([i]), weight[:, i : i + 1]) for i in range(64)], 1)
     lost = lambda found: float((((weight - found) @ hessian) * (weight - found)).sum())  # noqa: E731
-    before, after = lost(found), lost(rounder.refit(weight, hessian))
-    assert after < 0.99 * before
-    assert lost(rounder.refit(weight, hessian)) <= after * (1 + 1e-6)
+    errors = [lost(found), *(lost(rounder.refit(weight, hessian)) for _ in range(4))]
+    assert errors[1] < 0.99 * errors[0]
+    assert all(after <= before * (1 + 1e-6) for before, after in pairwise(errors))
     packed = rounder.pack()
     packed.validate()
-    assert lost(packed.dequantize()) <= after * (1 + 1e-6)
+    assert lost(packed.dequantize()) <= errors[-1] * (1 + 1e-6)
 
 
 def test_dead_rows_stay_zero(trained: tuple[Tensor, Statistics]) -> None:

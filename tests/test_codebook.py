@@ -22,6 +22,7 @@ from quant.kernels.scales import NO_SCALE
 from quant.kernels.spec import DTYPES, Rotated, SpecError, Uniform, spec_from_dict
 from quant.recipe import load_recipe, override, recipe_from_dict
 from quant.solvers import kmeans
+from quant.solvers.codebook import CodebookRounder
 from quant.solvers.feedback import Feedback
 from quant.solvers.grid import SEARCH
 from quant.solvers.rounder import rounder_for
@@ -200,7 +201,7 @@ def test_the_nearest_are_the_nearest() -> None:
     assert kmeans.nearest(torch.zeros((1, 3)), torch.ones((1, 3)), torch.ones((5, 3))).item() == 0
 
 
-def test_k_means_does_not_depend_on_threads() -> None:
+def test_k_means_does_not_depend_on_threads_and_uses_every_entry() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn((12_000, 3), generator=generator), torch.rand((12_000, 3), generator=generator)
     one = kmeans.kmeans(x, weight, 64)
@@ -209,6 +210,13 @@ def test_k_means_does_not_depend_on_threads() -> None:
         assert torch.equal(kmeans.kmeans(x, weight, 64), one)
     finally:
         torch.set_num_threads(1)
+    crowd = torch.cat([torch.zeros(1000, 3), x[:15]])  # nearly all that k-means starts from is one point
+    found = kmeans.kmeans(crowd, torch.ones_like(crowd), 16)
+    torch.testing.assert_close(found[kmeans.nearest(crowd, torch.ones_like(crowd), found)], crowd)
+    index = kmeans.nearest(x[:400], weight[:400], settled := kmeans.kmeans(x[:400], weight[:400], 8))
+    mine = index == 3
+    mean = (weight[:400] * x[:400])[mine].sum(0) / weight[:400][mine].sum(0)
+    torch.testing.assert_close(settled[3], mean, rtol=0.02, atol=0.02)
     few = kmeans.kmeans(x[:5], weight[:5], 16)  # more entries than vectors: every vector has its own
     torch.testing.assert_close(few[kmeans.nearest(x[:5], weight[:5], few)], x[:5])
 
@@ -242,6 +250,45 @@ def test_sweeps_and_finer_columns_help(trained: tuple[Tensor, Statistics]) -> No
     all_columns = Codebook(length=2, index_bits=4, second_bits=3, rows=96)
     errors = [Feedback().solve(weight, statistics, s).error for s in (few, all_columns)]
     assert errors[1] < errors[0] < swept
+
+
+def test_rows_with_large_scales_count_more(trained: tuple[Tensor, Statistics]) -> None:
+    """Vectors lie across rows: what they lose is little where rows are unlike, if it is counted in the weight."""
+    weight, statistics = trained
+    spread = torch.exp(torch.randn(len(weight), 1, generator=torch.Generator().manual_seed(1)))
+    even, apart = (Feedback().solve(w, statistics, Codebook(length=2, index_bits=4)) for w in (weight, weight * spread))
+    assert apart.error < 0.7 * even.error
+
+
+def test_inputs_that_are_always_zero_choose_no_vectors(trained: tuple[Tensor, Statistics]) -> None:
+    weight, importance = trained[0][:, :64].clone(), trained[1].diagonal[:64].clone()
+    importance[40:] = 0
+    made: list[CodebookRounder] = []
+    for silent in (1.0, 100.0):
+        weight[:, 40:] *= silent
+        made.append(CodebookRounder(Codebook(length=2, index_bits=6), (160, 64), weight.device))
+        made[-1].fit(0, weight, importance)
+    assert torch.equal(made[0].scales, made[1].scales)
+    heard = [torch.cat([one.round(torch.tensor([i]), weight[:, i : i + 1]) for i in range(40)], 1) for one in made]
+    errors = [float((weight[:, :40] - found).square().sum()) for found in heard]
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_a_column_is_never_rounded_to_a_worse_pair() -> None:
+    """The best pair may begin with a vector that is far away, and so with none of those that are looked at."""
+    generator = torch.Generator().manual_seed(0)
+    rounder = CodebookRounder(Codebook(length=2, index_bits=5, second_bits=5), (64, 3), torch.device("cpu"))
+    weight = torch.randn(64, 3, generator=generator)
+    rounder.fit(0, weight, torch.ones(3))
+    rounder.tables = [torch.randn(table.shape, generator=generator) for table in rounder.tables]
+    pairs = (rounder.tables[0][0][:, None] + rounder.tables[1][0]).flatten(0, 1)
+    x = rounder.vectors(weight[:, :1] * rounder.inverse[:, None])[:, 0]
+    best = kmeans.nearest(x, rounder.vectors(rounder.energy[:, None])[:, 0], pairs)
+    missed = lambda: (weight[:, :1] - rounder.round(torch.tensor([0]), weight[:, :1])).square().sum()  # noqa: E731
+    looked = missed()
+    rounder.index[:, :, 0] = torch.stack([best // 32, best % 32])
+    assert missed() < 0.999 * looked
+    assert torch.equal(rounder.index[:, :, 0], torch.stack([best // 32, best % 32]))
 
 
 def test_refit_never_hurts_and_finds_the_best_codebooks(trained: tuple[Tensor, Statistics]) -> None:

@@ -345,6 +345,18 @@ def test_codes_without_a_usable_hessian_are_still_near(spec: Spec, usable: str) 
     assert relative_error(weight, solved.packed.dequantize(), torch.eye(64)) < 0.4
 
 
+def test_without_feedback_rows_count_as_told() -> None:
+    """Of two bases the better one is chosen by what was missed, also where there is no factor."""
+    weight, rows = some_weight(64, 64), torch.linspace(1e-3, 1, 64)[:, None]
+    away = Statistics(torch.eye(64) - 30 / 64, 9)  # of one direction -29
+    solved = Feedback().solve(weight, away, Trellis(window=8), rows)
+    assert solved.notes[0].endswith("rounded to nearest")
+    lost = weight - solved.packed.dequantize()
+    share = ((lost @ away.hessian) * lost * rows).sum() / ((weight @ away.hessian) * weight * rows).sum()
+    assert solved.missed == pytest.approx(float(share), rel=1e-4)
+    assert solved.missed != pytest.approx(solved.error, rel=1e-2)
+
+
 @pytest.mark.parametrize("size", [1e-6, 1e-8])
 def test_weights_however_small_are_not_lost(size: float) -> None:
     """What a trellis code of bytes stores of them is beyond float16's normal numbers."""
@@ -416,3 +428,14 @@ def test_on_real_activations_each_step_pays(real: list[tuple[Tensor, Statistics]
         spec = Uniform(bits=bits, group_size=group)
         nearest, plain, full = (solver.solve(weight, stats, spec).error for solver in (Nearest(), PLAIN, Feedback()))
         assert full < plain < nearest
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_on_real_activations_refitted_scales_pay(
+    real: list[tuple[Tensor, Statistics]], bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = Uniform(bits=bits, group_size=64)
+    full = [Feedback().solve(weight, stats, spec).error for weight, stats in real]
+    monkeypatch.setattr(UniformRounder, "refit", lambda self, *_: self._values())
+    for (weight, stats), error in zip(real, full, strict=True):
+        assert error < 0.997 * Feedback().solve(weight, stats, spec).error

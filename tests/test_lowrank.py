@@ -4,6 +4,7 @@ them, and their adapters."""
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,9 @@ from quant.linear import PackedLinear
 from quant.prepare import Settings
 from quant.recipe import Recipe, with_spec
 from quant.solvers.feedback import Feedback
-from quant.solvers.lowrank import factors
+from quant.solvers.lowrank import factors, solve_low_rank
 from quant.solvers.nearest import Nearest
+from quant.solvers.solution import Solution
 from tests import tiny
 
 BASES = (Uniform(bits=2, group_size=32), Rotated(Uniform(bits=3), outputs=True), Rotated(Trellis(window=8)))
@@ -112,6 +114,31 @@ def test_solving_again_never_hurts_and_weighting_helps(trained: tuple[Tensor, St
     once = error(rounds=0)
     assert error(rounds=2) <= error(rounds=1) <= once
     assert once < error(weighted=False, rounds=0) < Feedback().solve(weight, statistics, base).error
+
+
+@dataclass
+class Tired:
+    """A solver that has nothing more to say the second time."""
+
+    asked: int = 0
+
+    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, metric: Tensor | None = None) -> Solution:
+        self.asked += 1
+        return Nearest().solve(weight if self.asked == 1 else 0 * weight, statistics, spec)
+
+
+def test_the_best_of_the_rounds_is_kept(trained: tuple[Tensor, Statistics]) -> None:
+    weight, statistics = trained
+    spec = LowRank(Uniform(bits=3, group_size=32), rank=4, rounds=2)
+    found, tired = solve_low_rank(Nearest(), weight, statistics, replace(spec, rounds=0)), Tired()
+    assert solve_low_rank(tired, weight, statistics, spec).error == found.error
+    assert tired.asked == 3
+
+
+def test_both_factors_of_a_component_are_as_large(trained: tuple[Tensor, Statistics]) -> None:
+    """So that neither leaves its dtype's range first."""
+    lora_a, lora_b = factors(1e3 * trained[0], trained[1], LowRank(rank=6))
+    torch.testing.assert_close(lora_a.float().norm(dim=1), lora_b.float().norm(dim=0), rtol=1e-2, atol=0)
 
 
 def test_both_parts_aim_at_the_float_path(trained: tuple[Tensor, Statistics]) -> None:
