@@ -28,6 +28,7 @@ from quant.recipe import Calibration, Trajectory, load_recipe, override, with_sp
 from quant.rounding import seen_inputs
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
+from quant.solvers.smoothing import smoothed
 from tests import tiny, tiny_dit
 from tests.conftest import ROOT
 
@@ -129,6 +130,16 @@ def test_smoothing_looks_at_every_range_of_timesteps(layer: tuple[Tensor, Tensor
     found = [Nearest().solve(weight, replace(seen(tokens), peaks=one), spec).packed.tensors() for one in known]
     assert torch.equal(found[0]["smooth"], found[1]["smooth"])
     assert not torch.equal(found[0]["smooth"], found[2]["smooth"])
+
+
+def test_smoothed_statistics_are_those_of_the_inputs_times_the_factors(layer: tuple[Tensor, Tensor]) -> None:
+    tokens, m = layer[1], torch.rand(layer[1].shape[1], generator=torch.Generator().manual_seed(0)) + 0.5
+    reference = tokens.flip(1)
+    of = lambda x, y: Statistics(x.T @ x / 600, 600, y.T @ x / 600, sample=x, anchor=x[0])  # noqa: E731
+    found, expected = smoothed(of(tokens, reference), m), of(tokens * m, reference * m)
+    for name in ("hessian", "cross", "sample", "anchor"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-3)
+
 
 
 

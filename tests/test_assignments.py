@@ -20,6 +20,7 @@ from quant.models.walk import Site
 from quant.recipe import override, recipe_from_dict, with_spec
 from quant.recovery.assignments import Assignments, Candidates
 from quant.recovery.tuning import Task
+from quant.solvers.codebook import CodebookRounder
 from quant.solvers.feedback import Feedback
 from tests import tiny
 from tests.conftest import ROOT
@@ -83,6 +84,33 @@ def test_frozen_candidates_are_what_is_stored(spec: Codebook) -> None:
     stored = one.pack()
     assert not torch.equal(stored.tensors()["weight"], packed.tensors()["weight"])
     torch.testing.assert_close(one.weight().detach(), stored.dequantize(), rtol=0, atol=0)
+
+
+def test_what_does_not_help_is_not_kept() -> None:
+    work = task(SPECS[0])
+    found = Assignments(steps=3, codebooks=100.0).recover(work)
+    assert found.packed is work.packed
+    assert found.after == found.before
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_candidates_are_the_nearest_to_what_a_second_vector_leaves(spec: Codebook) -> None:
+    weight, packed, _ = solved(spec)
+    assert isinstance(packed, PackedCodebook)
+    one, rounder = Candidates(packed, weight, 3), CodebookRounder.of(packed)
+    x, counts = rounder.vectors(weight * rounder.inverse[:, None]), rounder.vectors(rounder.energy[:, None])
+    for column in range(weight.shape[1]):
+        for group, (first, last) in enumerate(rounder.ranges):
+            left = x[first:last, column]
+            if rounder.fine[column] and len(rounder.tables) > 1:
+                left = left - rounder.tables[1][group][rounder.index[1, first:last, column]]
+            lost = (left[:, None] - rounder.tables[0][group]).square() * counts[first:last]
+            chosen, lost = one.choices[first:last, column], lost.sum(2)
+            assert torch.equal(chosen[:, 0], rounder.index[0, first:last, column])
+            lost.scatter_(1, chosen[:, :1], torch.inf)
+            limit = lost.sort(dim=1)[0][:, 1:2]
+            assert bool((lost.gather(1, chosen[:, 1:]) <= limit * (1 + 1e-4) + 1e-6).all())
+
 
 
 def test_settings_and_other_layouts() -> None:

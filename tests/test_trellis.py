@@ -32,7 +32,7 @@ from quant.recipe import load_recipe, override
 from quant.solvers.basis import rotation
 from quant.solvers.feedback import Feedback
 from quant.solvers.solution import relative_error
-from quant.solvers.trellis import start_table
+from quant.solvers.trellis import TrellisRounder, start_table
 from tests import tiny
 
 SMALL = ("spec.base.window=8", "calibration.samples=4", "calibration.sequence_length=32")
@@ -372,6 +372,40 @@ def test_fewer_bits_less_error_than_a_uniform_grid(trained: tuple[Tensor, Statis
     assert trellis.error <= swept < plain  # the rotation is kept where it helps; descent never hurts
     wide = Feedback(sweeps=0).solve(weight, statistics, Trellis(bits=2, window=12)).error
     assert wide < plain
+
+
+def test_rows_with_large_scales_count_more(trained: tuple[Tensor, Statistics]) -> None:
+    """A sequence lies across rows: what it loses is little where rows are unlike, if it is counted in the weight."""
+    weight, statistics = trained
+    spread = torch.exp(torch.randn(len(weight), 1, generator=torch.Generator().manual_seed(1)))
+    even, apart = (Feedback().solve(w, statistics, Trellis(bits=2, window=8)) for w in (weight, weight * spread))
+    assert apart.error < 0.6 * even.error
+
+
+def test_inputs_that_are_always_zero_choose_no_scales(trained: tuple[Tensor, Statistics]) -> None:
+    weight, importance = trained[0][:, :64].clone(), trained[1].diagonal[:64].clone()
+    importance[40:] = 0
+    scales: list[Tensor] = []
+    for silent in (1.0, 100.0):
+        weight[:, 40:] *= silent
+        rounder = TrellisRounder(Trellis(bits=2, window=8), (160, 64), weight.device)
+        rounder.fit(0, weight, importance)
+        scales.append(rounder.scales)
+    assert torch.equal(scales[0], scales[1])
+
+
+def test_sweeps_keep_the_seam_at_two_places_in_turn(trained: tuple[Tensor, Statistics]) -> None:
+    """A path is the best of those with its seam, so a second search at the same place would find nothing new."""
+    weight, found = trained[0][:, :24], list[float]()
+    rounder = TrellisRounder(Trellis(bits=2, window=8, length=32), (160, 24), weight.device)
+    rounder.fit(0, weight, torch.ones(24))
+    for sweep in range(4):
+        rounder.sweep = sweep
+        rows = [rounder.round(torch.tensor([i]), weight[:, i : i + 1]) for i in range(24)]
+        found.append(float((weight - torch.cat(rows, 1)).square().sum()))
+    assert found[1] < found[0]
+    assert found[3] <= found[2] <= found[1]
+
 
 
 def test_dead_rows_and_columns_stay_zero(trained: tuple[Tensor, Statistics]) -> None:
