@@ -141,8 +141,6 @@ def test_smoothed_statistics_are_those_of_the_inputs_times_the_factors(layer: tu
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-3)
 
 
-
-
 @pytest.mark.parametrize("spec", [FOUR, Rotated(FOUR, measured=False), LowRank(FOUR, rank=3)])
 @pytest.mark.parametrize("smooth", [False, True])
 def test_a_model_under_calibration_sees_what_the_loaded_one_will(

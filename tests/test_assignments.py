@@ -112,7 +112,6 @@ def test_candidates_are_the_nearest_to_what_a_second_vector_leaves(spec: Codeboo
             assert bool((lost.gather(1, chosen[:, 1:]) <= limit * (1 + 1e-4) + 1e-6).all())
 
 
-
 def test_settings_and_other_layouts() -> None:
     with pytest.raises(SettingsError, match="candidates at least 2"):
         Assignments(candidates=1)

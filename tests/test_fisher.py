@@ -237,6 +237,8 @@ def test_enough_tokens() -> None:
     assert len(fisher.enough([batch] * 32, [site(4096)])) == 16
     assert len(fisher.enough([batch] * 32, [site(14336)])) == 32
     assert len(fisher.enough([batch] * 2, [site(64)])) == 2
+    numbered = [batch | {"number": number} for number in range(32)]
+    assert [each["number"] for each in fisher.enough(numbered, [site(64)])] == list(range(0, 32, 4))  # of all the text
 
 
 TRELLIS = ["spec.base.window=8", "spec.base.length=32", "calibration.samples=4", "calibration.sequence_length=32"]
@@ -357,3 +359,15 @@ def test_labels_are_drawn_as_the_model_says() -> None:
     assert not drawn.bincount(minlength=6)[chances == 0].any()
     again = fisher._drawn(chances.log().expand(40_000, -1), torch.Generator().manual_seed(0))
     assert torch.equal(again, drawn)
+
+
+def test_without_a_vocabulary_it_is_the_squared_error() -> None:
+    """Of a direction drawn for each token half the squared slope, which `information` takes, has it for a mean."""
+    generator, error = torch.Generator().manual_seed(0), torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    slopes: list[float] = []
+    for _ in range(4000):
+        said = torch.zeros(1, 3, 5, requires_grad=True)
+        fisher._surprise(torch.nn.Linear(5, 5), said, generator).backward()
+        assert said.grad is not None
+        slopes.append(float((said.grad[0] * error).sum()))
+    assert torch.tensor(slopes).square().mean() / 2 == pytest.approx(float(error.square().sum()), rel=0.1)

@@ -202,6 +202,7 @@ def test_the_compiled_search_is_the_torch_one(
     generator = torch.Generator().manual_seed(seed)
     bits, window, length = bits * vector, max(window, bits * vector), steps * vector
     x, weight = torch.randn((3, length), generator=generator), torch.rand((3, length), generator=generator)
+    weight[:, -2 * vector :] = 0  # as of padding: there all ways cost the same, and the first is taken
     table = torch.randn((vector, 1 << window), generator=generator)
     seam = torch.randint(0, 1 << (window - bits) if window > bits else 1, (3,), generator=generator, dtype=torch.int32)
     seam = seam if held else torch.full_like(seam, viterbi.FREE)
@@ -225,6 +226,19 @@ def test_no_path_with_the_same_seam_is_better() -> None:
     better = viterbi.improve(x, weight, table[None], bits, found, 3)
     loss = lambda path: (weight * (x - table[path.long()]).square()).sum(1)  # noqa: E731
     assert bool((loss(better) <= loss(found) + 1e-6).all())
+
+
+@pytest.mark.parametrize("vector", [1, 2])
+def test_the_seam_is_that_of_a_free_search_from_the_middle(vector: int) -> None:
+    """Begun there with its weights: then the ends, where the seam lies, are far from where the search begins."""
+    generator, steps, bits = torch.Generator().manual_seed(0), 15, 2
+    x, weight = (draw((6, steps * vector), generator=generator) for draw in (torch.randn, torch.rand))
+    table = torch.randn((vector, 64), generator=generator)
+    half = steps // 2 * vector
+    turned = [torch.cat([each[:, half:], each[:, :half]], 1) for each in (x, weight)]
+    free = viterbi.reference(*turned, table, bits, torch.full((6,), viterbi.FREE))
+    seam = free[:, steps - steps // 2] & 15
+    assert torch.equal(viterbi.search(x, weight, table, bits), viterbi.reference(x, weight, table, bits, seam))
 
 
 @pytest.mark.parametrize(
@@ -405,7 +419,6 @@ def test_sweeps_keep_the_seam_at_two_places_in_turn(trained: tuple[Tensor, Stati
         found.append(float((weight - torch.cat(rows, 1)).square().sum()))
     assert found[1] < found[0]
     assert found[3] <= found[2] <= found[1]
-
 
 
 def test_dead_rows_and_columns_stay_zero(trained: tuple[Tensor, Statistics]) -> None:
