@@ -133,6 +133,15 @@ def test_altered_contents_are_refused(name: str, value: float, said: str) -> Non
         PackedBinary.from_tensors(packed.spec, packed.shape, tensors)
 
 
+@pytest.mark.parametrize(("byte", "beyond"), [(1, 0xF0), (2, 0xC0)])
+def test_padding_of_codes_and_of_signs_is_looked_at(byte: int, beyond: int) -> None:
+    packed = random_packed(Binary(share=1 / 3), (10, 9))  # three codes, six signs
+    packed.validate()
+    packed.weight.view(10, 3)[4, byte] |= beyond
+    with pytest.raises(LayoutError, match="padding"):
+        packed.validate()
+
+
 def test_less_error_than_one_bit_and_less_bits_than_two(trained: tuple[Tensor, Statistics]) -> None:
     weight, statistics = trained
     one, two = (Feedback().solve(weight, statistics, Uniform(bits=bits, group_size=64)) for bits in (1, 2))

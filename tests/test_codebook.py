@@ -169,6 +169,16 @@ def test_longer_vectors_where_the_matrix_can_pay_for_them() -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "bits", "chosen"),
+    [(64, 2.0, (2, 3, 2, 16)), (512, 2.0, (4, 7, 3, 128)), (1024, 2.5, (4, 9, 3, 256)), (2048, 3.0, (4, 11, 3, 512))],
+)
+def test_what_is_left_goes_into_finer_columns(size: int, bits: float, chosen: tuple[int, int, int, int]) -> None:
+    """Length, index, second index and its columns; a recipe that leaves them open means these."""
+    found = codebook_for(Codebook(bits=bits), (size, size))
+    assert (found.length, found.index_bits, found.second_bits, found.finer(size)) == chosen
+
+
+@pytest.mark.parametrize(
     ("name", "value", "said"),
     [
         ("codebook", torch.nan, "finite"),

@@ -22,6 +22,7 @@ from quant.eval.subject import open_subject
 from quant.kernels import paths, viterbi
 from quant.kernels.codebook import PackedCodebook
 from quant.kernels.layouts import PackedTrellis
+from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.packed import Packed
 from quant.kernels.rotated import PackedRotated
 from quant.kernels.spec import Codebook, LowRank, Rotated, Smoothed, Spec, Trellis, Uniform
@@ -29,11 +30,12 @@ from quant.models.walk import Site
 from quant.prepare import prepare
 from quant.progress import Progress
 from quant.recipe import override, recipe_from_dict
+from quant.recovery import tuning
 from quant.recovery.distillation import Distillation
 from quant.recovery.placed import placed
 from quant.recovery.tunable import KINDS, tunable
-from quant.recovery.tunable_trellis import TunableTrellis
-from quant.recovery.tuning import BlockTuning, Task, saliencies
+from quant.recovery.tunable_trellis import LEAN_TRELLIS, TunableTrellis
+from quant.recovery.tuning import BlockTuning, Task, in_turn, saliencies
 from quant.solvers.basis import rotation
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
@@ -286,6 +288,96 @@ def test_what_is_trained_is_what_is_stored(spec: Spec, codes: bool) -> None:
         rtol=0,
         atol=1e-6 if isinstance(spec, Rotated | Smoothed | Codebook) else 0,
     )
+
+
+def test_what_lies_around_codes_hands_on_what_is_left() -> None:
+    """Places of codes lie towards the float weight as the base sees it, not towards the weight itself."""
+    base = Uniform(bits=2, group_size=32)
+    for spec in (LowRank(base, rank=4), Rotated(base, block=32, measured=False), Smoothed(base)):
+        weight, packed = solved(spec)
+        inside: Any = packed
+        if isinstance(packed, PackedLowRank):
+            left = weight - packed.lora_b.float() @ packed.lora_a.float()
+        elif isinstance(packed, PackedRotated):
+            left = packed.outputs().apply(packed.inputs().apply(weight).T).T
+        else:
+            factors = torch.rand(96, generator=torch.Generator().manual_seed(2)) + 0.5
+            inside = packed = replace(inside, smooth=factors.half())
+            left = weight / inside.smooth.float()
+        place, expected, alone = (
+            tunable(p, w, True).codes()[0].detach()
+            for p, w in ((packed, weight), (inside.base, left), (inside.base, weight))
+        )
+        torch.testing.assert_close(place, expected, rtol=1e-4, atol=1e-4)
+        assert float((place - alone).abs().max()) > 0.1
+        codes = inside.base.codes()
+        assert float((place - codes).abs().max()) <= 0.49 + 1e-6
+        near = inside.base.scales.float().repeat_interleave(32, 1)
+        lies = left / near + inside.base.zero_points().repeat_interleave(32, 1)
+        there = (lies - codes).abs() < 0.49
+        torch.testing.assert_close(place[there], lies[there], rtol=1e-3, atol=1e-3)
+
+
+def test_columns_that_gain_most_are_taken_first() -> None:
+    """Of those whose turn it is; and a path that keeps its seam at one place is looked for at another in turn."""
+    weight, packed = solved(Trellis(window=8), columns=96)
+    one = tunable(packed, weight, True)
+    assert isinstance(one, TunableTrellis)
+    (place,) = one.codes()
+    scale = torch.where(one.start > 0, one.start, torch.inf)[:, None]
+    toward = torch.lerp(one.levels.float(), weight / scale, LEAN_TRELLIS)
+    torch.testing.assert_close(place.detach() * one.unit, toward)
+    with torch.no_grad():
+        place += 0.7 * torch.randn(place.shape, generator=torch.Generator().manual_seed(1))
+    lost = lambda: ((one.levels.float() - place.detach() * one.unit) * one.start[:, None]).square().sum(0)  # noqa: E731
+    before, old = lost(), [states.clone() for states in one.states]
+    one.settle(0)
+    gains = before - lost()
+    taken = (gains != 0).nonzero()[:, 0]
+    assert 0 < len(taken) < 6
+    assert bool((taken % 4 == 0).all())
+    for states, was in zip(one.states, old, strict=True):
+        states.copy_(was)
+    with pytest.MonkeyPatch.context() as patch:  # what all of them would have gained
+        patch.setattr("quant.recovery.tunable_trellis.MOST", 1.0)
+        one.settle(0)
+        every = before - lost()
+        assert float(gains[taken].min()) >= float(every.sort(descending=True)[0][len(taken) - 1]) * (1 - 1e-5)
+        again = lost()
+        one.settle(0)
+        assert torch.equal(lost(), again)  # the best of this seam were found
+        one.settle(4)
+        assert float(lost().sum()) < float(again.sum())
+
+
+def test_batches_come_in_turn_and_each_round_anew() -> None:
+    order = in_turn(5, 13, 0)
+    assert len(order) == 13
+    assert all(sorted(order[start : start + 5]) == list(range(5)) for start in (0, 5))
+    assert len({tuple(order[:5]), tuple(order[5:10]), tuple(range(5))}) == 3
+    assert in_turn(5, 13, 0) == order != in_turn(5, 13, 1)
+
+
+@pytest.mark.parametrize("which", ["recovery", "block"])
+def test_seeds_choose_the_batches(which: str) -> None:
+    work, short = task(), BlockTuning(steps=30)
+    one = short.recover(work).packed["a"].dequantize()
+    other = BlockTuning(steps=30, seed=1).recover(work) if which == "recovery" else short.recover(replace(work, seed=1))
+    assert not torch.equal(one, other.packed["a"].dequantize())
+    assert torch.equal(one, short.recover(work).packed["a"].dequantize())
+
+
+def test_steps_become_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A code moves by at most half of `codes` in all, and rates of scales fall to nothing."""
+    rates, made, step = list[float](), list[Any](), torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: rates.append(adam.param_groups[0]["lr"]) or step(adam))
+    monkeypatch.setattr(tuning, "tunable", lambda *given: made.append(tunable(*given)) or made[-1])
+    work = task()
+    start = tunable(work.packed["a"], work.weights["a"], True).codes()[0].detach()
+    BlockTuning(steps=8, codes=0.4, scales=0.01).recover(work)
+    assert rates == pytest.approx([0.01 * (1 - n / 8) for n in range(8)])
+    moved = (made[0].codes()[0].detach() - start).abs()
+    assert float(moved.max()) == pytest.approx(0.4 / 2 * 9 / 8, rel=1e-3)
 
 
 def test_codes_are_found_by_what_rows_count() -> None:

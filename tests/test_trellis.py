@@ -161,6 +161,16 @@ def test_states_that_do_not_fit_together_are_refused() -> None:
         PackedTrellis.from_states(packed.spec, packed.shape, [broken], packed.scales, packed.peaks)
 
 
+@pytest.mark.parametrize(("name", "value"), [("peaks", -1.0), ("peaks", torch.inf), ("table", torch.nan)])
+def test_altered_contents_are_refused(name: str, value: float) -> None:
+    packed = random_packed(Trellis(code="hyb", length=32), (40, 3))
+    packed.validate()
+    tensors = {key: tensor.clone() for key, tensor in packed.tensors().items()}
+    tensors[name].view(-1)[1] = value
+    with pytest.raises(LayoutError, match=name):
+        PackedTrellis.from_tensors(packed.spec, packed.shape, tensors).validate()
+
+
 def test_parts_of_whole_sequences_can_be_stacked() -> None:
     spec = Trellis(length=32)
     parts = [random_packed(spec, (rows, 3), rows) for rows in (64, 32, 40)]
