@@ -30,4 +30,4 @@ def scale_codes(scales: Tensor, peaks: Tensor) -> Tensor:
     """The nearest codes uint8 to positive `scales`, on a logarithmic scale; 255 for what is too small."""
     ratio = (scales / peaks.float()).double().clamp_min(1e-300)
     codes = (-STEPS * torch.log2(ratio)).round()
-    return torch.where((codes < NO_SCALE) & (scales > 0), codes.clamp_min(0), NO_SCALE).to(torch.uint8)
+    return torch.where(codes < NO_SCALE, codes.clamp_min(0), NO_SCALE).to(torch.uint8)

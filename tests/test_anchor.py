@@ -24,6 +24,7 @@ from quant.errors import SolverError
 from quant.kernels.spec import LowRank, Rotated, Smoothed, Spec, Trellis, Uniform, spec_from_dict
 from quant.models.arguments import build
 from quant.models.folding import Folding
+from quant.models.walk import Site
 from quant.plan import with_anchor
 from quant.prepare import settled
 from quant.progress import Progress
@@ -177,6 +178,29 @@ def test_only_a_token_that_never_changes_and_is_far_longer(source: Path, tmp_pat
     assert all(spec is None or not isinstance(spec, LowRank) for spec in settled(prepared).plan.specs.values())
     assert anchored(model, sites, [{"encoder_hidden_states": text}], lambda few: ran.append(len(few))) == frozenset()
     assert ran == [1]
+
+
+class Changing(torch.nn.Module):
+    """Two linears of which one reads the text as it is, and one what becomes of it with the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.modulated = torch.nn.Linear(8, 4), torch.nn.Linear(8, 4)
+
+    def forward(self, encoder_hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        changed = encoder_hidden_states * (1 + timestep)[:, None, None]
+        return self.plain(encoder_hidden_states) + self.modulated(changed)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_token_that_a_site_sees_change_is_none(together: bool) -> None:
+    """In one batch, or from one batch to the next."""
+    text = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    text[:, 0] = HUGE
+    times = [[0.0, 1.0]] * 2 if together else [[0.0, 0.0], [1.0, 1.0]]
+    batches = [{"encoder_hidden_states": text, "timestep": torch.tensor(time)} for time in times]
+    model, sites = Changing(), [Site(name, "linear", 4, 8) for name in ("plain", "modulated")]
+    assert anchored(model, sites, batches, lambda some: [model(**batch) for batch in some]) == {"plain"}
 
 
 def test_a_plan_s_own_word_comes_first(source: Path, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from torch import nn
 
 import quant
 from quant.blocks import BlockSolver
-from quant.calibration.remember import finished
+from quant.calibration.activations import Activations
+from quant.calibration.remember import Remembered, finished
+from quant.calibration.replay import Replay
 from tests import tiny
 
 
@@ -48,3 +50,17 @@ def test_what_counts_as_finished() -> None:
     assert finished(block, "b", sites, {"b.attention.q", "b.attention.o"}) == ["b.attention"]
     assert finished(block, "b", sites, {"b.up"}) == []  # one linear is not worth a store
     assert finished(block, "b", sites, sites) == ["b.attention"]  # the block itself is stored anyway
+
+
+def test_what_is_kept_is_not_written_into(tmp_path: Path) -> None:
+    """Models may add to what a submodule gave them, in place."""
+    module, x = nn.Linear(3, 3).requires_grad_(False), torch.ones(2, 3)
+    with Replay(nn.ModuleDict({"a": module}), []) as replay:
+        kept = Remembered("a", module, replay, Activations(1, tmp_path, 1 << 20))
+        expected, replay.number = module(x), 0
+        for _ in range(3):
+            given = module(x)
+            assert torch.equal(given, expected)
+            given.add_(1)
+        kept.forget()
+    assert torch.equal(module(x), expected)

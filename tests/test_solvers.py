@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,6 +89,8 @@ def test_a_prior_is_so_many_more_tokens() -> None:
     mixed = statistics(mine).with_prior(statistics(prior).hessian, 90, "the layer's mean")
     torch.testing.assert_close(mixed.hessian, statistics(torch.cat([mine, prior])).hessian)
     assert (mixed.tokens, mixed.prior) == (30, "the layer's mean counted as 90 tokens beside 30 seen")
+    matched = replace(statistics(mine), cross=statistics(mine).hessian)  # the prior's two paths count as equal
+    torch.testing.assert_close(matched.with_prior(statistics(prior).hessian, 90).cross, mixed.hessian)
     empty = HessianCollector(6).finish()
     assert (empty.tokens, float(empty.hessian.abs().sum())) == (0, 0.0)
     torch.testing.assert_close(empty.with_prior(mixed.hessian, 5).hessian, mixed.hessian)
