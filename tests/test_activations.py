@@ -13,7 +13,9 @@ from torch import Tensor
 
 import quant
 from quant import Recipe
+from quant.calibration.capture import Stage, collect
 from quant.calibration.ranges import KEPT, RANGES, RangeCollector, timestep
+from quant.calibration.replay import Replay
 from quant.calibration.statistics import Statistics
 from quant.checkpoint.manifest import verify
 from quant.errors import SettingsError, SolverError
@@ -22,6 +24,7 @@ from quant.kernels.spec import LowRank, Rotated, Smoothed, Spec, Uniform, rounds
 from quant.linear import PackedLinear
 from quant.models.arguments import build, find_form
 from quant.models.stream import first_tensor
+from quant.models.walk import Site
 from quant.prepare import prepare
 from quant.progress import Progress
 from quant.recipe import Calibration, Trajectory, load_recipe, override, with_spec
@@ -47,6 +50,17 @@ def layer(demo: Path) -> tuple[Tensor, Tensor]:
     return one[:96], tokens
 
 
+class Timed(torch.nn.Module):
+    """One block that is told no timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Sequential(torch.nn.Linear(3, 3))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.inner(x)
+
+
 def seen(tokens: Tensor) -> Statistics:
     peaks = tokens.abs().amax(0)[None]
     return Statistics(tokens.T @ tokens / len(tokens), len(tokens), sample=tokens, peaks=peaks)
@@ -66,6 +80,16 @@ def test_largest_values_by_range_of_timesteps_and_some_tokens() -> None:
     assert counts.max() - counts.min() <= 1  # spread evenly over all that came
     assert timestep({"timestep": torch.tensor([7, 7])}) == 7
     assert timestep({"input_ids": torch.zeros(1)}) == 0
+
+
+def test_largest_values_are_kept_by_the_timestep_of_the_batch() -> None:
+    stage = Stage(model := Timed(), [Site("inner.0", "linear", 3, 3)], cross=False, ranges=True)
+    with Replay(model, ["inner"]) as replay:
+        batches = [{"x": torch.full((2, 3), float(n)), "timestep": torch.tensor([n, n])} for n in range(1, 5)]
+        collect([stage], replay, 0, batches, [None] * 4)
+    peaks = stage.finish()[0].peaks
+    assert peaks is not None
+    assert peaks[:, 0].tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("spec", [EIGHT, FOUR, Rotated(EIGHT, measured=False), Smoothed(EIGHT), LowRank(FOUR, rank=4)])

@@ -27,6 +27,7 @@ from quant.models.walk import Site
 from quant.planning import probes
 from quant.prepare import prepare
 from quant.recipe import Calibration, Recipe, Trajectory, recipe_from_dict
+from quant.recovery.timesteps import usual_errors
 
 
 @pytest.mark.parametrize("copies", [1, 2])  # rows of a pass for each sample, as guidance doubles them
@@ -66,6 +67,12 @@ def test_weights_have_mean_one_over_rows() -> None:
     weights = relative([4.0, 1.0], [0, 0, 1], [2, 1, 5])
     assert weights == pytest.approx([32 / 17, 32 / 17, 8 / 17])
     assert sum(w * n for w, n in zip(weights, (2, 1, 5), strict=True)) == pytest.approx(8)
+
+
+def test_a_usual_error_is_a_mean_of_its_timestep() -> None:
+    """However many rows have it: they lie in several batches, and some timesteps in more of them."""
+    errors = [torch.tensor([1.0, 3.0, 10.0]), torch.tensor([5.0])]
+    assert usual_errors(errors, [torch.tensor([0, 0, 2]), torch.tensor([0])]).tolist() == [3, 0, 10]
 
 
 def test_a_batch_counts_as_much_as_its_weight_says() -> None:
