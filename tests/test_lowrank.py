@@ -4,6 +4,7 @@ them, and their adapters."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from quant.recipe import Recipe, with_spec
 from quant.solvers.feedback import Feedback
 from quant.solvers.lowrank import factors, solve_low_rank
 from quant.solvers.nearest import Nearest
-from quant.solvers.solution import Solution
+from quant.solvers.solution import Problem, Solution, Solver
 from tests import tiny
 
 BASES = (Uniform(bits=2, group_size=32), Rotated(Uniform(bits=3), outputs=True), Rotated(Trellis(window=8)))
@@ -117,28 +118,28 @@ def test_solving_again_never_hurts_and_weighting_helps(trained: tuple[Tensor, St
 
 
 @dataclass
-class Tired:
+class Tired(Solver):
     """A solver that has nothing more to say the second time, or says it with so much noise."""
 
     louder: float = 0.0
     asked: int = 0
 
-    def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, metric: Tensor | None = None) -> Solution:
+    def solve_all(self, problems: Sequence[Problem], spec: Spec) -> list[Solution]:
         self.asked += 1
         if self.asked > 1 and not self.louder:
-            weight = 0 * weight
-        found = Nearest().solve(weight, statistics, spec)
-        return replace(found, noise=self.louder * (self.asked > 1))
+            problems = [replace(one, weight=0 * one.weight) for one in problems]
+        return [replace(one, noise=self.louder * (self.asked > 1)) for one in Nearest().solve_all(problems, spec)]
 
 
 def test_the_best_of_the_rounds_is_kept(trained: tuple[Tensor, Statistics]) -> None:
     weight, statistics = trained
     spec = LowRank(Uniform(bits=3, group_size=32), rank=4, rounds=2)
-    found, tired = solve_low_rank(Nearest(), weight, statistics, replace(spec, rounds=0)), Tired()
-    assert solve_low_rank(tired, weight, statistics, spec).error == found.error
+    problem, tired = Problem(weight, statistics), Tired()
+    found = solve_low_rank(Nearest(), problem, replace(spec, rounds=0))
+    assert solve_low_rank(tired, problem, spec).error == found.error
     assert tired.asked == 3
     heard = Tired(louder=1e9)  # a better base that costs more where its inputs are rounded
-    assert solve_low_rank(heard, weight, statistics, spec).error == found.error
+    assert solve_low_rank(heard, problem, spec).error == found.error
 
 
 def test_both_factors_of_a_component_are_as_large(trained: tuple[Tensor, Statistics]) -> None:
