@@ -362,6 +362,29 @@ def test_prompts_go_through_the_pipeline_s_text_encoder(tmp_path: Path) -> None:
     assert type(loaded.text_encoder).__name__ == "T5EncoderModel"
 
 
+def test_a_pipeline_draws_in_the_size_that_is_asked(tmp_path: Path) -> None:
+    text_pipeline(tmp_path / "float")
+    asked = (
+        lambda **size: (
+            prepare(  # noqa: E731
+                str(tmp_path / "float"), Recipe(calibration=SMALL, trajectory=Trajectory(steps=2, keep=1, **size))
+            )
+            .samples.batches[0]["hidden_states"]
+            .shape[-2:]
+        )
+    )
+    assert asked() == (32, 32)
+    tall = asked(height=300, width=200)
+    assert tall[0] > 1.4 * tall[1]  # PixArt takes the nearest of the sizes that it was trained on
+    with pytest.raises(SettingsError, match="PixArtAlphaPipeline takes no num_frames"):
+        asked(frames=5)
+    with pytest.raises(SettingsError, match="positive"):
+        Trajectory(width=-1)
+    alone = Recipe(calibration=SMALL, trajectory=Trajectory(height=16))
+    with pytest.raises(SettingsError, match="a transformer alone has its own"):
+        _ = prepare(str(tmp_path / "float" / "transformer"), alone).samples
+
+
 class Stop(Progress):
     """Ends a run after its first block, or inside its end-to-end tuning."""
 

@@ -191,10 +191,13 @@ class _Painter:
 
 def _painter(skeleton: DiffusionSkeleton, calibration: Calibration, trajectory: Trajectory) -> _Painter:
     pipe = _load(skeleton)
-    by_label = "class_labels" in inspect.signature(type(pipe).__call__).parameters
+    takes = inspect.signature(type(pipe).__call__).parameters
+    by_label, untaken = "class_labels" in takes, sorted(trajectory.size.keys() - takes)
+    if untaken:
+        raise SettingsError(f"{type(pipe).__name__} takes no {', '.join(untaken)}; leave that of the trajectory at 0")
     seen = pictures(skeleton, calibration, pipe.scheduler)
     shown = _prompts(calibration, skeleton.config if by_label else None, seen)
-    options: dict[str, Any] = {"num_inference_steps": trajectory.steps, "output_type": "latent"}
+    options: dict[str, Any] = {"num_inference_steps": trajectory.steps, "output_type": "latent", **trajectory.size}
     if trajectory.guidance is not None:
         options["guidance_scale"] = trajectory.guidance
     return _Painter(pipe, skeleton, calibration, "class_labels" if by_label else "prompt", *shown, seen, options)

@@ -39,15 +39,27 @@ class Trajectory:
     """For a diffusion transformer: its `calibration.samples` samples go `steps` steps of the model's own scheduler,
     under classifier-free `guidance` (1: none; None: the pipeline's own, and none without a pipeline), and `keep` of
     each one's steps are calibrated on. `mix`: rows of different timesteps in a step of the end-to-end tuning.
-    `weighting`: of timesteps in Hessians; `image`: by how far an error there moves the final image."""
+    `weighting`: of timesteps in Hessians; `image`: by how far an error there moves the final image. `height`, `width`
+    in pixels and `frames`: of what a pipeline draws; 0: its own, which a video's calibration may find too large."""
 
     steps: int = 20
     keep: int = 4
     guidance: float | None = None
     mix: int = 40
     weighting: Literal["uniform", "image"] = "uniform"
+    height: int = 0
+    width: int = 0
+    frames: int = 0
+
+    @property
+    def size(self) -> dict[str, int]:
+        """What is asked of a pipeline's size, by its arguments."""
+        asked = {"height": self.height, "width": self.width, "num_frames": self.frames}
+        return {name: value for name, value in asked.items() if value}
 
     def __post_init__(self) -> None:
+        if min(self.height, self.width, self.frames) < 0:
+            raise SettingsError("trajectory.height, width and frames are positive, or 0 for the pipeline's own")
         for name in ("steps", "keep", "mix"):
             if not 1 <= getattr(self, name) <= MOST_STEPS:
                 raise SettingsError(f"trajectory.{name} is {getattr(self, name)}; give 1 to {MOST_STEPS}")

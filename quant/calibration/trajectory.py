@@ -104,6 +104,8 @@ def noise(skeleton: DiffusionSkeleton) -> Samples:
 def _start(
     skeleton: DiffusionSkeleton, calibration: Calibration, trajectory: Trajectory, schedule: Any
 ) -> tuple[Way, str, str]:
+    if trajectory.size:
+        raise SettingsError("trajectory.height, width and frames are a pipeline's; a transformer alone has its own")
     generator = torch.Generator().manual_seed(calibration.seed)
     count = calibration.samples
     given = build(skeleton.model, skeleton.form.layout, own_size(skeleton.config), count, generator)
