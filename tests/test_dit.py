@@ -16,7 +16,7 @@ import torch
 import quant
 from quant.calibration.samples import moved
 from quant.checkpoint.manifest import verify
-from quant.errors import CalibrationError, ModelError
+from quant.errors import CalibrationError, ModelError, SettingsError
 from quant.estimate import estimate
 from quant.linear import PackedLinear
 from quant.models.arguments import Form, build, find_form
@@ -364,15 +364,11 @@ def test_prompts_go_through_the_pipeline_s_text_encoder(tmp_path: Path) -> None:
 
 def test_a_pipeline_draws_in_the_size_that_is_asked(tmp_path: Path) -> None:
     text_pipeline(tmp_path / "float")
-    asked = (
-        lambda **size: (
-            prepare(  # noqa: E731
-                str(tmp_path / "float"), Recipe(calibration=SMALL, trajectory=Trajectory(steps=2, keep=1, **size))
-            )
-            .samples.batches[0]["hidden_states"]
-            .shape[-2:]
-        )
-    )
+
+    def asked(**size: int) -> torch.Size:
+        recipe = Recipe(calibration=SMALL, trajectory=Trajectory(steps=2, keep=1, **size))  # pyright: ignore[reportArgumentType]
+        return prepare(str(tmp_path / "float"), recipe).samples.batches[0]["hidden_states"].shape[-2:]
+
     assert asked() == (32, 32)
     tall = asked(height=300, width=200)
     assert tall[0] > 1.4 * tall[1]  # PixArt takes the nearest of the sizes that it was trained on
