@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from quant.checkpoint.manifest import read_config, read_sites
 from quant.errors import ModelError, SettingsError
 from quant.eval.perplexity import encode, measure, resolve, rule_for
 from quant.eval.subject import open_subject
-from quant.kernels.spec import Uniform
+from quant.kernels.spec import Spec, Uniform
 from quant.prepare import prepare
 from quant.recipe import override, with_spec
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
+from quant.solvers.solution import Problem, Solution
 from tests import tiny
 from tests.architectures import ARCHITECTURES, VOCABULARY, make_from, save
 
@@ -210,13 +212,13 @@ def test_sites_solved_together_get_the_same_bytes(
     llama: Path, words: Path, packed_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """q, k and v, and gate and up, are one matrix of more rows."""
-    rows, real = list[int](), Feedback.solve
+    rows, real = list[int](), Feedback.solve_all
 
-    def counted(self: Feedback, weight: torch.Tensor, *rest: Any) -> Any:
-        rows.append(len(weight))
-        return real(self, weight, *rest)
+    def counted(self: Feedback, problems: Sequence[Problem], spec: Spec) -> list[Solution]:
+        rows.extend(len(problem.weight) for problem in problems)
+        return real(self, problems, spec)
 
-    monkeypatch.setattr(Feedback, "solve", counted)
+    monkeypatch.setattr(Feedback, "solve_all", counted)
     quant.quantize(str(llama), tmp_path / "together", tiny.recipe(words))
     assert rows == 2 * [64 + 32 + 32, 64, 96 + 96, 64]
     monkeypatch.setattr(blocks, "TOGETHER", 0)

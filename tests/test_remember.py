@@ -56,11 +56,14 @@ def test_what_is_kept_is_not_written_into(tmp_path: Path) -> None:
     """Models may add to what a submodule gave them, in place."""
     module, x = nn.Linear(3, 3).requires_grad_(False), torch.ones(2, 3)
     with Replay(nn.ModuleDict({"a": module}), []) as replay:
-        kept = Remembered("a", module, replay, Activations(1, tmp_path, 1 << 20))
+        kept = Remembered("a", module, replay, [Activations(1, tmp_path / str(path), 1 << 20) for path in (0, 1)])
         expected, replay.number = module(x), 0
         for _ in range(3):
             given = module(x)
             assert torch.equal(given, expected)
             given.add_(1)
+        replay.path = 1
+        assert torch.equal(module(2 * x), nn.functional.linear(2 * x, module.weight, module.bias))  # has its own
+        assert torch.equal(module(3 * x), nn.functional.linear(2 * x, module.weight, module.bias))
         kept.forget()
     assert torch.equal(module(x), expected)
