@@ -61,6 +61,7 @@ def command(
     window: options.Window = None,
     stride: options.Stride = None,
     max_windows: options.MaxWindows = None,
+    bos: options.Bos = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     prompts: options.Prompts = 3,
@@ -95,13 +96,15 @@ def command(
         cards = _cards(models) if card else []
         _idle(models[0], judge=judge, real=real, clip=clip, reward=reward, lpips=lpips, sheet=sheet)
         settings = {"text": resolve(text), "window": window, "stride": stride, "max_windows": max_windows}
-        settings |= {"device": device, "dtype": dtype}
+        settings |= {"bos": bos, "device": device, "dtype": dtype}
         original, reports = _judge(models, against, 0 if no_generate else prompts, quiet, settings)
         out = console_for(stderr=json_to == "-")
         if json_to:
             data = {"original": None if original is None else original.to_dict()}
             write_json(json_to, {**data, "models": [report.to_dict() for report in reports]})
         out.print(table([original, *reports] if original else reports, out.width))
+        for note in {report.note: None for report in [original or reports[0], *reports] if report.note}:
+            out.print(note, soft_wrap=True)
         for panel in [] if quiet else continuations(reports):
             out.print(panel)
         if plot_to:

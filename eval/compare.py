@@ -72,7 +72,7 @@ def compare(
     total, total_original, agreed, done = 0.0, 0.0, 0, 0
     kls: list[torch.Tensor] = []
     for batch, ids_BT in batches(windows, encoded, candidate):
-        logits_BTV, logits0_BTV = forward(candidate, ids_BT), forward(original, ids_BT.to(original.device))
+        logits_BTV, logits0_BTV = (forward(one, ids_BT.to(one.device), rule.bos) for one in (candidate, original))
         if logits_BTV.shape != logits0_BTV.shape:
             sizes = f"{logits_BTV.shape[-1]} and {logits0_BTV.shape[-1]}"
             raise SettingsError(

@@ -11,7 +11,7 @@ each candidate, batch by batch, which costs a forward pass and keeps memory flat
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from quant.eval.compare import Divergence, compare
 from quant.eval.encoder import HiddenStates, compare_encoders
 from quant.eval.footprint import cost_of, size_of
 from quant.eval.generate import NEW_TOKENS, Generation, continued
-from quant.eval.perplexity import Perplexity, Progress, Rule, measure, rule_for
+from quant.eval.perplexity import Perplexity, Progress, Rule, bos_of, measure, missing, rule_for
 from quant.eval.report import Report, Settings
 from quant.eval.subject import Subject, check_ids, open_subject
 from quant.machine import machine, versions
@@ -40,6 +40,7 @@ def evaluate(
     window: int | None = None,
     stride: int | None = None,
     max_windows: int | None = None,
+    bos: bool = False,
     device: str = "cpu",
     dtype: str = "float32",
     generate: int = 0,
@@ -54,6 +55,7 @@ def evaluate(
         window: tokens per window; None is min(512, model maximum).
         stride: None for non-overlapping windows, else how far the ends of the windows lie apart.
         max_windows: only the first so many windows (lines, for an encoder).
+        bos: before each window the token that begins a text; an encoder has its special tokens anyway.
         device, dtype: for models opened here; "auto" is the checkpoint's own dtype.
         generate: how many prompts to continue greedily.
         progress: called with (windows done, windows in all).
@@ -68,6 +70,9 @@ def evaluate(
     subject = open_subject(model_or_path, device, dtype)
     original = None if against is None else open_subject(against, device, dtype)
     rule = _rule(subject, original, window, stride, max_windows)
+    if bos and subject.kind == "causal-lm":
+        known, longest = bos_of(subject, _tokenizer(subject, original)), subject.max_length
+        rule = replace(rule, bos=known, length=min(rule.length, (longest or rule.length + 1) - 1))
     judge = _judge_causal if subject.kind == "causal-lm" else _judge_encoder
     found = judge(subject, original, source, rule, generate, progress)
     return _report(subject, original, found, _settings(subject, source, rule, generate), start)
@@ -83,6 +88,7 @@ class _Found:
     divergence: Divergence | None = None
     hidden: HiddenStates | None = None
     generations: tuple[Generation, ...] = ()
+    note: str | None = None
 
 
 def _report(subject: Subject, original: Subject | None, found: _Found, settings: Settings, start: float) -> Report:
@@ -102,6 +108,7 @@ def _report(subject: Subject, original: Subject | None, found: _Found, settings:
         memory=memory,
         seconds=time.perf_counter() - start,
         settings=settings,
+        note=found.note,
     )
 
 
@@ -113,6 +120,7 @@ def _settings(subject: Subject, text: Text, rule: Rule, prompts: int) -> Setting
         window=rule.length,
         stride=rule.stride,
         max_windows=rule.max_windows,
+        bos=rule.bos is not None,
         device=str(subject.device),
         dtype=str(subject.model.dtype).removeprefix("torch."),
         prompts=prompts,
@@ -143,12 +151,13 @@ def _judge_causal(
     check_ids(encoded.ids, subject, original)
     if original is not None:
         _same_tokens(subject, original, encoded)
-    pairs = continued(subject, original, text, tokenizer, prompts) if prompts else ()
+    pairs = continued(subject, original, text, tokenizer, prompts, rule.bos) if prompts else ()
     ids_T = encoded.ids[: rule.length]
+    note = missing(subject, tokenizer, ids_T) if rule.bos is None else None
     if original is None:
-        return _Found(ids_T, measure(subject, encoded, rule, progress), generations=pairs)
+        return _Found(ids_T, measure(subject, encoded, rule, progress), generations=pairs, note=note)
     both = compare(subject, original, encoded, rule, progress)
-    return _Found(ids_T, both.candidate, both.original, both.divergence, generations=pairs)
+    return _Found(ids_T, both.candidate, both.original, both.divergence, generations=pairs, note=note)
 
 
 def _judge_encoder(

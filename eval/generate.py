@@ -79,11 +79,11 @@ def prompts(text: Text, tokenizer: Any, count: int, length: int = PROMPT_TOKENS)
 
 
 def continued(
-    candidate: Subject, original: Subject | None, text: Text, tokenizer: Any, count: int
+    candidate: Subject, original: Subject | None, text: Text, tokenizer: Any, count: int, bos: int | None = None
 ) -> tuple[Generation, ...]:
-    """Continues `count` prompts from the text with both models, in one batch each."""
+    """Continues `count` prompts from the text, behind `bos`, with both models, in one batch each."""
     chosen = prompts(text, tokenizer, count)
-    ids_BT = torch.tensor([ids for _, ids in chosen])
+    ids_BT = torch.tensor([ids if bos is None else [bos, *ids] for _, ids in chosen])
     steps = NEW_TOKENS
     for subject in (candidate, original):
         if subject is not None and subject.max_length is not None:

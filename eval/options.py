@@ -24,6 +24,7 @@ TextName = Annotated[
 Window = Annotated[int | None, Option(help="Tokens per window.", show_default="min(512, model maximum)")]
 Stride = Annotated[int | None, Option(help="Strided windows this far apart.", show_default="non-overlapping")]
 MaxWindows = Annotated[int | None, Option(help="Only the first so many windows (lines for encoders).")]
+Bos = Annotated[bool, Option("--bos", help="Before each window the token that begins a text, as Gemma needs it.")]
 Device = Annotated[str, Option(help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.")]
 Prompts = Annotated[int, Option(help="Prompts from the text to continue greedily.", min=1)]

@@ -29,6 +29,7 @@ class Settings:
     window: int
     stride: int | None
     max_windows: int | None
+    bos: bool
     device: str
     dtype: str
     prompts: int
@@ -40,7 +41,7 @@ class Settings:
 @dataclass(frozen=True)
 class Report:
     """One model judged. `original` is the original's perplexity on the same windows; what needs an original is None
-    without one, and what needs a language-model head is None for an encoder."""
+    without one, and what needs a language-model head is None for an encoder. `note`: what makes figures doubtful."""
 
     model: str
     path: str | None
@@ -56,6 +57,7 @@ class Report:
     memory: Memory
     seconds: float
     settings: Settings
+    note: str | None = None
 
     @property
     def common_prefix(self) -> float | None:

@@ -83,7 +83,8 @@ def _read(report: Report) -> str:
     settings, scored = report.settings, report.perplexity
     strides = "" if settings.stride is None else f", stride {settings.stride}"
     counts = "" if scored is None else f", {scored.windows} windows, {scored.tokens:,} tokens predicted"
-    return f"window {settings.window}{strides}{counts}, {settings.dtype}"
+    behind = " behind the first token of a text" if settings.bos else ""
+    return f"window {settings.window}{behind}{strides}{counts}, {settings.dtype}"
 
 
 def _label(report: Report, generation: Generation) -> str:

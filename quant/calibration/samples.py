@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn.functional import pad
 from torch.utils import _pytree as pytree
 
 from quant.calibration.batch import Batch as Batch
@@ -83,8 +84,11 @@ def draw(calibration: Calibration, source: Source, model: Any) -> Samples:
         CalibrationError: the text is shorter than one window.
     """
     text = read_text(calibration)
-    ids = encode(load_tokenizer(source), text).ids
-    length = min(calibration.sequence_length, context_length(model))
+    tokenizer = load_tokenizer(source)
+    ids, bos = encode(tokenizer, text).ids, getattr(tokenizer, "bos_token_id", None)
+    if calibration.bos and bos is None:
+        raise CalibrationError(f"{source.name}: its tokenizer has no token that begins a text; leave calibration.bos")
+    length = min(calibration.sequence_length, context_length(model)) - calibration.bos
     if len(ids) <= length + 1:
         raise CalibrationError(
             f"calibration text {text.name}: {len(ids)} tokens, and one window takes {length}; give a longer text "
@@ -99,6 +103,7 @@ def draw(calibration: Calibration, source: Source, model: Any) -> Samples:
     generator = torch.Generator().manual_seed(calibration.seed)
     starts = torch.randint(0, len(ids) - length - 1, (calibration.samples,), generator=generator).tolist()
     windows = torch.stack([ids[start : start + length] for start in starts])
+    windows = pad(windows, (1, 0), value=bos) if calibration.bos else windows
     batches = tuple({"input_ids": part} for part in windows.split(calibration.batch_size))
     return Samples(batches, text.name, text.sha256, windows.numel())
 
