@@ -17,6 +17,7 @@ import torch
 import transformers
 import typer
 from PIL import Image
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from quant.calibration.texts import resolve
@@ -103,8 +104,7 @@ def command(
             data = {"original": None if original is None else original.to_dict()}
             write_json(json_to, {**data, "models": [report.to_dict() for report in reports]})
         out.print(table([original, *reports] if original else reports, out.width))
-        for note in {report.note: None for report in [original or reports[0], *reports] if report.note}:
-            out.print(note, soft_wrap=True)
+        _doubt(out, [original or reports[0], *reports])
         for panel in [] if quiet else continuations(reports):
             out.print(panel)
         if plot_to:
@@ -125,6 +125,11 @@ def _cards(models: list[str]) -> list[str]:
     if not ours or not all(folder.is_dir() for folder in folders):
         raise SettingsError("--card: it goes into a packed checkpoint's folder, so give its path, not a hub's name.")
     return ours
+
+
+def _doubt(out: Console, reports: list[Report]) -> None:
+    for note in dict.fromkeys(report.note for report in reports if report.note):
+        out.print(note, soft_wrap=True)
 
 
 def _idle(model: str, **drawn: Any) -> None:
