@@ -25,7 +25,7 @@ from quant.calibration.replay import Replay
 from quant.calibration.samples import Batch
 from quant.calibration.statistics import Statistics
 from quant.kernels.packed import Packed, concatenate
-from quant.kernels.spec import Smoothed, Spec, Trellis, Uniform, rounds_inputs
+from quant.kernels.spec import Smoothed, Spec, Uniform, rounds_inputs
 from quant.memory import give_back
 from quant.models.walk import Block, Site
 from quant.order import threads, worth
@@ -33,7 +33,7 @@ from quant.plan import Plan
 from quant.recipe import Recipe
 from quant.recovery.placed import oriented
 from quant.rounding import Rounding, unrounded
-from quant.solvers.lockstep import at_once
+from quant.solvers.lockstep import goes, stackable
 from quant.solvers.several import solve_named
 from quant.solvers.solution import Problem
 
@@ -177,8 +177,8 @@ class BlockSolver:
             spec, group = self.plan.specs[site.name], groups[-1] if groups else []
             alike = all(one.kind == site.kind == "linear" and self.plan.specs[one.name] == spec for one in group)
             fits = isinstance(spec, Uniform) and sum(s.out for s in (*group, site)) * site.inputs <= TOGETHER
-            if spec is not None and isinstance(spec.core, Trellis):
-                fits = len(group) < at_once(site.shape, self._device())
+            if spec is not None and goes(spec):
+                fits = len(group) < stackable(site.shape, self._device())
             if group and alike and fits:
                 group.append(site)
             else:
@@ -212,7 +212,7 @@ class BlockSolver:
         if self.float_store is not None:
             notes = ("matches its own outputs: the float path may send a token to other experts", *notes)
         packed, error = list[Packed](), 0.0
-        step = max(1, at_once(weight.shape[1:], weight.device) // 2) if isinstance(spec.core, Trellis) else 1
+        step = max(1, stackable(weight.shape[1:], weight.device) // 2) if goes(spec) else 1  # in two bases
         for start in range(0, site.experts, step):
             part = range(start, min(start + step, site.experts))
             problems = [self._problem(weight[e], stats[e], metrics[e]) for e in part]

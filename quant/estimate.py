@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from quant.blocks import BlockSolver, Solved, float_weights
 from quant.calibration.activations import Activations, scratch
 from quant.calibration.painting import complete
+from quant.calibration.remember import SHARE
 from quant.calibration.replay import Replay
 from quant.calibration.samples import moved
 from quant.calibration.statistics import Statistics
@@ -73,6 +74,7 @@ class _Rehearsal:
     recover: float  # seconds for the block, all batches
     step: float  # seconds for the block, one batch, in one step of the end-to-end tuning
     stored: int  # bytes of one batch's output
+    remembered: int  # bytes of one batch's outputs inside the block
 
 
 def estimate(prepared: Prepared) -> Estimate:
@@ -96,8 +98,10 @@ def estimate(prepared: Prepared) -> Estimate:
     _, batches = prepared.outline
     followed = prepared.recipe.match == "float" or prepared.recipe.recovery is not None
     paths = 2 if followed and batches else 1
-    activations = seen.stored * (batches + 1) * paths
-    held = min(activations, prepared.settings.spill_bytes * paths)
+    spill = prepared.settings.spill_bytes
+    between, inside = (size * (batches + 1) for size in (seen.stored, seen.remembered))
+    activations = (between + inside) * paths
+    held = (min(between, spill) + min(inside, spill // SHARE)) * paths
     measuring = 0  # what costs are measured with, in TMPDIR
     if prepared.measures and not prepared.source.is_diffusion:
         used = len(enough(prepared.samples.batches, prepared.walk.sites))
@@ -217,7 +221,8 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
         output: list[Any] = []
         advance = _timed(lambda: output.append(replay.output(index, batch, store[0], 0)))
         stored = sum(t.nbytes for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor))
-        stored += sum(one.stores[0].held + one.stores[0].spilled for one in solver.remembered)  # of each path as much
+        inside = [one.stores[0] for one in solver.remembered]  # of each path as much
+        remembered = sum(store.held + store.spilled for store in inside)
         solver.forget()
         recover = step = 0.0
         if recipe.trains:
@@ -233,7 +238,7 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
         skeleton.unload([*names, *outside])
     solve = sum(s.seconds for s in solved)
     weights = sum(s.site.shape[0] * s.site.shape[1] for s in solved)
-    return _Rehearsal(weights, load, max(0.0, whole - solve), advance, solve, recover, step, stored)
+    return _Rehearsal(weights, load, max(0.0, whole - solve), advance, solve, recover, step, stored, remembered)
 
 
 def _weighed(work: Task, prepared: Prepared) -> Task:

@@ -99,8 +99,12 @@ class _View:
 
     def __getattr__(self, name: str) -> Any:
         found, module = getattr(self.__dict__["_module"], name), self.__dict__["_module"]
-        own = inspect.ismethod(found) and found.__self__ is module  # a method, which shall see the stacks too
-        return MethodType(found.__func__, self) if own else found
+        if not inspect.ismethod(found) or found.__self__ is not module or "__class__" in found.__code__.co_freevars:
+            return found
+        return MethodType(found.__func__, self)  # a method shall see the stacks too; one that calls super() cannot
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_module"], name, value)
 
 
 class PackedExperts(Holder):

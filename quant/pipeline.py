@@ -19,6 +19,7 @@ import torch
 
 from quant.blocks import BlockSolver, Solved, fill, float_weights
 from quant.calibration.activations import Activations
+from quant.calibration.remember import SHARE
 from quant.calibration.replay import Replay
 from quant.calibration.samples import Batch, moved
 from quant.checkpoint.components import check_home, clear_others, copy_beside, copy_card
@@ -162,7 +163,7 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
     weights = {name: sum(s.shape[0] * s.shape[1] for s in block.sites) for name, block in blocks.items()}
     progress.begin(len(chain), sum(weights.values()), sum(journal.finished(i) for i in range(len(chain))))
     with Replay(model, chain) as replay:
-        room = lambda name: _activations(prepared, journal.folder, name, len(batches))  # noqa: E731
+        room = lambda name: _activations(prepared, journal.folder, name, len(batches), SHARE)  # noqa: E731
         aim = float_store if matched else None
         counts = prepared.samples.weights if recipe.trajectory.weighting == "image" else None
         solver = BlockSolver(replay, recipe, prepared.plan, calibration, store, aim, progress.site, room, counts)
@@ -204,8 +205,9 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
     return output
 
 
-def _activations(prepared: Prepared, folder: Path, kind: str, count: int) -> Activations:
-    return Activations(count, folder / "activations" / kind, prepared.settings.spill_bytes, prepared.settings.device)
+def _activations(prepared: Prepared, folder: Path, kind: str, count: int, share: int = 1) -> Activations:
+    settings = prepared.settings
+    return Activations(count, folder / "activations" / kind, settings.spill_bytes // share, settings.device)
 
 
 def _restore(

@@ -154,6 +154,7 @@ def begin() -> Gpu:
         "is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "pretended",
         "get_device_capability": (9, 0), "synchronize": None, "max_memory_allocated": 0, "manual_seed_all": None,
         "current_stream": SimpleNamespace(cuda_stream=0), "_lazy_init": None, "is_current_stream_capturing": False,
+        "get_device_properties": SimpleNamespace(total_memory=80 << 30),
     }  # fmt: skip
     for name, value in values.items():
         setattr(torch.cuda, name, lambda *_, value=value: value)

@@ -17,7 +17,7 @@ from quant.kernels.spec import Rotated, Spec, Trellis
 from quant.recipe import override
 from quant.solvers import lockstep
 from quant.solvers.feedback import Feedback
-from quant.solvers.lockstep import at_once, stacks
+from quant.solvers.lockstep import stackable, stacks
 from quant.solvers.several import solve_named
 from quant.solvers.solution import Problem, Solution
 from quant.solvers.trellis import TrellisRounder
@@ -59,7 +59,7 @@ def same(one: Solution, other: Solution) -> None:
 @pytest.mark.parametrize("width", [0, 1, 32])
 def test_together_as_alone(spec: Spec, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two that share inputs, one of their shape that does not, one of another shape, one whose last sequence is short,
-    one without a factor, and one whose inputs are not correlated."""
+    two that are padded, one without a factor, and one whose inputs are not correlated."""
     counted = lambda rows, seed: metric(rows, width, seed) if width else None  # noqa: E731
     first, second = statistics(24, 1, matched=True), statistics(24, 5)
     problems = [
@@ -69,6 +69,8 @@ def test_together_as_alone(spec: Spec, width: int, monkeypatch: pytest.MonkeyPat
         Problem(some(64, 24, seed=13), first, counted(64, 23)),
         Problem(some(72, 24, seed=14), second, counted(72, 24)),
         Problem(some(72, 24, seed=15), first, counted(72, 25)),
+        Problem(some(70, 24, seed=18), first, counted(70, 28)),
+        Problem(some(70, 24, seed=19), first, counted(70, 29)),
         Problem(some(96, 24, seed=16), Statistics(torch.zeros(24, 24), 0), counted(96, 26)),
         Problem(some(96, 24, seed=17), Statistics(torch.diag(some(24).square() + 0.1), 9), counted(96, 27)),
     ]
@@ -102,7 +104,7 @@ def test_stacks_hold_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch) -> N
     whole = solver.solve_all(problems, Trellis(window=8, length=32))
     for most in (1, 2, 3, 7):
         monkeypatch.setitem(lockstep.LIMIT, "cpu", most * 8 * (32 + 8))
-        assert at_once((32, 8), weight.device) == most
+        assert stackable((32, 8), weight.device) == most
         found = stacks(problems, known)
         assert sorted(n for sets in found for part in sets for n in part) == list(range(15))
         assert all(len({id(known[n]) for n in part}) == 1 for sets in found for part in sets)

@@ -16,6 +16,9 @@ from torch import nn
 from quant.calibration.activations import Activations
 from quant.calibration.replay import Replay, copy
 
+SHARE = 4
+"""A store of outputs inside a block holds this part in memory of what one between blocks does."""
+
 
 class Remembered:
     """Stands in for `module`'s forward until `forget`. Only passes that `replay` was given a batch's number for use

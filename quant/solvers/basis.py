@@ -29,6 +29,7 @@ def solve_rotated(solver: Solver, problems: Sequence[Problem], spec: Rotated) ->
         best = found.get(id(problem))
         if best is None or one.missed < best[0].missed:  # the first of equal ones
             found[id(problem)] = one, basis
+    del solved  # with the dequantized weights of what was not chosen
     chosen = [(problem, *found[id(problem)]) for problem in problems]
     around = lambda one, basis: PackedRotated.around(spec, one.packed, *basis)  # noqa: E731
     return [solution(around(one, basis), p.weight, p.statistics, one.notes, one.noise) for p, one, basis in chosen]

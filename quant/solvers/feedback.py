@@ -79,6 +79,9 @@ class Feedback(Solver):
         around = solve_around(self, problems, spec)
         if around is not None:
             return around
+        if not self.tries:
+            alone = [p.metric if p.metric is None else own(p.metric)[:, None] for p in problems]
+            problems = [replace(p, metric=metric) for p, metric in zip(problems, alone, strict=True)]
         if isinstance(spec, Trellis):
             return self._solve_trellises(problems, spec)
         return [self._solve(problem, spec) for problem in problems]
@@ -95,9 +98,6 @@ class Feedback(Solver):
 
     def _solve_trellises(self, problems: Sequence[Problem], spec: Trellis) -> list[Solution]:
         """In lockstep (`lockstep.py`)."""
-        if not self.tries:
-            alone = [p.metric if p.metric is None else own(p.metric)[:, None] for p in problems]
-            problems = [replace(p, metric=metric) for p, metric in zip(problems, alone, strict=True)]
         found, known = dict[int, Solution](), dict[int, Factor]()
         for number, problem in enumerate(problems):
             factor = factorise(problem.statistics, self.order, self.damp, problem.statistics.features, 1)

@@ -15,17 +15,26 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from quant.kernels.spec import Rotated, Spec, Trellis
 from quant.solvers.factor import Factor
 from quant.solvers.solution import Problem
 
 LIMIT = {"cpu": 1 << 26, "cuda": 1 << 29}
 """Numbers, of weights and of Hessians, up to which weights are stacked; a solver holds about eight times as many: 2 GB
-on a CPU, 16 GB on a GPU."""
+on a CPU, 16 GB or a quarter of its memory on a GPU."""
 
 
-def at_once(shape: Sequence[int], device: torch.device) -> int:
+def goes(spec: Spec) -> bool:
+    """Whether weights of this spec go in lockstep."""
+    return isinstance(spec.base if isinstance(spec, Rotated) else spec, Trellis)
+
+
+def stackable(shape: Sequence[int], device: torch.device) -> int:
     """How many weights of `shape` `[out, in]`, each with its own inputs, are stacked at most."""
-    return max(1, LIMIT.get(device.type, LIMIT["cpu"]) // (shape[1] * (shape[0] + shape[1])))
+    most = LIMIT.get(device.type, LIMIT["cpu"])
+    if device.type == "cuda":  # a quarter of the card's memory, whatever else lies there: the same stacks in every run
+        most = min(most, torch.cuda.get_device_properties(device).total_memory // 128)
+    return max(1, most // (shape[1] * (shape[0] + shape[1])))
 
 
 def stacks(problems: Sequence[Problem], factors: Mapping[int, Factor]) -> list[list[list[int]]]:
@@ -81,4 +90,4 @@ def _stack(parts: list[Tensor]) -> Tensor:
 
 
 def _most(problem: Problem) -> int:
-    return at_once(problem.weight.shape, problem.weight.device)
+    return stackable(problem.weight.shape, problem.weight.device)

@@ -68,7 +68,7 @@ class Rounder(Protocol):
 
     def refit(self, weight: Tensor, hessian: Tensor) -> Tensor:
         """After every column was rounded: may improve the parameters, codes fixed, so that `tr(D H DT)` falls. Returns
-        the representable matrix `[out, in]`.
+        the representable matrix `[out, in]`; of a stack (`lockstep.py`) all is `[S, ...]`.
         """
         ...
 

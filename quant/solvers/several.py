@@ -27,6 +27,7 @@ def solve_named(solver: Solver, names: Sequence[str], problems: Sequence[Problem
 
 def _as_one(solver: Solver, problems: Sequence[Problem], spec: Uniform) -> list[Solution]:
     statistics, found, stop = problems[0].statistics, list[Solution](), 0
+    assert all(one.statistics is statistics for one in problems)
     whole = solver.solve(torch.cat([one.weight for one in problems]), statistics, spec)
     for one in problems:
         start, stop = stop, stop + one.weight.shape[0]

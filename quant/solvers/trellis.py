@@ -122,7 +122,7 @@ class TrellisRounder:
         """Each row's scale that minimises `tr(D H DT)`, `s = <A H W> / <A H A>` with `A` its values, rounded to a
         code and kept where it helps, of each row by itself. `weight` `[S, rows, in]`, `hessian` `[S, in, in]`."""
         self.sweep += 1
-        A = self._read(self.states).view(self.shape[1], len(weight), -1).permute(1, 2, 0)
+        A = self._read(self.states).reshape(self.shape[1], len(weight), -1).permute(1, 2, 0)
         pulled = A @ hessian
         gain, curve = (pulled * weight).sum(-1).flatten(), (pulled * A).sum(-1).flatten()
         best = gain / torch.where(curve > 0, curve, torch.inf)
