@@ -189,7 +189,7 @@ class BlockSolver:
         """An expert stack, or linears of one spec."""
         spec, began = self.plan.specs[sites[0].name], time.perf_counter()
         assert spec is not None
-        with threads(worth(sum(site.shape[0] * site.inputs // max(1, site.experts) for site in sites))):
+        with threads(worth(sum(site.out * site.inputs for site in sites))):
             if sites[0].kind == "experts":
                 return [self._solve_experts(sites[0], spec, stats, began)]
             metrics = [(self.plan.metrics(site) or [None])[0] for site in sites]

@@ -41,7 +41,7 @@ from quant.solvers.metric import own
 from quant.solvers.nearest import Nearest
 from quant.solvers.rounder import Rehearsal, Rounder, in_one_kernel, rounder_for
 from quant.solvers.rounding import of_rounded
-from quant.solvers.solution import Problem, Solution, Solver, check, solution
+from quant.solvers.solution import Problem, Solution, Solver, solution
 from quant.solvers.trellis import TrellisRounder
 
 REHEARSED = 256  # columns; see `_fit_group`
@@ -74,8 +74,6 @@ class Feedback(Solver):
             )
 
     def solve_all(self, problems: Sequence[Problem], spec: Spec) -> list[Solution]:
-        for problem in problems:
-            check(problem.weight, problem.statistics)
         around = solve_around(self, problems, spec)
         if around is not None:
             return around

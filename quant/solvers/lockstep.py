@@ -66,8 +66,9 @@ def stacked(weights: Sequence[Tensor], factors: Sequence[Factor]) -> tuple[Tenso
         whole = torch.cat([one.float() for one in weights[number * each : (number + 1) * each]])
         rows.append((whole if factor.match is None else whole @ factor.match)[:, order])
     hessians = [factor.hessian[order][:, order] for factor, order in zip(factors, orders, strict=True)]
-    whole = _stack([factor.feedback for factor in factors]), _stack(hessians), _stack([f.variance for f in factors])
-    return _stack(rows), Factor(torch.arange(weights[0].shape[1]), *whole, None, ())
+    feedback, variance = _stack([factor.feedback for factor in factors]), _stack([f.variance for f in factors])
+    order = torch.arange(weights[0].shape[1])
+    return _stack(rows), Factor(order, feedback, _stack(hessians), variance, None, ())
 
 
 def laid(matrix: Tensor, order: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from quant.kernels.spec import DTYPES, Spec, Uniform
 from quant.solvers.around import solve_around
 from quant.solvers.grid import SEARCH, Search, encode, fit, storable
 from quant.solvers.rounding import of_rounded
-from quant.solvers.solution import Problem, Solution, Solver, check, solution
+from quant.solvers.solution import Problem, Solution, Solver, solution
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,6 @@ class Nearest(Solver):
     search: Search = SEARCH
 
     def solve_all(self, problems: Sequence[Problem], spec: Spec) -> list[Solution]:
-        for problem in problems:
-            check(problem.weight, problem.statistics)
         around = solve_around(self, problems, spec)
         return [self._solve(one.weight, one.statistics, spec) for one in problems] if around is None else around
 
