@@ -163,7 +163,8 @@ def _sites(subject: Subject, stored: dict[str, Stored]) -> dict[str, int] | None
     if config.get("quant_method") == "bitwright":
         try:
             sites = config["sites"].items()
-            return {name + ("_" if "experts" in site else "."): math.prod(site["shape"]) for name, site in sites}
+            inner = {name: site for name, site in sites if "end" not in site}  # an embedding's bits are no linear's
+            return {n + ("_" if "experts" in site else "."): math.prod(site["shape"]) for n, site in inner.items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{subject.folder}/config.json: quantization_config has no sound list of sites."

@@ -76,6 +76,12 @@ class PackedUniform(Packed):
         stored = {"weight": self.weight, "scales": self.scales}
         return stored if self.zeros is None else {**stored, "zeros": self.zeros}
 
+    def rows(self, index: Tensor) -> PackedUniform:
+        """The weight of the rows `index` int64 `[n]`."""
+        weight = self.weight.view(self.shape[0], -1)[index].flatten()
+        zeros = None if self.zeros is None else self.zeros[index]
+        return PackedUniform(self.spec, (len(index), self.shape[1]), weight, self.scales[index], zeros)
+
     def codes(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Codes uint8 `[stop - start, in]`."""
         length = row_bytes(self.shape[1], self.spec.bits)

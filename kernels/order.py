@@ -72,6 +72,13 @@ class Arranged:
             return launch.dequantize(self, dtype, rows.start, rows.stop)
         return plain(self).dequantize(dtype, rows.start, rows.stop)
 
+    def rows(self, index: Tensor) -> Arranged:
+        """The weight of the rows `index` int64 `[n]`."""
+        places = _places(self.weight.view(self.tiles, -1), self.spec.bits, self.shape[0])
+        weight = torch.cat([place[:, index].flatten(1) for place in places], 1).flatten()
+        zeros = None if self.zeros is None else self.zeros[:, index]
+        return Arranged(self.spec, (len(index), self.shape[1]), weight, self.scales[:, index], zeros)
+
     @property
     def nbytes(self) -> int:
         parts = (self.weight, self.scales, *(() if self.zeros is None else (self.zeros,)))

@@ -61,6 +61,7 @@ class Solved:
             "spec": self.spec.to_dict(),
             "shape": list(self.site.shape),
             "experts": self.site.experts,
+            **({"end": self.site.end} if self.site.end else {}),
             "bits_per_weight": self.spec.bits_per_weight(self.site.shape),
             "nbytes": self.spec.nbytes(self.site.shape),
             "error": self.error if math.isfinite(self.error) else None,  # JSON knows no infinity

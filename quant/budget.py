@@ -111,9 +111,10 @@ def sized(
             chosen = _finer(walked, made, bits, limit, floats, weights)
         progress.say(f"--size {size}: {chosen.average or bits:g} bits per weight")
         return prepared(chosen)
+    smaller = walked is not None and walked.recipe.embeddings is None and not walked.source.is_diffusion
     raise SettingsError(
         f"--size {size}: the narrowest codes make {least:,} bytes, embeddings and all that stays float included; give "
-        "more"
+        f"more{', or pack the embedding and the head too: --embedding-bits 8' if smaller else ''}"
     )
 
 

@@ -25,7 +25,7 @@ from quant.checkpoint.words import asked_bits, code_bits, spec_words
 from quant.display import Display
 from quant.errors import BitwrightError, SettingsError
 from quant.estimate import Estimate, estimate
-from quant.kernels.spec import SpecError
+from quant.kernels.spec import SpecError, Uniform
 from quant.memory import map_large
 from quant.models.source import COMPONENT
 from quant.outcome import show_estimates, show_results
@@ -80,6 +80,9 @@ def quantize(
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; -1 for whole rows.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="No zero points, or with.")] = None,
     activations: Annotated[int | None, typer.Option(help="8: inputs rounded to 8 bits, token by token.")] = None,
+    embedding_bits: Annotated[
+        int | None, typer.Option(help="Pack the embedding and the head too, counted apart; default: they stay float.")
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="Shipped, or a file; default: balanced below 4 bits, or gptq.")
     ] = None,
@@ -116,7 +119,7 @@ def quantize(
     mode = _mode(resume, restart, recipe, time_budget, components, bits, size, threads)
     values = {"text": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
     grid = group_size, symmetric, activations
-    make = lambda name, b=bits: _with(_recipe(name, b, *grid), settings, values, only, skip)  # noqa: E731
+    make = lambda name, b=bits: _with(_recipe(name, b, *grid), settings, values, only, skip, embedding_bits)  # noqa: E731
     place, console = _place(device, dtype, plan, threads), Console(stderr=True, quiet=quiet)
     names = [name.strip() for name in (components or "").split(",")]
     out = out or (None if size else _folder(model, make(RECIPES[0] if time_budget else recipe)))
@@ -226,8 +229,11 @@ def _with(
     values: dict[str, Any],
     only: list[str] | None,
     skip: list[str] | None,
+    embedding_bits: int | None,
 ) -> Recipe:
     """The recipe with everything else that the command line says."""
+    if embedding_bits is not None:
+        recipe = replace(recipe, embeddings=replace(recipe.embeddings or Uniform(), bits=embedding_bits))
     recipe = override(recipe, settings or [])
     given = [f"calibration.{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
     if given and recipe.calibration is None:

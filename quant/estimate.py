@@ -26,6 +26,7 @@ from quant.calibration.statistics import Statistics
 from quant.calibration.trajectory import passes
 from quant.checkpoint.shards import sizes
 from quant.checkpoint.writer import arrangement, promised_pieces, quantized_sites
+from quant.ends import rehearsed
 from quant.fisher import enough, kept
 from quant.kernels.spec import LowRank, Smoothed, Spec, Trellis
 from quant.memory import enough_memory, peak_bytes
@@ -94,6 +95,7 @@ def estimate(prepared: Prepared) -> Estimate:
         _warm(prepared)
         follow = _follow(prepared)
         seen = _rehearse(prepared)
+        ends, embedding = rehearsed(prepared)
         opening = _timed(lambda: skeleton_of(prepared.source, prepared.settings))
     _, batches = prepared.outline
     followed = prepared.recipe.match == "float" or prepared.recipe.recovery is not None
@@ -107,6 +109,8 @@ def estimate(prepared: Prepared) -> Estimate:
         used = len(enough(prepared.samples.batches, prepared.walk.sites))
         measuring = seen.stored * used * kept(len(prepared.walk.chain)) - prepared.settings.spill_bytes
     share = weights / max(1, seen.block_weights)  # in blocks of the rehearsed size
+    if any(site.end != "embedding" for site in prepared.walk.ends):
+        ends += seen.advance * share * batches
     per_block = seen.load + seen.solve + seen.recover + (seen.collect + seen.advance * paths) * batches
     peak_gpu = torch.cuda.max_memory_allocated() + held if cuda else 0
     peak_rss = peak_bytes() + (0 if cuda else held)
@@ -124,10 +128,10 @@ def estimate(prepared: Prepared) -> Estimate:
         promised_bits=8 * packed / max(1, weights),
         weight_files=files,
         float_bytes=prepared.source.nbytes(),
-        peak_rss_bytes=peak_rss + (0 if cuda else more),
-        peak_gpu_bytes=peak_gpu + (more if cuda else 0),
+        peak_rss_bytes=peak_rss + (0 if cuda else more + embedding),
+        peak_gpu_bytes=peak_gpu + (more + embedding if cuda else 0),
         spilled_bytes=max(activations - held, measuring),
-        seconds=per_block * share + verification + distillation,
+        seconds=per_block * share + verification + distillation + ends,
         rehearsal_seconds=time.perf_counter() - began,
     )
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from quant.held import Holder, Slot, register
+from quant.held import Mixed, Slot, mixed, register
 from quant.kernels.dispatch import matmul
 from quant.kernels.reference import Weight
 from quant.kernels.spec import Spec
@@ -107,7 +106,7 @@ class _View:
         setattr(self.__dict__["_module"], name, value)
 
 
-class PackedExperts(Holder):
+class PackedExperts(Mixed):
     """Mixed in front of an experts class by `pack_experts`. `bitwright_stacks`: spec and site of a packed parameter."""
 
     bitwright_stacks: dict[str, tuple[Spec, Site]]
@@ -124,11 +123,6 @@ class PackedExperts(Holder):
         original = inspect.unwrap(super().forward)
         return getattr(original, "__func__", original)(_View(self, stacks), *args, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """For pickle, which finds no class by name that was made at run time: by the class that it was made from."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _unfilled, (type(self).__bases__[1],), *state
-
     def unpack(self, dtype: torch.dtype) -> None:
         """Becomes the float module that it was."""
         for slot, (leaf, (_, site)) in zip(self.slots(), self.bitwright_stacks.items(), strict=True):
@@ -140,19 +134,10 @@ class PackedExperts(Holder):
         del self.bitwright_stacks
 
 
-@cache
-def _packed(kind: type[nn.Module]) -> type[PackedExperts]:
-    return type(f"Packed{kind.__name__}", (PackedExperts, kind), {"__module__": kind.__module__})
-
-
-def _unfilled(kind: type[nn.Module]) -> PackedExperts:
-    return _packed(kind).__new__(_packed(kind))
-
-
 def pack_experts(module: nn.Module, leaf: str, spec: Spec, site: Site) -> None:
     """Turns the 3-D parameter `leaf` of an experts module into packed buffers, its class into one that reads them."""
     if not isinstance(module, PackedExperts):
-        module.__class__ = _packed(type(module))
+        module.__class__ = mixed(PackedExperts, type(module))
         module.bitwright_stacks = {}  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     device = module._parameters.pop(leaf).device  # pyright: ignore[reportOptionalMemberAccess]
     register(module, spec, site.shape, leaf, device)

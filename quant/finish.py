@@ -16,6 +16,7 @@ from quant.blocks import fill
 from quant.calibration.mixing import Mixed
 from quant.calibration.samples import moved
 from quant.checkpoint.journal import Journal
+from quant.ends import Ends
 from quant.kernels.packed import Packed
 from quant.linear import stored_name, stored_weight
 from quant.models.skeleton import Skeleton
@@ -30,18 +31,19 @@ PAUSE = 60.0
 """Seconds between two writings of an unfinished tuning's state."""
 
 
-def distil(prepared: Prepared, journal: Journal, progress: Progress) -> Tensor:
+def distil(prepared: Prepared, journal: Journal, progress: Progress, ends: Ends) -> Tensor:
     """Runs the recipe's distillation unless the journal has it; returns the tuned model's output on the probe."""
     skeleton, end, recipe = prepared.skeleton, len(prepared.walk.chain), prepared.recipe
     assert recipe.distillation is not None
     names = skeleton.names_under("")
-    skeleton.load(names)
+    with ends.apart():
+        skeleton.load(names)
     tensors = {name: tensor for index in range(end) for name, tensor in journal.load(index).items()}
     vectors = _vectors(skeleton, set(tensors))
     if not journal.finished(end):
         began = time.perf_counter()
         packed = _packed(prepared, tensors)
-        tuned = recipe.distillation.tune(_whole(prepared, journal, packed, vectors, progress))
+        tuned = recipe.distillation.tune(_whole(prepared, journal, packed, vectors, progress, ends))
         record = {"before": tuned.before, "after": tuned.after, "seconds": round(time.perf_counter() - began, 2)}
         journal.write(end, _changed(prepared, tensors, tuned, vectors), record)
     tensors |= journal.load(end)
@@ -49,6 +51,7 @@ def distil(prepared: Prepared, journal: Journal, progress: Progress) -> Tensor:
     for site in prepared.walk.sites:
         if site.name in solved:
             fill(skeleton.model.get_parameter(site.parameter), site, solved[site.name])
+    ends.fill()
     for name, key in vectors.items():
         if key in tensors:
             skeleton.model.get_parameter(name).data.copy_(tensors[key])
@@ -59,8 +62,9 @@ def distil(prepared: Prepared, journal: Journal, progress: Progress) -> Tensor:
 
 
 def _whole(
-    prepared: Prepared, journal: Journal, packed: dict[str, Packed], vectors: dict[str, str], progress: Progress
-) -> Whole:
+    prepared: Prepared, journal: Journal, packed: dict[str, Packed], vectors: dict[str, str], progress: Progress,
+    ends: Ends,
+) -> Whole:  # fmt: skip
     entries = prepared.source.entries
     batches = [moved(batch, prepared.settings.device) for batch in prepared.samples.batches]
     mixed = Mixed(batches, prepared.recipe.trajectory.mix) if prepared.source.is_diffusion else None
@@ -79,6 +83,7 @@ def _whole(
         packed,
         metric,
         {name: STORED[entries[key].dtype] for name, key in vectors.items()},
+        ends.weights(),
         shown if mixed is None else mixed,
         batches if mixed is None else mixed,
         None if mixed is None else mixed.times,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -115,6 +116,24 @@ class Holder(nn.Module):
         self._buffers.update(kept)
         self.settle()
         return self
+
+
+class Mixed(Holder):
+    """A holder that is mixed in front of the class of a module that keeps its own code."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For pickle, which finds no class by name that was made at run time: by those that it was made from."""
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _unfilled, type(self).__bases__, *state
+
+
+@cache
+def mixed(front: type[Mixed], kind: type[nn.Module]) -> type[Mixed]:
+    return type(f"Packed{kind.__name__}", (front, kind), {"__module__": kind.__module__})
+
+
+def _unfilled(front: type[Mixed], kind: type[nn.Module]) -> Mixed:
+    return mixed(front, kind).__new__(mixed(front, kind))
 
 
 def _moved(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:

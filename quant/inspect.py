@@ -37,7 +37,7 @@ from quant.models.source import COMPONENT, Source
 
 MOST_SITES, MOST_NAMES = 100, 5
 RUN = ("model", "recipe", "plan", "calibration", "compute", "versions")  # said in words, as `made`
-NOT_SHOWN = (*RUN, "components", "made", "left_float", "sites", "command", "resume", "damage")
+NOT_SHOWN = (*RUN, "components", "made", "left_float", "sites", "ends", "command", "resume", "damage")
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
@@ -117,7 +117,8 @@ def _made(folder: Path) -> bool:
 
 
 def _packed(folder: Path, quantization: dict[str, Any], check: bool) -> dict[str, Any]:
-    sites = read_sites(quantization, str(folder))
+    every = read_sites(quantization, str(folder))
+    sites, ends = ({n: s for n, s in every.items() if bool(s.end) is outer} for outer in (False, True))
     sealed = "every file is what was written" if "checksums" in quantization else "no checksums; tensors as promised"
     state, damage = sealed if check else "not checked", None
     stored: dict[str, Piece] = {}
@@ -128,8 +129,8 @@ def _packed(folder: Path, quantization: dict[str, Any], check: bool) -> dict[str
     except CheckpointError as error:
         state, damage = "DAMAGED", str(error)
     weights = sum(math.prod(site.shape) for site in sites.values())
-    names = {name for site in sites.values() for name in site.stored()}
-    packed = sum(stored[name].nbytes for name in names) if stored.keys() >= names else None
+    inner, names = ({name for site in some.values() for name in site.stored()} for some in (sites, every))
+    packed = sum(stored[name].nbytes for name in inner) if stored.keys() >= names else None
     promised = sum(site.spec.nbytes(site.shape) for site in sites.values())
     report, told = _told(folder)
     solved = told.pop("sites", {})
@@ -147,6 +148,7 @@ def _packed(folder: Path, quantization: dict[str, Any], check: bool) -> dict[str
         "report": report,
         **told,
         "sites": [_site(site, solved.get(site.name, {})) for site in sites.values()],
+        **({"ends": [_site(site, solved.get(site.name, {})) for site in ends.values()]} if ends else {}),
     }
 
 
@@ -175,7 +177,7 @@ def _told(folder: Path) -> tuple[str, dict[str, Any]]:
         told: dict[str, Any] = {key: dict(report[key]) for key in RUN}
         told |= {"command": str(report["command"]), "made": words.provenance_rows(told)}
         told["left_float"] = {str(name): str(reason) for name, reason in report["left_float"].items()}
-        told["sites"] = {str(site["site"]): _told_site(site) for site in report["sites"]}
+        told["sites"] = {str(site["site"]): _told_site(site) for site in words.all_sites(report)}
     except DAMAGE:
         return "damaged", {}
     return "read", told
@@ -198,14 +200,15 @@ def _unfinished(folder: Path, out: Path, check: bool) -> dict[str, Any]:
     try:
         run = json.loads((journal / "run.json").read_bytes())
         files = sorted(journal.glob("[0-9]*.json"))
-        records = [record for file in files if "sites" in (record := json.loads(file.read_bytes()))]  # or of tuning
+        journalled = [json.loads(file.read_bytes()) for file in files]
+        records = [record for record in journalled if "sites" in record]  # or of tuning, or of the ends
         for file in files if check else ():
             check_block(file.with_suffix(".safetensors"))
         command = quantize_command(run, "")
         return {
             **{key: run[key] for key in RUN},
             "blocks_done": len(records),
-            "sites_done": sum(len(record["sites"]) for record in records),
+            "sites_done": sum(len(record.get("sites", record.get("ends", ()))) for record in journalled),
             "sites_planned": sum(spec is not None for spec in run["plan"].values()),
             "made": words.provenance_rows(run),
             "resume": f"{command} --out {shlex.quote(str(out))} --resume",
@@ -239,11 +242,12 @@ def _show(found: Mapping[str, Any]) -> None:
     shown = [(key.replace("_", " "), _value(value)) for key, value in found.items() if key not in NOT_SHOWN]
     reasons = words.by_reason(found.get("left_float", {})).items()
     left = [("left float", f"{reason}: {', '.join(words.capped(names, MOST_NAMES))}") for reason, names in reasons]
-    for name, value in [*shown, *left, *found.get("made", [])]:
+    ends = [("embedding and head", words.ends_words(found["ends"]))] if "ends" in found else []
+    for name, value in [*shown, *ends, *left, *found.get("made", [])]:
         facts.add_row(Text(name), Text(words.plain(value, 2000)))
     console.print(facts)
     if found.get("sites"):
-        console.print(_site_table(found["sites"]))
+        console.print(_site_table(words.all_sites(found)))
     for key, heading in (("command", "Made by"), ("resume", "Continue with")):
         if key in found:
             console.print(Text(f"{heading}:\n  {words.plain(found[key], 4000)}"), soft_wrap=True)

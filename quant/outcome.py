@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from quant.checkpoint.words import code_bits, spec_words
+from quant.checkpoint.words import all_sites, code_bits, ends_words, spec_words
 from quant.display import human
 from quant.estimate import Estimate
 from quant.kernels.spec import Spec, spec_from_dict
@@ -52,13 +52,14 @@ def _show_estimate(prepared: Prepared, predicted: Estimate, console: Console) ->
     front, places = _shared([name for name, _, _ in alike]), list(dict.fromkeys(name for name, _, _ in alike))
     size = lambda spec, shape: math.inf if spec is None else spec.nbytes(shape)  # noqa: E731
     rows = sorted(alike.items(), key=lambda row: (places.index(row[0][0]), size(row[0][2], row[0][1])))
-    for (name, shape, spec), count in rows:
+    ends = [((s.name, s.shape, prepared.plan.specs[s.name]), 1) for s in prepared.walk.ends]
+    for (name, shape, spec), count in [*rows, *ends]:
         cells = ("float", "", "")
         if spec is not None:
             bits = code_bits(spec.to_dict())
             code = f"{bits}-bit {spec.core.layout}" if bits else spec.core.layout
             cells = (code, f"{spec.bits_per_weight(shape):.3f}", f"{spec.nbytes(shape):,}")
-        short = f"*{name.removeprefix(front)}" if front else name
+        short = f"*{name.removeprefix(front)}" if front and name in places else name
         table.add_row(escape(short), str(count), f"{shape[0]} x {shape[1]}", *cells)
     console.print(table)
     specs = Counter(prepared.plan.specs[s.name] for s in prepared.walk.sites)
@@ -128,10 +129,14 @@ def _show_result(result: Result, part: str, float_bytes: int, console: Console) 
         f"disk, {human(total)} of weights (from {human(float_bytes)}), {report['seconds']:.0f} s, "
         f"peak memory {human(report['peak_rss_bytes'])}"
     )
+    if "ends" in report:
+        console.print(
+            f"packed too, and not counted in those bits: {escape(ends_words(report['ends']))}", highlight=False
+        )
     _show_modulations(
         [spec_from_dict(s["spec"]) for s in report["sites"] if s["site"] in report["modulations"]], console
     )
-    noted = [site for site in report["sites"] if site["notes"]]
+    noted = [site for site in all_sites(report) if site["notes"]]
     if noted:
         console.print(f"[yellow]{len(noted)} sites have notes[/yellow]; see report.html")
     console.print(f"verified: logits after reloading within {report['verification']['worst_difference']:.1e}")

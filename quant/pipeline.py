@@ -28,6 +28,7 @@ from quant.checkpoint.provenance import provenance
 from quant.checkpoint.recall import keep, recall
 from quant.checkpoint.verify import compare_logits
 from quant.checkpoint.writer import Written, write_checkpoint
+from quant.ends import Ends
 from quant.errors import SettingsError
 from quant.finish import distil
 from quant.kernels.spec import spec_from_dict
@@ -123,13 +124,14 @@ def run(
     with memory, threads(prepared.threads), prepared.in_order(), Journal(place, prepared.identity(), mode) as journal:
         keep(journal.folder, prepared.plan)
         resumed = sum(journal.finished(i) for i in range(len(prepared.walk.chain)))
-        logits = _blocks(prepared, journal, progress)
+        ends = Ends.solved(prepared, journal, progress)
+        logits = _blocks(prepared, journal, progress, ends)
         if prepared.recipe.distillation is not None:
             progress.step("tuning end to end")
-            logits = distil(prepared, journal, progress)
+            logits = distil(prepared, journal, progress, ends)
         progress.step("writing the checkpoint")
         records = [journal.record(i) for i in range(len(prepared.walk.chain)) if journal.finished(i)]
-        report = _report(prepared, records)
+        report = _report(prepared, records, ends.records)
         if prepared.recipe.distillation is not None:
             report["distillation"] = journal.record(len(prepared.walk.chain))
         written = write_checkpoint(prepared, journal, report)
@@ -146,7 +148,7 @@ def run(
     return Result(out, written, report)
 
 
-def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.Tensor:
+def _blocks(prepared: Prepared, journal: Journal, progress: Progress, ends: Ends) -> torch.Tensor:
     """Solves every block that the journal does not have; returns the quantized model's output on the probe."""
     skeleton, recipe, chain = prepared.skeleton, prepared.recipe, prepared.walk.chain
     model = skeleton.model
@@ -172,7 +174,7 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress) -> torch.T
             progress.block(index, name)
             names = skeleton.names_under(name)
             skeleton.load(names)
-            originals: dict[str, torch.Tensor] = {}
+            originals = ends.floats() if index == 0 and followed else {}
             wanted = range(len(batches)) if index + 1 < len(chain) else [len(batches) - 1]  # only the probe has a head
             if journal.finished(index):
                 kept = originals if followed else None
@@ -267,7 +269,7 @@ def _advance(replay: Replay, index: int, batches: Sequence[Batch], wanted: Seque
         store[number] = finite(replay.output(index, batches[number], store[number], number), replay.names[index])
 
 
-def _report(prepared: Prepared, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _report(prepared: Prepared, records: Sequence[dict[str, Any]], ends: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """report.json before the run's last figures are known."""
     sites = [{"block": record["block"], **site} for record in records for site in record["sites"]]
     weights = sum(site["shape"][0] * site["shape"][1] for site in sites)
@@ -285,4 +287,5 @@ def _report(prepared: Prepared, records: Sequence[dict[str, Any]]) -> dict[str, 
             for record in records
         ],
         "sites": sites,
+        **({"ends": [{"block": "", **end} for end in ends]} if ends else {}),
     }

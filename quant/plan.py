@@ -99,7 +99,8 @@ def make_plan(
     else:
         own = {name: raised(recipe, recipe.spec, site) for name, site in free.items()}
     own = {name: with_anchor(spec) if name in anchors else spec for name, spec in own.items()}
-    return Plan({site.name: told[site.name] if site.name in told else own[site.name] for site in walk.sites})
+    own |= {site.name: recipe.embeddings for site in walk.ends}
+    return Plan({site.name: told[site.name] if site.name in told else own[site.name] for site in walk.all})
 
 
 def left(recipe: Recipe, walk: Walk, told: Mapping[str, Spec | None]) -> float:
@@ -112,7 +113,8 @@ def left(recipe: Recipe, walk: Walk, told: Mapping[str, Spec | None]) -> float:
 
 def given(file: Path | None, walk: Walk) -> dict[str, Spec | None]:
     """The specs that a plan file has for the sites of a model. Raises `SettingsError` as `make_plan`."""
-    sites = {site.name: site for site in walk.sites}
+    sites = {site.name: site for site in walk.all}
+    inner = [site.name for site in walk.sites]  # what a pattern may stand for
     specs: dict[str, Spec | None] = {}
     if file is None:
         return specs
@@ -123,7 +125,7 @@ def given(file: Path | None, walk: Walk) -> dict[str, Spec | None]:
     if not isinstance(told, dict):
         raise SettingsError(f"--plan {file}: expected a JSON object, found {told!r}")
     for pattern, spec in sorted(told.items(), key=lambda item: item[0] in sites):  # names in full say it last
-        found = [pattern] if pattern in sites else [name for name in sites if fnmatchcase(name, pattern)]
+        found = [pattern] if pattern in sites else [name for name in inner if fnmatchcase(name, pattern)]
         if not found:
             raise SettingsError(
                 f"--plan {file}: {pattern} is no site of this model and no pattern of one; --dry-run shows patterns, "
@@ -210,6 +212,8 @@ def fitted(spec: Spec, site: Site) -> Spec:
         SettingsError: nothing fits the bits asked, an expert's rows cannot be cut into sequences, or a stack is to have
             a low-rank branch.
     """
+    if site.end and (not isinstance(spec, Uniform) or rounds_inputs(spec)):
+        raise SettingsError(f"{site.name}: the {site.end} of a model takes a uniform grid, and inputs as they are")
     if site.turned:
         spec = unrotated(spec)
     if site.experts:

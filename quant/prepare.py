@@ -165,12 +165,12 @@ def prepare(
         if name.startswith(COMPONENT):  # one for the first steps, another for the last
             progress.say(f"note: its {name} stays float; --components {COMPONENT},{name} packs both")
     skeleton = skeleton_of(source, settings)
-    found = walk(skeleton.model, _trace(skeleton), only=recipe.only, skip=recipe.skip)
+    found = _walk(skeleton, recipe, progress)
     skeleton.lent = found.lent
     folded = _fold(skeleton, found, recipe, settings, progress)
     if folded.untied:
         skeleton.untie()
-        found = walk(skeleton.model, _trace(skeleton), only=recipe.only, skip=recipe.skip)
+        found = _walk(skeleton, recipe, progress)
     if recipe.folding is not None and not recipe.folding.online:
         found = turned(found, folded.turned)
     make = lambda samples: planned(skeleton, found, recipe, settings, samples, progress)  # noqa: E731
@@ -182,6 +182,19 @@ def prepare(
     else:
         _ = replace(prepared, make=lambda _: make(None)).plan
     return prepared
+
+
+def _walk(skeleton: Skeleton, recipe: Recipe, progress: Progress) -> Walk:
+    ends = recipe.embeddings is not None
+    if ends and skeleton.source.is_diffusion:
+        progress.say("note: a diffusion transformer has no embedding of tokens; recipe.embeddings says nothing of it")
+        ends = False
+    found = walk(skeleton.model, _trace(skeleton), only=recipe.only, skip=recipe.skip, ends=ends)
+    if ends and not found.ends:
+        reasons = [f"{name}: {why}" for name, why in found.left.items() if "embed" in name or "head" in name]
+        why = "; ".join(reasons) or "the model has none"
+        raise SettingsError(f"embeddings: no embedding or head that could be packed ({why}); leave it out")
+    return found
 
 
 def _fold(skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, progress: Progress) -> Folded:
@@ -198,7 +211,7 @@ def _fold(skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, p
 
 def with_plan(prepared: Prepared, plan: Plan) -> Prepared:
     """With a plan that was made before for these sites, and what the plan file says now."""
-    if plan.specs.keys() != {site.name for site in prepared.walk.sites}:
+    if plan.specs.keys() != {site.name for site in prepared.walk.all}:
         return prepared
     plan = replace(plan, specs=plan.specs | given(prepared.settings.plan, prepared.walk))
     return replace(prepared, make=lambda _: plan)

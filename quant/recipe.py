@@ -34,7 +34,7 @@ CHOICES: dict[str, tuple[type[Any], ...]] = {
     "recovery": (BlockTuning, Assignments),
     "importance": (Attention,),
 }
-OPTIONAL = ("recovery", "importance", "distillation", "folding", "calibration")
+OPTIONAL = ("recovery", "importance", "distillation", "folding", "calibration", "embeddings")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Recipe:
     data-free, no text is read. `trajectory`: where the inputs of a diffusion transformer come from. `modulation_bits`:
     the least that its adaLN modulations get (see `plan.py`).
     `folding`: rotations that are folded into the weights before anything else is done (`models/folding.py`).
+    `embeddings`: the grid that a language model's embedding of tokens and its head get (`ends.py`); their bits are
+    counted apart from all others. None: they stay float.
     `only`, `skip`: glob patterns over site names.
     """
 
@@ -83,6 +85,7 @@ class Recipe:
     sensitivity: Literal["output", "image"] = "output"
     modulation_bits: int = 4
     folding: Folding | None = None
+    embeddings: Uniform | None = None
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
@@ -95,6 +98,11 @@ class Recipe:
             raise SettingsError("importance weighs the calibration text's tokens, and this recipe has none; give one")
         if self.average is not None and not 0 < self.average < math.inf:
             raise SettingsError(f"average is {self.average} bits per weight; give a number from 1 to 8")
+        if self.embeddings is not None and (self.folding is not None or self.embeddings.activations == 8):
+            raise SettingsError(
+                "embeddings: what is folded into them stays float, and what they are multiplied by is not rounded; set "
+                "embeddings or folding to null, and embeddings.activations to 16"
+            )
         if any(not 1 <= width <= 8 for width in self.widths or ()):
             raise SettingsError(f"widths are {list(self.widths or ())}; give numbers of bits from 1 to 8")
 
@@ -112,6 +120,7 @@ class Recipe:
         data["calibration"] = None if self.calibration is None else asdict(self.calibration)
         data["distillation"] = self.distillation and asdict(self.distillation)
         data["folding"] = self.folding and asdict(self.folding)
+        data["embeddings"] = self.embeddings and self.embeddings.to_dict()
         data["trajectory"] = asdict(self.trajectory)
         data["experts"] = asdict(self.experts)
         return json.loads(json.dumps(data))
@@ -121,8 +130,9 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     """The inverse of `Recipe.to_dict`; unknown keys are refused by name."""
     values = dict(data)
     try:
-        if "spec" in values:
-            values["spec"] = spec_from_dict(values["spec"])
+        for name in ("spec", "embeddings"):
+            if values.get(name) is not None:
+                values[name] = spec_from_dict(values[name])
     except SpecError as error:
         raise SettingsError(f"recipe: {error}") from None
     for name in CHOICES:

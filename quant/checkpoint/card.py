@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from quant.checkpoint.shards import write_text
-from quant.checkpoint.words import Report, by_reason, capped, code_bits, notes, plain, provenance_rows, specs_words
+from quant.checkpoint.words import (
+    Report,
+    by_reason,
+    capped,
+    code_bits,
+    ends_words,
+    notes,
+    plain,
+    provenance_rows,
+    specs_words,
+)
 from quant.errors import CheckpointError
 
 BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
@@ -142,6 +152,7 @@ def _sizes(report: Report) -> list[tuple[str, str]]:
         ("bits promised", f"{bits['promised']:.5g} per quantized weight, scales and zeros and all else included"),
         ("bits measured on disk", f"{bits['measured']:.5g} per quantized weight"),
         ("quantized", f"{bits['weights']:,} of {source['parameters']:,} weights, {bits['packed_bytes']:,} bytes"),
+        *((("embedding and head", _code(ends_words(report["ends"]))),) if "ends" in report else ()),
         ("all weight files", f"{after:,} bytes, {smaller:.2f} times smaller than the original's {source['bytes']:,}"),
         ("license of the base model", _code(source["license"] or "unknown: its folder does not state one")),
         ("commit of the base model", _code(source["revision"] or "unknown: a local folder")),

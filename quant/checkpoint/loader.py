@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quant.checkpoint import pipelines
 from quant.checkpoint.manifest import METHOD, VERIFIED, PackedSite, read_config, read_sites, verified
 from quant.checkpoint.manifest import verify as verify_folder
+from quant.embedding import PackedEmbedding, PackedHead, put_embedding
 from quant.errors import BitwrightError, CheckpointError, ResourceError, SettingsError, out_of_memory
 from quant.experts import PackedExperts
 from quant.held import Holder
 from quant.kernels.layouts import LayoutError
+from quant.kernels.spec import Uniform
 from quant.linear import PackedLinear, put_packed
 from quant.machine import check_device
 from quant.models.candidates import is_linear
@@ -94,7 +97,7 @@ def put_site(model: Any, packed: PackedSite) -> str:
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name in (packed.name, packed.name.removeprefix(prefix), prefix + packed.name):
-        site = PackedSite(name, packed.shape, packed.spec, packed.experts, packed.transposed).site()
+        site = replace(packed, name=name).site()
         try:
             parameter = model.get_parameter(site.parameter)
         except AttributeError:
@@ -106,18 +109,21 @@ def put_site(model: Any, packed: PackedSite) -> str:
                 "config.json and weights do not belong together"
             )
         owner = model.get_submodule(site.parameter.rpartition(".")[0])
+        if site.end in ("embedding", "both"):
+            if not isinstance(owner, nn.Embedding) or not isinstance(packed.spec, Uniform):
+                raise CheckpointError(f"{packed.name}: not an embedding in the model; config.json is damaged")
+            put_embedding(model, site, packed.spec)
+            return name
         if site.kind == "linear" and (not is_linear(owner) or isinstance(owner, Conv1D) != site.transposed):
             raise CheckpointError(
                 f"{packed.name}: config.json lists this {type(owner).__name__} as a "
                 f"{'transposed' if site.transposed else 'plain'} linear layer; config.json is damaged, copy it again"
             )
         bias = site.kind == "linear" and getattr(owner, "bias", None) is not None
-        put_packed(
-            model,
-            PackedSite(name, packed.shape, packed.spec, packed.experts, packed.transposed).site(bias),
-            packed.spec,
-        )
+        put_packed(model, replace(site, bias=bias), packed.spec)
         return name
+    if packed.end == "head" and model.get_output_embeddings() is None:
+        return packed.name  # only the base of the model is loaded
     raise CheckpointError(f"{packed.name}: config.json lists this site, but the model has no such matrix")
 
 
@@ -155,11 +161,14 @@ def unpack_model(model: Any, dtype: torch.dtype) -> Any:
     """Every packed site expanded to the float module it stands for, in place; nothing of ours remains."""
     model._weight_conversions = None  # a plain model is saved as its architecture's files are
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedLinear | PackedHead):
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, module.unpack(dtype).train(module.training))
-        elif isinstance(module, PackedExperts):
+        elif isinstance(module, PackedExperts | PackedEmbedding):
             module.unpack(dtype)
+    if "_tied_weights_keys" in model.__dict__:  # a packed embedding took its head out of it
+        del model._tied_weights_keys
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     return model
 
 

@@ -1,8 +1,9 @@
 """The checkpoint's own account of itself: which sites are packed how, and a checksum of every file.
 
 `config.json` carries `quantization_config`: `quant_method` "bitwright", `format_version`, `version` of the writer,
-`sites` (per site: `shape` `[rows, in]`, `spec`, and `experts` or `transposed` where they apply), and `checksums`, the
-sha256 of `checksums.json`. That file lists the sha256 of every other file except those written for people (README.md,
+`sites` (per site: `shape` `[rows, in]`, `spec`, and `experts`, `transposed` or `end` where they apply; `end` is that of
+`models/walk.Site`, of embeddings and heads), and `checksums`, the sha256 of `checksums.json`. That file lists the
+sha256 of every other file except those written for people (README.md,
 report.*); of config.json it takes the content without the `checksums` entry. So one flipped bit anywhere is noticed
 before a tensor is touched, and so is a further file that transformers would read. A folder written by transformers'
 `save_pretrained` has no `checksums` entry; its tensors are still checked against the specs by name, dtype and shape.
@@ -18,18 +19,20 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quant.checkpoint.hub import fetch
 from quant.checkpoint.shards import NAMES, STEMS, Piece, index_name, read_pieces, sha256
 from quant.errors import CheckpointError
-from quant.kernels.spec import Spec, SpecError, Trellis, spec_from_dict
+from quant.kernels.spec import Spec, SpecError, Trellis, Uniform, spec_from_dict
 from quant.linear import stored_name
 from quant.models.walk import Site
 
 METHOD = "bitwright"
 FORMAT_VERSION = 2
-"""What is written. Version 1 is read too, but for the trellis code `mac`, which had other numbers."""
+"""What is written, or 3 where an embedding or a head is packed. Version 1 is read too, but for the trellis code `mac`,
+which had other numbers."""
+WITH_ENDS = 3
 
 CHECKSUMS = "checksums.json"
 JOURNAL = ".bitwright"  # here while a run is under way; see `journal`
@@ -40,7 +43,8 @@ TOKENIZER = (*INPUTS, "tokenizer*.json", "tokenizer.model", "added_tokens.json",
 VERIFIED: ContextVar[bool] = ContextVar("verified", default=False)  # whether `quant.load` has done so, or must not
 LOADING = threading.Lock()
 KEYS = {"quant_method", "format_version", "version", "sites", "checksums"}
-SITE_KEYS = {"shape", "spec", "experts", "transposed"}
+SITE_KEYS = {"shape", "spec", "experts", "transposed", "end"}
+ENDS = ("", "embedding", "head", "both")
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,12 @@ class PackedSite:
     spec: Spec
     experts: int = 0
     transposed: bool = False
+    end: Literal["", "embedding", "head", "both"] = ""
 
     def site(self, bias: bool = False) -> Site:
         kind = "experts" if self.experts else "linear"
         rows = self.shape[0] // max(1, self.experts)
-        return Site(self.name, kind, rows, self.shape[1], self.transposed, self.experts, bias)
+        return Site(self.name, kind, rows, self.shape[1], self.transposed, self.experts, bias, end=self.end)
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Stored tensor name -> (safetensors dtype, shape)."""
@@ -73,7 +78,10 @@ def quantization_config(sites: Mapping[str, tuple[Site, Spec]], version: str) ->
             entries[name]["experts"] = site.experts
         if site.transposed:
             entries[name]["transposed"] = True
-    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "version": version, "sites": entries}
+        if site.end:
+            entries[name]["end"] = site.end
+    form = WITH_ENDS if any(site.end for site, _ in sites.values()) else FORMAT_VERSION
+    return {"quant_method": METHOD, "format_version": form, "version": version, "sites": entries}
 
 
 def read_sites(config: Any, where: str) -> dict[str, PackedSite]:
@@ -87,10 +95,8 @@ def read_sites(config: Any, where: str) -> dict[str, PackedSite]:
             f"{where}: not a bitwright checkpoint (its config.json has no quantization_config of ours)"
         )
     version = config.get("format_version")
-    if isinstance(version, bool) or version not in (1, FORMAT_VERSION):
-        raise CheckpointError(
-            f"{where}: format version {version!r}; this bitwright reads 1 and {FORMAT_VERSION}: upgrade it"
-        )
+    if isinstance(version, bool) or version not in (1, FORMAT_VERSION, WITH_ENDS):
+        raise CheckpointError(f"{where}: format version {version!r}; this bitwright reads 1 to {WITH_ENDS}: upgrade it")
     unknown = sorted(set(config) - KEYS, key=str)
     if unknown or not isinstance(config.get("sites"), dict):
         raise CheckpointError(f"{where}: quantization_config is damaged ({unknown or 'no sites'}); copy it again")
@@ -109,13 +115,16 @@ def _read_site(name: str, entry: Any, where: str) -> PackedSite:
         if set(entry) - SITE_KEYS:
             raise ValueError(f"unknown keys {sorted(set(entry) - SITE_KEYS)}")
         rows, columns = entry["shape"]
-        experts, transposed = entry.get("experts", 0), entry.get("transposed", False)
+        experts, transposed, end = entry.get("experts", 0), entry.get("transposed", False), entry.get("end", "")
         whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (rows, columns, experts))
         if not whole or min(rows, columns) < 1 or max(rows, columns) >= 2**31 or not isinstance(transposed, bool):
             raise ValueError(f"shape {entry['shape']}, experts {experts}, transposed {transposed}")
         if experts < 0 or (experts and rows % experts):
             raise ValueError(f"{rows} rows do not divide into {experts} experts")
-        return PackedSite(name, (rows, columns), spec_from_dict(entry["spec"]), experts, transposed)
+        spec = spec_from_dict(entry["spec"])
+        if end not in ENDS or (end and (experts or transposed or not isinstance(spec, Uniform))):
+            raise ValueError(f"end {end!r} of {spec}, experts {experts}, transposed {transposed}")
+        return PackedSite(name, (rows, columns), spec, experts, transposed, end)
     except (ValueError, TypeError, KeyError, AttributeError, SpecError) as error:
         raise CheckpointError(
             f"{where}: the entry of site {name} is damaged ({error}); copy config.json again"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
-from quant.checkpoint.words import Report, kind
+from quant.checkpoint.words import Report, all_sites, kind
 from quant.display import human
 
 GREY, BLUE, ORANGE = "#808894", "#4c8dd6", "#e8833a"
@@ -54,7 +54,7 @@ def over_depth(report: Report, key: str, label: str, log: bool) -> str:
 def bytes_by_kind(report: Report) -> str:
     """Where the bytes are: packed, by kind of site, and what stayed float."""
     sizes: Counter[str] = Counter()
-    for site in report["sites"]:
+    for site in all_sites(report):
         sizes[_label(kind(site))] += site["nbytes"]
     bars = sizes.most_common(MOST_KINDS)
     bars.append(("other kinds", sizes.total() - sum(size for _, size in bars)))

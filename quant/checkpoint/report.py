@@ -75,7 +75,7 @@ def render(report: Report) -> str:
 <h2>Time per block</h2>
 <figure>{plots.time_by_block(report)}</figure>
 <h2>Sites</h2>
-{_sites(report["sites"])}
+{_sites(words.all_sites(report))}
 <h2>Left float</h2>
 {_list([f"{reason}: {', '.join(names)}" for reason, names in words.by_reason(report["left_float"]).items()])}
 <h2>Make it again</h2>

@@ -23,15 +23,26 @@ RECOVERIES = {
 def notes(report: Report) -> list[tuple[str, str]]:
     """(site, what did not go as asked): what the figures say themselves, then the solvers' notes."""
     found: list[tuple[str, str]] = []
-    for site in report["sites"]:
+    for site in all_sites(report):
         error, inputs, seen = site["error"], site["shape"][1], max(site["tokens"], default=0)
         if error is None:
             found.append((site["site"], "its error is not finite: the float weight's own output is zero here"))
         elif error > 0.5:
             found.append((site["site"], "more than half of the output's energy is lost"))
-        if report["recipe"]["calibration"] and not site["experts"] and seen < inputs:
+        if report["recipe"]["calibration"] and not site["experts"] and not site.get("end") and seen < inputs:
             found.append((site["site"], f"{seen} tokens for {inputs} inputs: give more samples"))
-    return found + [(site["site"], brief(site["notes"])) for site in report["sites"] if site["notes"]]
+    return found + [(site["site"], brief(site["notes"])) for site in all_sites(report) if site["notes"]]
+
+
+def all_sites(report: Report) -> list[Site]:
+    """Those of the blocks, and the packed embedding and head."""
+    return [*report["sites"], *report.get("ends", ())]
+
+
+def ends_words(ends: Sequence[Site]) -> str:
+    """What the embedding and the head take."""
+    told = (f"{end['site']}: {end['bits_per_weight']:.5g} bits per weight, {end['nbytes']:,} bytes" for end in ends)
+    return "; ".join(told)
 
 
 def brief(texts: Sequence[str]) -> str:

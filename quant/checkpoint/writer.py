@@ -59,14 +59,21 @@ class Written:
 
 
 def quantized_sites(prepared: Prepared) -> dict[str, tuple[Site, Spec]]:
+    """Those in blocks, whose bits are asked for."""
     specs = prepared.plan.specs
     return {site.name: (site, spec) for site in prepared.walk.sites if (spec := specs[site.name]) is not None}
+
+
+def packed_sites(prepared: Prepared) -> dict[str, tuple[Site, Spec]]:
+    """The packed ends of the model as well."""
+    specs = prepared.plan.specs
+    return {site.name: (site, spec) for site in prepared.walk.all if (spec := specs[site.name]) is not None}
 
 
 def promised_pieces(prepared: Prepared) -> dict[str, Piece]:
     """The packed tensors as the specs promise them, and the float ones that a fold changes, before any exists."""
     pieces = promised_folds(prepared)
-    for site, spec in quantized_sites(prepared).values():
+    for site, spec in packed_sites(prepared).values():
         for key, tensor in spec.tensors(site.shape).items():
             name = stored_name(site, key)
             pieces[name] = Piece(name, NAMES[tensor.dtype], tensor.shape, tensor.nbytes)
@@ -77,7 +84,8 @@ def arrangement(prepared: Prepared, packed: Mapping[str, Piece]) -> list[list[Pi
     """The shards, in model order: packed tensors, and the float model's own for all that no packed site replaces
     and no fold or tuning changed (`packed` holds those too)."""
     skeleton, source = prepared.skeleton, prepared.source
-    replaced = {site.parameter for site, _ in quantized_sites(prepared).values()}
+    replaced = {site.parameter for site, _ in packed_sites(prepared).values()}
+    replaced |= {name for pair in skeleton.tied.items() for name in pair if not replaced.isdisjoint(pair)}
     rank = {name: number for number, name in enumerate(prepared.walk.chain)}
 
     def place(name: str) -> int:
@@ -98,8 +106,8 @@ def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any
     """Writes everything but what is for people; the same bytes however often it is called."""
     out = journal.out
     packed = folded_pieces(prepared, journal.folder)  # tuning may have changed some of them further
-    for index in range(len(prepared.walk.chain) + (prepared.recipe.distillation is not None)):
-        packed |= journal.pieces(index)
+    for index in range(len(prepared.walk.chain) + 2):  # the tuning's and the ends' too
+        packed |= journal.pieces(index) if journal.finished(index) else {}
     shards = arrangement(prepared, packed)
     stem = prepared.source.stem
     names, index = file_names(len(shards), stem), index_name(stem)
@@ -121,7 +129,8 @@ def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any
     write_text(out / "recipe.json", json.dumps(prepared.recipe.to_dict(), indent=2) + "\n")
     write_text(out / "plan.json", json.dumps(prepared.plan.to_dict(), indent=2) + "\n")
     sites = quantized_sites(prepared)
-    config = {**untied_config(prepared), "quantization_config": quantization_config(sites, VERSION)}
+    packing = quantization_config(packed_sites(prepared), VERSION)
+    config = {**untied_config(prepared), "quantization_config": packing}
     manifest, sealed = seal(out, config, sealed_names)
     write_text(out / CHECKSUMS, manifest)
     write_text(out / "config.json", sealed)

@@ -19,14 +19,16 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from quant.calibration.replay import Replay, cacheless, copy
+from quant.calibration.replay import cacheless, copy
 from quant.errors import ModelError
 from quant.models.candidates import candidates, is_linear
 from quant.models.conditioning import Conditioning
 from quant.models.products import SUMS, main, product
+from quant.models.proof import line, prove_chain
 from quant.models.routers import Routers
-from quant.models.source import first_line
 from quant.models.weightless import noise, same, weightless
+
+DTYPE: Any = torch.Tensor.dtype
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Trace:
     block's products in call order; `outside`: parameters multiplied outside all blocks; `tied`: the further names of
     tied parameters, with the first name, which stands for them everywhere else; `routers`: weights of linears whose
     outputs choose experts; `read`: weights of linears that code around them looks at (`x.to(linear.weight.dtype)`);
+    `odd`: matrices that are used outside all blocks otherwise than by an embedding's or a linear's own plain forward;
     `modulations`, `embedders`: weights that see what the tokens are conditioned on (see `conditioning`), or come before
     all blocks; `lent`: modules in blocks that are called from outside too; `attends`: see `conditioning`."""
 
@@ -55,6 +58,7 @@ class Trace:
     tied: dict[str, str]
     routers: frozenset[str]
     read: frozenset[str]
+    odd: frozenset[str]
     modulations: frozenset[str]
     embedders: frozenset[str]
     lent: frozenset[str]
@@ -85,13 +89,13 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
         except Exception as error:  # a model's own code may raise anything
             raise ModelError(
                 f"{type(model).__name__}: the forward pass that finds its layers failed, given "
-                f"{', '.join(batch) or 'nothing'} ({_line(error)}); a model that needs more cannot be quantized"
+                f"{', '.join(batch) or 'nothing'} ({line(error)}); a model that needs more cannot be quantized"
             ) from error
         chain = tuple(name for name, calls in watch.calls.items() if calls == 1)
         repeated = {name: calls for name, calls in watch.calls.items() if calls > 1}
         watch.recording = False
         with watch:
-            _prove_chain(model, batch, chain, watch.outputs, whole)
+            prove_chain(model, batch, chain, watch.outputs, whole)
     tied = {name: first for name, first in first_name.items() if name != first}
     return Trace(
         chain,
@@ -101,6 +105,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
         tied,
         routers=frozenset(watch.routers.found),
         read=frozenset(watch.read),
+        odd=frozenset(watch.odd),
         modulations=frozenset(watch.conditioning.modulations),
         embedders=frozenset(watch.conditioning.embedders | watch.before),
         lent=frozenset(watch.lent),
@@ -118,7 +123,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, first_name: Mapping[str, str], rows: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.first_name = model, first_name
         self.parameters = {  # by the address of the one row that each keeps
             parameter.untyped_storage().data_ptr(): (first_name[name], parameter)
             for name, parameter in model.named_parameters()
@@ -137,6 +142,8 @@ class _Watch(TorchFunctionMode):
         self.before: set[str] = set()  # multiplied by outside all blocks, before the first of them
         self.lent: set[str] = set()
         self.read: set[str] = set()
+        self.odd: set[str] = set()
+        self.asked: int | None = None  # the matrix that was just asked whether it is of floating-point numbers
         self.alive: list[torch.Tensor] = []  # a block's inputs are kept until it ends, so that no two share an address
 
     @contextmanager
@@ -150,7 +157,7 @@ class _Watch(TorchFunctionMode):
                 if inside != name:
                     hooks.append(part.register_forward_pre_hook(self._enter_part(inside)))
         for name, module in self.model.named_modules():
-            if is_linear(module):
+            if is_linear(module) or isinstance(module, nn.Embedding):
                 hooks.append(
                     module.register_forward_pre_hook(self._enter_linear(f"{name}.weight" if name else "weight"))
                 )
@@ -194,13 +201,16 @@ class _Watch(TorchFunctionMode):
 
     def _leave_linear(self, module: nn.Module, _args: Any, output: Any) -> None:
         """What a packed linear will compute must be what this one did: `x W^T + b`, no more."""
-        answer, self.answer, self.linear = self.answer, None, None
+        linear, answer, self.answer, self.linear = self.linear, self.answer, None, None
         uses = self.uses.get(self.block or "", [])
-        if answer is None or not uses or self.block is None:
+        if answer is None or linear is None or (self.block is not None and not uses):
             return
         bias: Any = module.bias
         expected = answer + bias if bias is not None and bias.shape == answer.shape[-1:] else answer
         if not isinstance(output, torch.Tensor) or not same(output.flatten(), expected.flatten()):
+            if self.block is None:
+                self.odd.add(self.first_name[linear[0]])
+                return
             last = uses.pop()
             oddity = last.oddity or f"{type(module).__name__} computes more than x W^T + b"
             uses.append(Use(last.parameter, last.source, last.transposed, oddity))
@@ -234,20 +244,28 @@ class _Watch(TorchFunctionMode):
 
     def _look(self, func: Any, args: Any) -> None:
         """Notes a look at a weight from outside its linear. What it would see of a packed one is nothing like it."""
-        if (
-            self.block is None
-            or func == torch.Tensor.device.__get__
-            or not args
-            or not isinstance(args[0], torch.Tensor)
-        ):
+        if func == torch.Tensor.device.__get__ or not args or not isinstance(args[0], torch.Tensor):
             return
-        name, _ = self.parameters.get(args[0].untyped_storage().data_ptr(), ("", None))
-        if name and (self.linear is None or self.linear[0] != name):
-            self.read.add(name)
+        places = [arg.untyped_storage().data_ptr() for arg in args[:2] if isinstance(arg, torch.Tensor)]
+        if self.block is None:
+            asked, self.asked = self.asked, places[0] if func == torch.Tensor.is_floating_point else None
+            if self.asked or (asked == places[0] and func == DTYPE.__get__):
+                return  # what looks for the model's dtype finds another parameter's
+        for place in places[: 1 if self.block is not None else 2]:
+            name, _ = self.parameters.get(place, ("", None))
+            if name and not self._own(name):
+                (self.odd if self.block is None else self.read).add(name)
+
+    def _own(self, name: str) -> bool:
+        """Whether it is the matrix of the module that is running."""
+        return self.linear is not None and self.first_name[self.linear[0]] == name
 
     def _record(self, name: str, whole: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> None:
         if self.block is None:
             self.outside.add(name)
+            given = self.linear[1] if self.linear is not None and self._own(name) else None
+            if given is None or weight.shape != whole.shape or not same(x.flatten(), given.flatten()):
+                self.odd.add(name)
             self.before.update({name} if self.conditioning.rows and not self.calls else ())
             return
         oddity = None
@@ -266,35 +284,3 @@ class _Watch(TorchFunctionMode):
         self.alive.append(x)
         place = (x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x.shape[-1], x.stride(-1), x._version)
         self.uses.setdefault(self.block, []).append(Use(name, place, transposed, oddity))
-
-
-def _prove_chain(
-    model: nn.Module, batch: Mapping[str, Any], chain: tuple[str, ...], outputs: Mapping[str, Any], whole: Any
-) -> None:
-    """Every block from its predecessor's output alone, then the head from the last block's."""
-    names = [*(name or "the model" for name in chain), "the head"]
-    expected = [*(outputs[name] for name in chain), whole]
-    with Replay(model, chain) as replay:
-        for index, name in enumerate(names if chain else []):
-            previous = expected[index - 1] if index else None
-            try:
-                if index < len(chain):
-                    got = replay.output(index, batch, previous)
-                else:
-                    got = main(replay.head(batch, previous))
-                why = None if same(got, expected[index]) else "the results differ: a skip connection past a block?"
-            except Exception as error:  # a model's own code may raise anything
-                why = _line(error)
-            if why is not None and index == 0:
-                raise ModelError(
-                    f"{name}: does not give the same result twice ({why}); switch off what is random in it"
-                )
-            if why is not None:
-                raise ModelError(
-                    f"{name}: reads more than the output of {names[index - 1]} ({why}); models whose blocks do not "
-                    "form a chain cannot be quantized block by block yet"
-                )
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"

@@ -32,7 +32,8 @@ class Site:
     (GPT-2's Conv1D, some expert stacks). `experts`: matrices in the stack, 0 for a plain linear. `modulation`: it makes
     the scales and shifts of a diffusion block (adaLN) from the timestep, one row per sample. `turned`: its inputs come
     rotated, by a fold, and are not to be rotated again. `content`: part of an attention to a text, or of no attention
-    and no modulation: a feed-forward.
+    and no modulation: a feed-forward. `end`: it is no part of a block: the `embedding` that makes numbers of tokens
+    (rows are looked up), the `head` that makes logits, or one matrix for `both`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Site:
     modulation: bool = False
     turned: bool = False
     content: bool = False
+    end: Literal["", "embedding", "head", "both"] = ""
 
     @property
     def parameter(self) -> str:
@@ -71,22 +73,36 @@ class Block:
 @dataclass(frozen=True)
 class Walk:
     """`chain`: names of all blocks in call order; `blocks`: those with sites; `left`: every other weight matrix by
-    parameter name, with the reason it stays float; `lent`: modules in blocks that the rest of the model calls too."""
+    parameter name, with the reason it stays float; `lent`: modules in blocks that the rest of the model calls too;
+    `ends`: the embedding and the head, where they were asked for."""
 
     chain: tuple[str, ...]
     blocks: tuple[Block, ...]
     left: dict[str, str] = field(default_factory=dict[str, str])
     lent: frozenset[str] = frozenset()
+    ends: tuple[Site, ...] = ()
 
     @property
     def sites(self) -> tuple[Site, ...]:
+        """In blocks."""
         return tuple(site for block in self.blocks for site in block.sites)
 
+    @property
+    def all(self) -> tuple[Site, ...]:
+        return (*self.sites, *self.ends)
 
-def walk(model: nn.Module, batch: Mapping[str, Any], *, only: Sequence[str] = (), skip: Sequence[str] = ()) -> Walk:
+
+def walk(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    ends: bool = False,
+) -> Walk:
     """The blocks and sites of `model`, whose parameters may lie on meta, from one call `model(**batch)`.
 
-    `only` and `skip` are glob patterns over site names (`*.down_proj`).
+    `only` and `skip` are glob patterns over site names (`*.down_proj`). `ends`: the embedding and the head too.
 
     Raises:
         ModelError: nothing to quantize, a pattern that matches nothing, or a block that reads more than its
@@ -97,12 +113,13 @@ def walk(model: nn.Module, batch: Mapping[str, Any], *, only: Sequence[str] = ()
     left: dict[str, str] = {}
     blocks = tuple(Block(name, _stages(model, seen, name, left, pick)) for name in seen.chain)
     blocks = tuple(block for block in blocks if block.stages)
+    outer = _ends(model, seen, left, pick) if ends else ()
     pick.check()
-    _explain_the_rest(model, blocks, seen, left)
+    _explain_the_rest(model, [*blocks, Block("", (outer,))], seen, left)
     if not blocks:
         reasons = "; ".join(f"{name}: {left[name]}" for name in matrices(model)[:4]) or "it has no linear layers"
         raise ModelError(f"{type(model).__name__}: nothing to quantize ({reasons})")
-    return Walk(seen.chain, blocks, left, seen.lent)
+    return Walk(seen.chain, blocks, left, seen.lent, outer)
 
 
 def turned(found: Walk, names: Collection[str]) -> Walk:
@@ -119,13 +136,15 @@ class _Pick:
         self.only, self.skip = only, skip
         self.used: set[str] = set()
 
-    def reason(self, name: str) -> str | None:
+    def dropped(self, name: str) -> str | None:
         dropped = [pattern for pattern in self.skip if fnmatch.fnmatchcase(name, pattern)]
+        self.used.update(dropped)
+        return f"skipped by --skip {dropped[0]}" if dropped else None
+
+    def reason(self, name: str) -> str | None:
         taken = [pattern for pattern in self.only if fnmatch.fnmatchcase(name, pattern)]
-        self.used.update(dropped + taken)
-        if dropped:
-            return f"skipped by --skip {dropped[0]}"
-        return "not selected by --only" if self.only and not taken else None
+        self.used.update(taken)
+        return self.dropped(name) or ("not selected by --only" if self.only and not taken else None)
 
     def check(self) -> None:
         unused = [pattern for pattern in self.only + self.skip if pattern not in self.used]
@@ -190,6 +209,46 @@ def _unfit(seen: Trace, block: str, site: Site, times: list[Use]) -> str | None:
     return None
 
 
+def _ends(model: nn.Module, seen: Trace, left: dict[str, str], pick: _Pick) -> tuple[Site, ...]:
+    """The embedding of the tokens and the head, where a packed one does all that is done with them."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = dict[str, Site]()
+    kinds: dict[Literal["embedding", "head"], Any] = {"embedding": nn.Embedding, "head": nn.Linear}
+    for end, kind in kinds.items():
+        module: Any = _end(model, "input" if end == "embedding" else "output")
+        name = names.get(id(module), "")
+        parameter = f"{name}.weight"
+        weight = getattr(module, "weight", None)
+        if not name or weight is None or seen.tied.get(parameter, parameter) in seen.users:
+            continue  # there is none, or it is part of a block
+        site = Site(name, "linear", *weight.shape, bias=getattr(module, "bias", None) is not None, end=end)
+        odd = not isinstance(module, kind) or (type(module) is not kind and end == "head")
+        odd = odd or getattr(module, "max_norm", None) is not None
+        reason = f"a {type(module).__name__}, which no packed {end} stands for" if odd else pick.dropped(name)
+        if reason is None and seen.tied.get(parameter, parameter) in seen.odd:
+            reason = "its weight is read from outside its own forward"
+        if reason is None:
+            found[parameter] = site
+        else:
+            left[parameter] = reason
+    first = lambda name: seen.tied.get(name, name)  # noqa: E731
+    for parameter in [*found]:
+        alike = {name for name in (*seen.tied, *seen.tied.values()) if first(name) == first(parameter)} - {parameter}
+        if alike == found.keys() - {parameter} and not any(site.bias for site in found.values()):
+            return (replace(found[min(found, key=lambda name: found[name].end)], end="both"),)
+        if alike:
+            left[parameter] = f"tied to {min(alike)}"
+            del found[parameter]
+    return tuple(found.values())
+
+
+def _end(model: nn.Module, side: str) -> nn.Module | None:
+    try:
+        return getattr(model, f"get_{side}_embeddings")()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def _not_worth_it(seen: Trace, site: Site) -> str | None:
     if site.parameter in seen.routers:
         return f"a router: its {site.out} outputs choose among as many experts; routers stay float"
@@ -201,13 +260,14 @@ def _not_worth_it(seen: Trace, site: Site) -> str | None:
 def _explain_the_rest(model: nn.Module, blocks: Sequence[Block], seen: Trace, left: dict[str, str]) -> None:
     """Every tensor of two or more dimensions that is no site gets its reason."""
     taken = {site.parameter for block in blocks for site in block.sites}
+    taken |= {seen.tied.get(name, name) for name in taken}
     repeated = {inside: block for block in seen.repeated for inside in _names_under(model, block)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.dim() < 2 or name in taken or name in left:
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
         if name in seen.tied:
-            left[name] = f"tied to {seen.tied[name]}"
+            left |= {} if seen.tied[name] in taken else {name: f"tied to {seen.tied[name]}"}
         elif name in repeated:
             left[name] = f"its block {repeated[name]} runs {seen.repeated[repeated[name]]} times in one forward pass"
         elif isinstance(owner, nn.Embedding):

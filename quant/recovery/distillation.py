@@ -52,10 +52,9 @@ class Whole:
     """A solved model. `model`: the float one, all of it loaded; `output(batch)`: its logits or other main output;
     `blocks`: names of its blocks. `packed`: what each site was solved to. `metric(name)`: how much errors in a site's
     rows count (`solvers/metric.py`), where that is known. `vectors`: the float parameters to train, with the dtype they
-    are stored in. `batches`: what `output` takes, to train on; `judged`: to say whether it helped. `times`: for a
-    diffusion transformer the number of each row's timestep, int64 `[rows]` by batch. `progress(done, steps, loss)`:
-    `loss` relative to the untuned one. `state`: a file that keeps an interrupted training, written every `pause`
-    seconds.
+    are stored in; `ends`: the student's of other parameters, which stay (`ends.py`). `batches`: what `output` takes, to
+    train on; `judged`: to say whether it helped. `times`: a diffusion transformer's timestep of each row, by number,
+    int64 `[rows]` by batch. `progress(done, steps, loss)`: `loss` to the untuned one's. `state`: a file, of each `pause`.
     """
 
     model: nn.Module
@@ -65,6 +64,7 @@ class Whole:
     packed: Mapping[str, Packed]
     metric: Callable[[str], Tensor | None]
     vectors: Mapping[str, torch.dtype]
+    ends: Mapping[str, Tensor]
     batches: Sequence[Mapping[str, Any]]
     judged: Sequence[Mapping[str, Any]]
     times: Sequence[Tensor] | None
@@ -256,8 +256,8 @@ class _Student:
                 module = self.model.get_submodule(block)
                 patched.append((module, module.__dict__.get("forward")))
                 module.forward = self._checkpointed(module.forward, names)  # pyright: ignore[reportAttributeAccessIssue]
-            vectors = placed(self.model, {name: one.value() for name, one in self.vectors.items()})
-            with vectors, rounding(self.model, self.whole.sites, self.whole.packed):
+            values = {**self.whole.ends, **{name: one.value() for name, one in self.vectors.items()}}
+            with placed(self.model, values), rounding(self.model, self.whole.sites, self.whole.packed):
                 yield
         finally:
             for module, own in reversed(patched):

@@ -1,0 +1,117 @@
+"""Packed embeddings and the heads that are tied to them.
+
+A `PackedEmbedding` keeps the class and the code of the embedding in whose place it stands (Gemma's scales what it looks
+up): it hands that code the rows of the tokens it is called with, and no others are unpacked. A head of the same numbers
+is a `PackedHead`, which multiplies by the embedding's tensors and has none of its own; any other is a `PackedLinear`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from quant.held import Mixed, Slot, mixed, register
+from quant.kernels.dispatch import matmul
+from quant.kernels.layouts import PackedUniform
+from quant.kernels.order import Arranged
+from quant.kernels.reference import Weight
+from quant.kernels.spec import Uniform
+from quant.models.walk import Site
+
+
+class PackedEmbedding(Mixed):
+    """Token numbers `[...]` -> rows of the packed `[vocabulary, width]` in `dtype`, as its class makes of them."""
+
+    num_embeddings: int
+    embedding_dim: int
+    spec: Uniform
+    dtype: torch.dtype
+
+    def slots(self) -> list[Slot]:
+        return [self.slot(self.spec, (self.num_embeddings, self.embedding_dim), 0, "")]
+
+    @property
+    def operand(self) -> Weight:
+        """The weight as it is held."""
+        return self.slots()[0].matrix()
+
+    def forward(self, input: Tensor) -> Tensor:
+        operand = self.operand
+        assert isinstance(operand, PackedUniform | Arranged)
+        rows = operand.rows(input.flatten()).dequantize(self.dtype)
+        kind = type(self).__bases__[1]
+        if kind is nn.Embedding:
+            return rows.view(*input.shape, -1)
+        there = object.__new__(type(self))  # this module, with those rows for a weight
+        there.__dict__.update(self.__dict__, weight=rows)
+        return kind.forward(there, torch.arange(input.numel(), device=input.device).view(input.shape))
+
+    def unpack(self, dtype: torch.dtype) -> None:
+        """Becomes the float module that it was."""
+        weight = self.slots()[0].packed.dequantize(dtype)
+        for name in self.slots()[0].names.values():
+            del self._buffers[name]
+        self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        self.__class__ = type(self).__bases__[1]
+        del self.spec, self.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+
+class PackedHead(nn.Module):
+    """`x [..., width] -> x @ W^T [..., vocabulary]`, with W that of `embedding`, which is no submodule of it."""
+
+    def __init__(self, embedding: PackedEmbedding) -> None:
+        super().__init__()
+        self._embedding = (embedding,)
+
+    @property
+    def embedding(self) -> PackedEmbedding:
+        return self._embedding[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.embedding.operand
+        return matmul(x.to(weight.device), weight)
+
+    def unpack(self, dtype: torch.dtype) -> nn.Module:
+        """A float head that shares the parameter of its embedding."""
+        module: Any = self.embedding
+        if isinstance(module, PackedEmbedding):
+            module.unpack(dtype)
+        weight: Any = module._parameters["weight"]
+        with torch.device("meta"):
+            head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        head.weight = weight
+        return head
+
+    def extra_repr(self) -> str:
+        return f"{self.embedding.embedding_dim} -> {self.embedding.num_embeddings}, the embedding's weight"
+
+
+def put_embedding(model: Any, site: Site, spec: Uniform) -> None:
+    """Turns an embedding of a float model into a packed one, with tensors still to be filled, and for `both` ends the
+    head that is tied to it."""
+    module: Any = model.get_submodule(site.name)
+    head = model.get_output_embeddings() if site.end == "both" else None
+    parameter = module._parameters.pop("weight")
+    module.__class__ = mixed(PackedEmbedding, type(module))
+    module.spec, module.dtype = spec, parameter.dtype
+    register(module, spec, site.shape, "", parameter.device)
+    if head is not None:
+        name = next(name for name, one in model.named_modules() if one is head)
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, PackedHead(module).train(head.training))
+        _untie(model, f"{name}.weight")
+
+
+def _untie(model: Any, head: str) -> None:
+    """The head is tied as it is, and transformers is not to put a parameter into it."""
+    keep = lambda keys: {to: origin for to, origin in (keys or {}).items() if not re.match(to, head)}  # noqa: E731
+    model.all_tied_weights_keys = keep(model.all_tied_weights_keys)
+    model._tied_weights_keys = keep(model._tied_weights_keys)
