@@ -35,6 +35,13 @@ def missing(x: Tensor) -> str | None:
     return unsupported(x.device) if x.is_cuda else f"x is on {x.device}: Triton kernels run on CUDA devices"
 
 
+def transformed() -> bool:
+    """Whether derivatives are carried forward, which operators of our own would drop without a word, or a transform of
+    `torch.func` is at work, which they do not know."""
+    active = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return active or torch.autograd.forward_ad._current_level >= 0
+
+
 @torch.compiler.assume_constant_result
 def unsupported(device: torch.device) -> str | None:
     """Why the kernels do not run on a GPU; None where they do."""

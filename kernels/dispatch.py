@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import codebook_launch, integer, integer_launch, launch, reference, trellis_launch
-from quant.kernels.available import missing
+from quant.kernels.available import missing, transformed
 from quant.kernels.codebook_order import ArrangedCodebook
 from quant.kernels.layouts import PackedUniform
 from quant.kernels.lowrank import PackedLowRank
@@ -50,12 +50,9 @@ def _rounds(packed: Weight) -> bool:
     return isinstance(packed, PackedUniform | Arranged) and packed.spec.activations == 8
 
 
-def _triton_refuses(x: Tensor, packed: Arranged) -> str | None:
-    return ROUNDS if _rounds(packed) else launch.refuses(x, packed)
-
-
-def _torch_refuses(x: Tensor, packed: Weight) -> str | None:
-    return ROUNDS if _rounds(packed) else _anywhere(x, packed)
+def _exact(refuses: Callable[[Tensor, Any], str | None]) -> Callable[[Tensor, Any], str | None]:
+    """Why a row that takes inputs as they are refuses."""
+    return lambda x, packed: ROUNDS if _rounds(packed) else refuses(x, packed)
 
 
 def _torch_int8_refuses(x: Tensor, packed: Weight) -> str | None:
@@ -92,10 +89,10 @@ ROUNDS = "the weight's inputs are rounded to 8 bits, which triton-int8 and torch
 ORDERED = {Arranged: "a uniform grid", ArrangedTrellis: "a trellis", ArrangedCodebook: "a codebook"}
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("triton", _row(Arranged, _triton_refuses), launch.matmul),
+    Kernel("triton", _row(Arranged, _exact(launch.refuses)), launch.matmul),
     Kernel("triton-trellis", _row(ArrangedTrellis, trellis_launch.refuses), trellis_launch.matmul),
     Kernel("triton-codebook", _row(ArrangedCodebook, codebook_launch.refuses), codebook_launch.matmul),
-    Kernel("torch", _torch_refuses, reference.matmul),
+    Kernel("torch", _exact(_anywhere), reference.matmul),
     Kernel("triton-int8", _row(Arranged, _int8_refuses), integer_launch.matmul),
     Kernel("torch-int8", _torch_int8_refuses, integer.matmul),
 )
@@ -116,13 +113,17 @@ def matmul(x: Tensor, packed: Weight, bias: Tensor | None = None) -> Tensor:
         out = packed.outputs().undo(_turned(x, packed, inside))
         return out if bias is inside else out + bias.to(out.dtype)
     x = _autocast(x)
-    return select(x, packed).run(x, packed, bias)
+    run = select(x, packed).run
+    if not transformed():
+        return run(x, packed, bias)
+    out = reference.straight_through(x, packed, lambda x: run(x, packed, None))
+    return out if bias is None else out + bias.to(out.dtype)
 
 
 def _turned(x: Tensor, packed: PackedRotated, bias: Tensor | None) -> Tensor:
     """`x` rotated, times the base: the trellis's kernel does both."""
-    base = packed.base
-    if isinstance(base, ArrangedTrellis) and _wanted(x) == x.dtype and select(x, base).run is trellis_launch.matmul:
+    base, plain = packed.base, _wanted(x) == x.dtype and not transformed()
+    if plain and isinstance(base, ArrangedTrellis) and select(x, base).run is trellis_launch.matmul:
         return trellis_launch.matmul(x, base, bias, packed.inputs())
     return matmul(packed.inputs().apply(x), base, bias)
 
@@ -134,10 +135,9 @@ def _autocast(x: Tensor) -> Tensor:
 
 def _wanted(x: Tensor) -> torch.dtype:
     """Any float but float64 is cast to autocast's dtype."""
-    kind = x.device.type
-    if not (x.is_floating_point() and x.dtype != torch.float64 and _may_autocast(kind)):
-        return x.dtype
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    kind, casts = x.device.type, x.is_floating_point() and x.dtype != torch.float64
+    casts = casts and _may_autocast(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
 @torch.compiler.assume_constant_result  # Dynamo of torch 2.11 does not know the function that it asks
@@ -177,9 +177,7 @@ def explain(x: Tensor, packed: Weight) -> str:
 
 def _candidates() -> tuple[Kernel, ...]:
     forced = os.environ.get(VARIABLE)
-    if not forced:
-        return KERNELS
-    named = tuple(kernel for kernel in KERNELS if kernel.name == forced)
+    named = tuple(kernel for kernel in KERNELS if not forced or kernel.name == forced)
     if not named:
         raise KernelError(f"{VARIABLE}={forced!r} names no kernel; there are: {', '.join(k.name for k in KERNELS)}")
     return named

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels.available import runs_triton
+from quant.kernels.available import runs_triton, transformed
 
 FACTORS = {1: 0, 12: 11, 20: 19, 28: 13, 36: 17}
 """Orders of `F`, each with the prime that Paley's construction makes it from."""
@@ -40,7 +40,7 @@ def hadamard(x: Tensor, block: int, signs: Tensor | None = None, inverse: bool =
         raise ValueError(f"x is {x.dtype} {list(x.shape)}; floats with a last dimension of blocks of {block} expected")
     if signs is not None and (signs.shape != x.shape[-1:] or signs.device != x.device):
         raise ValueError(f"signs {list(signs.shape)} on {signs.device}; {x.shape[-1]} on {x.device} are expected")
-    return torch.ops.bitwright.hadamard(x, block, signs, inverse)
+    return (reference if transformed() else torch.ops.bitwright.hadamard)(x, block, signs, inverse)
 
 
 def reference(x: Tensor, block: int, signs: Tensor | None = None, inverse: bool = False) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from quant.kernels.available import transformed
 from quant.kernels.codebook_order import ArrangedCodebook
 from quant.kernels.layouts import Packed, rows_at_once
 from quant.kernels.order import Arranged
@@ -21,6 +22,7 @@ from quant.kernels.trellis_order import ArrangedTrellis
 Weight = Packed | Arranged | ArrangedTrellis | ArrangedCodebook
 """A weight in the order of the checkpoint or of the GPU kernels; rotated, smoothed and low-rank ones around either."""
 
+Product = Callable[[Tensor], Tensor]
 MAX_BYTES = 32 << 20
 
 
@@ -61,18 +63,21 @@ def _forward(x: Tensor, packed: Weight, max_bytes: int) -> Tensor:
     return out
 
 
-def straight_through(
-    x: Tensor, packed: Weight, forward: Callable[[Tensor], Tensor], max_bytes: int = MAX_BYTES
-) -> Tensor:
+def straight_through(x: Tensor, packed: Weight, forward: Product, max_bytes: int = MAX_BYTES) -> Tensor:
     """`forward(x)` with the gradient of the plain product."""
-    return _Matmul.apply(x, packed, max_bytes, forward)  # pyright: ignore[reportReturnType]
+    return (_transformed if transformed() else _Matmul.apply)(x, packed, max_bytes, forward)
 
 
 class _Matmul(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Weight, max_bytes: int, forward: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.packed, ctx.max_bytes = packed, max_bytes
+    def forward(x: Tensor, packed: Weight, max_bytes: int, forward: Product) -> Tensor:
         return forward(x.detach())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.packed, ctx.max_bytes, _ = inputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -81,3 +86,12 @@ class _Matmul(torch.autograd.Function):
         for start, stop in row_chunks(ctx.packed, grad.dtype, ctx.max_bytes):
             grad_x += grad[..., start:stop] @ ctx.packed.dequantize(grad.dtype, start, stop)
         return grad_x, None, None, None
+
+
+class _Transformed(_Matmul):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _forward(tangents[0], ctx.packed, ctx.max_bytes)
+
+
+_transformed: Any = torch.compiler.disable(_Transformed.apply)  # Dynamo traces no `jvp`, or drops it

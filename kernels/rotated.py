@@ -30,16 +30,18 @@ from quant.kernels.spec import Rotated, Spec
 @dataclass(frozen=True, eq=False)
 class Rotation:
     """One side's change of basis: `apply(x)` is `A x` along the last dimension, `undo` its inverse. `signs` int8 `[n]`
-    of +-1, or None: the identity."""
+    of +-1, or None: the identity. `where`: a bool that says whether it is one in place of that, for a graph."""
 
     block: int
     signs: Tensor | None
+    where: Tensor | None = None
 
-    def apply(self, x: Tensor) -> Tensor:
-        return x if self.signs is None else hadamard(x, self.block, self.signs)
+    def apply(self, x: Tensor, inverse: bool = False) -> Tensor:
+        turned = x if self.signs is None else hadamard(x, self.block, self.signs, inverse)
+        return turned if self.where is None else torch.where(self.where, turned, x)
 
     def undo(self, x: Tensor) -> Tensor:
-        return x if self.signs is None else hadamard(x, self.block, self.signs, inverse=True)
+        return self.apply(x, inverse=True)
 
 
 IDENTITY = Rotation(1, None)
@@ -115,7 +117,7 @@ class PackedRotated(Packed):
         block = outputs.block
         first, last = rows.start // block * block, -(-rows.stop // block) * block
         found = self.inputs().undo(self.base.dequantize(torch.float32, first, last))
-        turned = Rotation(block, outputs.signs[first:last]).undo(found.T).T
+        turned = Rotation(block, outputs.signs[first:last], outputs.where).undo(found.T).T
         return turned[rows.start - first : rows.stop - first].to(dtype).contiguous()
 
     def validate(self) -> None:
@@ -130,9 +132,11 @@ class PackedRotated(Packed):
                 raise LayoutError(f"{name}_signs: the padding bits at the end are set; they must be zero")
 
     def _side(self, side: int, signs: Tensor | None, n: int) -> Rotation:
-        if signs is None or not (signs.dtype == torch.int8 if self.in_order else int(self.rotation[side])):
+        asked = not self.in_order and torch.compiler.is_compiling()  # one graph serves weights that differ in this
+        if signs is None or not (asked or (signs.dtype == torch.int8 if self.in_order else int(self.rotation[side]))):
             return IDENTITY
-        return Rotation(block_for(n, self.spec.block), signs if self.in_order else _signs(signs, n))
+        known = signs if self.in_order else _signs(signs, n)
+        return Rotation(block_for(n, self.spec.block), known, self.rotation[side].bool() if asked else None)
 
 
 def _signs(packed: Tensor, n: int) -> Tensor:

@@ -84,6 +84,8 @@ def test_strides_and_gradients(block: int) -> None:
     for inverse in (False, True):
         (grad,) = torch.autograd.grad(hadamard(x, block, signs, inverse).square().sum(), x)
         torch.testing.assert_close(grad, 2 * x.detach(), rtol=0, atol=1e-12)  # orthonormal: the norm is kept
+        _, along = torch.func.jvp(lambda x, i=inverse: hadamard(x, block, signs, i), (x.detach(),), (x.detach(),))
+        torch.testing.assert_close(along, hadamard(x.detach(), block, signs, inverse), rtol=0, atol=1e-12)
 
 
 def test_blocks_for_the_widths_of_real_models() -> None:

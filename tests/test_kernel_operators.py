@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from quant.kernels.dispatch import KernelError, explain, matmul
 from quant.kernels.hadamard import hadamard, random_signs
 from quant.kernels.layouts import PackedUniform
 from quant.kernels.order import Arranged, arrange
-from quant.kernels.spec import DTYPES, Codebook, Spec, Trellis, Uniform
+from quant.kernels.spec import DTYPES, Codebook, Rotated, Spec, Trellis, Uniform
 from quant.linear import PackedLinear
 from tests.rerun import rerun
 from tests.test_kernels import some_packed
@@ -60,6 +61,65 @@ def test_a_layer_in_the_order_of_the_checkpoint_is_one_graph() -> None:
     assert graphs.count == 1
     torch._dynamo.reset()
     assert torch.equal(torch.compile(module, backend="aot_eager", fullgraph=True)(x), module(x))
+
+
+def turned(spec: Spec, sides: tuple[bool, bool]) -> PackedLinear:
+    """A layer in a basis of which `sides`, that of the inputs and that of the outputs, are rotated."""
+    rows, promised = 24, Rotated(spec, outputs=True).tensors((24, COLUMNS))
+    stored = {k: torch.randint(0, 200, t.shape).to(torch.uint8) for k, t in promised.items() if t.dtype == "uint8"}
+    stored |= {k: torch.rand(t.shape).to(DTYPES[t.dtype]) / 64 for k, t in promised.items() if k not in stored}
+    module = PackedLinear(Rotated(spec, outputs=True), rows, COLUMNS, bias=True)
+    module.load_state_dict({**stored, "rotation": torch.tensor(sides).byte(), "bias": torch.randn(rows)})
+    return module
+
+
+BASES = (Uniform(group_size=32), Uniform(group_size=32, symmetric=True, activations=8), Trellis(bits=2))
+of_torch = pytest.mark.filterwarnings(  # its own ways; and of a cache, of tables that never change
+    "ignore:Dynamo detected a call to a `functools.lru_cache`",
+    "ignore:.*(should not be instantiated|torch.jit.script):DeprecationWarning",
+)
+
+
+@of_torch
+@pytest.mark.parametrize("spec", BASES, ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+def test_one_graph_serves_whatever_side_is_rotated(spec: Spec, grad: bool) -> None:
+    run = compiled(lambda module, x: module(x), Graphs(), dynamic=True)
+    for tokens, sides in enumerate([(True, True), (True, False), (False, True), (False, False)], 2):
+        module, x = turned(spec, sides), torch.randn(3, tokens, COLUMNS, requires_grad=grad)
+        assert torch.equal(run(module, x), module(x))
+        if grad:
+            found, expected = (torch.autograd.grad(call(x).sum(), x) for call in (partial(run, module), module))
+            assert torch.equal(found[0], expected[0])
+
+
+@of_torch
+@pytest.mark.parametrize("spec", BASES, ids=str)
+@pytest.mark.parametrize("compiles", [False, True])
+def test_derivatives_are_carried_forward_too(spec: Spec, compiles: bool) -> None:
+    """The product is linear, so it is its own derivative; rounding the inputs has that of no rounding."""
+    torch._dynamo.reset()
+    module, x, along = turned(spec, (True, True)), torch.randn(3, COLUMNS), torch.randn(3, COLUMNS)
+    weight, call = module.packed.dequantize(), lambda x, along: torch.func.jvp(module, (x,), (along,))
+    run: Any = torch.compile(call, backend="eager") if compiles else call
+    out, found = run(x, along)
+    torch.testing.assert_close(found, along @ weight.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out, module(x), rtol=1e-5, atol=1e-5)
+    with torch.autograd.forward_ad.dual_level():
+        dual: Any = torch.autograd.forward_ad.unpack_dual(module(torch.autograd.forward_ad.make_dual(x, along)))
+        torch.testing.assert_close(dual.tangent, found)
+
+
+@of_torch
+@pytest.mark.parametrize("spec", BASES, ids=str)
+def test_transforms_of_functions(spec: Spec) -> None:
+    module, x = turned(spec, (True, True)), torch.randn(3, COLUMNS)
+    weight = module.packed.dequantize()
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(jacobian(module)(x[0]), weight, rtol=1e-4, atol=1e-4)
+    curved = torch.func.hessian(lambda x: module(x).square().sum())(x[0])
+    torch.testing.assert_close(curved, 2 * weight.T @ weight, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(torch.func.vmap(module)(x), module(x))
 
 
 def test_a_model_is_one_graph(packed_llama: Path) -> None:
