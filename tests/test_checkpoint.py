@@ -139,6 +139,36 @@ def test_the_trainer_trains_lora(packed_llama: Path, tmp_path: Path) -> None:
     assert any(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # between PEFT and transformers
+def test_all_linear_finds_packed_linears(packed_llama: Path) -> None:
+    """All 14 but for the head, whether one is float or has an adapter already, as in a float model."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = quant.load(packed_llama)
+    model.model.layers[0].mlp.up_proj = model.model.layers[0].mlp.up_proj.unpack(torch.float32)
+    expected = logits(model)
+    config = lambda modules: peft.LoraConfig(r=2, target_modules=modules, task_type="CAUSAL_LM")  # noqa: E731
+    adapted = peft.get_peft_model(model, config(["q_proj"]))
+    adapted.add_adapter("all", config("all-linear"))
+    adapted.set_adapter("all")
+    named = {name for name, _ in adapted.named_parameters() if "lora_A.all" in name}
+    assert len(named) == 14
+    assert not any("lm_head" in name or "base_layer" in name for name in named)
+    assert torch.equal(logits(adapted), expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # between PEFT and transformers
+def test_adapters_that_read_or_write_the_weight_are_refused(packed_llama: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    plain = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    for how in ({"use_dora": True}, *({"init_lora_weights": name} for name in ("pissa", "olora", "orthogonal"))):
+        with pytest.raises(SettingsError, match=r"adapter on packed weights.*choose plain LoRA, or .*dequantize=True"):
+            peft.get_peft_model(quant.load(packed_llama), peft.LoraConfig(**plain, **how))
+    adapted = peft.get_peft_model(quant.load(packed_llama), peft.LoraConfig(**plain))
+    with pytest.raises(SettingsError, match="cannot be merged into packed weights"):
+        adapted.merge_and_unload()
+    assert torch.equal(logits(adapted.unload()), logits(quant.load(packed_llama)))
+
+
 def test_packed_weights_stay_packed_in_memory(packed_llama: Path, packed_moe: Path) -> None:
     for folder in (packed_llama, packed_moe):
         model = quant.load(folder)
@@ -280,6 +310,22 @@ def test_save_pretrained_writes_the_same_checkpoint(
     assert torch.equal(logits(again), logits(model))
     again.save_pretrained(tmp_path / "third", max_shard_size=shard)
     assert tiny.contents(tmp_path / "third") == tiny.contents(tmp_path / "again")
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_a_variant_has_files_of_its_own(shard: str, packed_llama: Path, tmp_path: Path) -> None:
+    """They are what is verified where they are what is loaded."""
+    model = quant.load(packed_llama)
+    model.save_pretrained(tmp_path, variant="q4", max_shard_size=shard)
+    load = lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path, variant="q4", dtype="float32")  # noqa: E731
+    assert torch.equal(logits(load()), logits(model))
+    if shard == "5GB":  # else transformers clears the shards away
+        model.save_pretrained(tmp_path)
+    files = {file: load_file(file) for file in tmp_path.glob("model.q4*.safetensors")}
+    file, name = next((file, name) for file, stored in files.items() for name in stored if name.endswith(".scales"))
+    save_file({**files[file], name: files[file][name].float()}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name} is F32"):
+        load()
 
 
 @pytest.mark.parametrize("kind", ["packed_llama", "packed_moe"])

@@ -117,6 +117,7 @@ def test_beside_another_quantizer_in_one_pipeline(flux: tuple[Path, Any, Any]) -
 def test_lora_trains_on_packed_linears(flux: tuple[Path, Any, torch.Tensor]) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = quant.load(flux[0])
+    assert model.hf_quantizer.is_trainable
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_out.0"], init_lora_weights="gaussian"))
     torch.testing.assert_close(run(model, flux[1]), flux[2], rtol=0, atol=0)
     first_tensor(model(**flux[1])).square().sum().backward()

@@ -26,7 +26,7 @@ from quant.checkpoint import pipelines
 from quant.checkpoint.manifest import METHOD, VERIFIED, PackedSite, read_config, read_sites, verified
 from quant.checkpoint.manifest import verify as verify_folder
 from quant.embedding import PackedEmbedding, PackedHead, put_embedding
-from quant.errors import BitwrightError, CheckpointError, ResourceError, SettingsError, out_of_memory
+from quant.errors import CheckpointError, SettingsError
 from quant.experts import PackedExperts
 from quant.held import Holder
 from quant.kernels.layouts import LayoutError
@@ -34,7 +34,7 @@ from quant.kernels.spec import Uniform
 from quant.linear import PackedLinear, put_packed
 from quant.machine import check_device
 from quant.models.candidates import is_linear
-from quant.models.source import first_line, local
+from quant.models.source import local
 
 
 @register_quantization_config(METHOD)
@@ -61,7 +61,7 @@ class BitwrightQuantizer(HfQuantizer):
         config: Any = self.quantization_config
         files = kwargs.get("checkpoint_files") or []
         if files and not VERIFIED.get():
-            verify_folder(Path(files[0]).parent)
+            verify_folder(Path(files[0]).parent, files)
         where = getattr(model.config, "name_or_path", "") or "checkpoint"
         names = {packed.name: put_site(model, packed) for packed in read_sites(config.to_dict(), where).values()}
         config.entries["sites"] = {names[name]: entry for name, entry in config.entries["sites"].items()}
@@ -212,25 +212,15 @@ def load(
         raise CheckpointError(f"{folder}: architectures {config.get('architectures')} are unknown to transformers here")
     spread = {"": device} if isinstance(device, str) and device != "auto" else device
     options: dict[str, Any] = {} if device == "cpu" else {"device_map": spread}
-    try:
-        with verified():
-            model, info = getattr(transformers, names[0]).from_pretrained(
-                folder,
-                dtype=dtype or (torch.float32 if device == "cpu" else "auto"),
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **options,
-            )
-    except BitwrightError:
-        raise
-    except Exception as error:  # whatever transformers, safetensors and torch make of a damaged folder
-        reason = first_line(error)
-        if out_of_memory(error):
-            raise ResourceError(
-                f"{folder}: out of memory while it was loaded ({reason}); free some, or choose a narrower dtype"
-            ) from None
-        raise CheckpointError(f"{folder}: transformers cannot load it ({reason})") from error
+    with pipelines.reading(folder, "transformers"), verified():
+        model, info = getattr(transformers, names[0]).from_pretrained(
+            folder,
+            dtype=dtype or (torch.float32 if device == "cpu" else "auto"),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
     packed = tuple(f"{name}." for name in model.config.quantization_config.entries["sites"])
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         wrong = sorted(info.get(what) or ())

@@ -167,9 +167,9 @@ def seal(folder: Path, config: dict[str, Any], names: Iterable[str]) -> tuple[st
     return manifest, json.dumps(sealed, indent=2) + "\n"
 
 
-def verify(folder: Path) -> dict[str, PackedSite]:
+def verify(folder: Path, files: Iterable[Path | str] = ()) -> dict[str, PackedSite]:
     """Checks a checkpoint folder, files before tensors, and returns its sites. What a folder of the hub's cache
-    lacks is downloaded first.
+    lacks is downloaded first. `files`: those of weights that are asked for, where a `variant` has names of its own.
 
     Raises:
         CheckpointError: a file is missing, altered or cut short, or a tensor is not what its spec promises.
@@ -178,7 +178,7 @@ def verify(folder: Path) -> dict[str, PackedSite]:
     sites = read_sites(config.get("quantization_config"), str(folder))
     if "checksums" in config["quantization_config"]:
         _verify_files(folder, config)
-    stored = stored_tensors(folder)
+    stored = stored_tensors(folder, [Path(file).name for file in files])
     for site in sites.values():
         for name, (dtype, shape) in site.stored().items():
             piece = stored.get(name)
@@ -268,10 +268,10 @@ def plain_name(name: Any, listed_in: Path, inner: bool = False) -> str:
     return name
 
 
-def stored_tensors(folder: Path) -> dict[str, Piece]:
-    """Every tensor of the folder's safetensors files, by name, from the headers."""
+def stored_tensors(folder: Path, files: Iterable[str] = ()) -> dict[str, Piece]:
+    """Every tensor of the folder's safetensors files, or of these, by name, from the headers."""
     stored: dict[str, Piece] = {}
-    for file in weight_files(folder):
+    for file in files or weight_files(folder):
         for name, piece in read_pieces(folder / file).items():
             if name in stored:
                 raise CheckpointError(f"{folder}: {name} is stored twice; copy the checkpoint again")

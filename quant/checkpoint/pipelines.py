@@ -9,7 +9,8 @@ taken as they were stored.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class _Quantizer:
     requires_calibration = True
     use_keep_in_fp32_modules = True
     is_serializable = True
-    is_trainable = False
+    is_trainable = True  # adapters; gradients go through to what is before
     is_compileable = True
     quantization_config: Any
     folder: Path | None = None
@@ -71,7 +72,7 @@ class _Quantizer:
         """The one call that is told where the files are."""
         self.folder = Path(checkpoint_files[0]).parent
         if self.quantization_config.entries.get("checksums") and not VERIFIED.get():
-            verify(self.folder)
+            verify(self.folder, checkpoint_files)
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
@@ -135,36 +136,39 @@ def load(folder: Path, *, device: str | Mapping[str, Any], dtype: torch.dtype | 
     options: dict[str, Any] = {} if isinstance(device, str) and device != "auto" else {"device_map": device}
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else "auto"
-    try:
+    with reading(folder, "diffusers"):
         with quiet():
             model = cls.from_pretrained(
                 folder, torch_dtype=stored_dtype(folder) if dtype == "auto" else dtype, use_safetensors=True, **options
             )
         if not options:
             model.to(device)
+    return model.dequantize() if dequantize else model
+
+
+@contextmanager
+def reading(folder: Path, library: str) -> Generator[None]:
+    """With errors of ours in place of whatever a library, safetensors and torch make of a damaged folder."""
+    try:
+        yield
     except BitwrightError:
         raise
-    except Exception as error:  # whatever diffusers, safetensors and torch make of a damaged folder
+    except Exception as error:
         reason = first_line(error)
         if out_of_memory(error):
             raise ResourceError(
                 f"{folder}: out of memory while it was loaded ({reason}); free some, or choose a narrower dtype"
             ) from None
-        raise CheckpointError(f"{folder}: diffusers cannot load it ({reason})") from error
-    return model.dequantize() if dequantize else model
+        raise CheckpointError(f"{folder}: {library} cannot load it ({reason})") from error
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Of the float tensors, that which holds most of their bytes."""
     sizes = {"F32": 0, "F16": 0, "BF16": 0}
-    packed = {name for site in verify_sites(folder) for name in site}
+    sites = read_sites(read_config(folder).get("quantization_config"), str(folder)).values()
+    packed = {name for site in sites for name in site.stored()}
     for name, piece in stored_tensors(folder).items():
         if name not in packed and piece.dtype in sizes:
             sizes[piece.dtype] += piece.nbytes
     most = max(sizes, key=sizes.__getitem__)
     return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[most]
-
-
-def verify_sites(folder: Path) -> list[set[str]]:
-    sites = read_sites(read_config(folder).get("quantization_config"), str(folder))
-    return [set(site.stored()) for site in sites.values()]
