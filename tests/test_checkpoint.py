@@ -308,6 +308,7 @@ def test_save_pretrained_writes_the_same_checkpoint(
     assert "checksums" not in read_config(tmp_path / "again")["quantization_config"]
     again = quant.load(tmp_path / "again")
     assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(model.dequantize() or model), logits(quant.load(folder, dequantize=True)))
     again.save_pretrained(tmp_path / "third", max_shard_size=shard)
     assert tiny.contents(tmp_path / "third") == tiny.contents(tmp_path / "again")
 

@@ -85,7 +85,8 @@ class BitwrightQuantizer(HfQuantizer):
         return True  # adapters on packed linears: gradients go through to what is before
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        return unpack_model(model, dtype or torch.float32)
+        named = isinstance(dtype, str)  # so the config has it once `save_pretrained` was called
+        return unpack_model(model, getattr(torch, dtype) if named else dtype or torch.float32)
 
 
 def put_site(model: Any, packed: PackedSite) -> str:
