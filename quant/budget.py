@@ -58,7 +58,7 @@ def within(
         if predicted <= left:
             progress.say(f"recipe {name}: about {_seconds(predicted)} of the {_seconds(left)} left of {budget}")
             anew = prepared(recipe(name))  # the rehearsal has used the model
-            return name, replace(anew, make=lambda _, plan=tried.plan: plan)  # which may have been measured
+            return name, replace(anew, make=lambda *_, plan=tried.plan: plan)  # which may have been measured
         progress.say(
             f"not recipe {name}: about {_seconds(predicted)}, and {_seconds(max(0.0, left))} are left of {budget}"
         )
@@ -147,8 +147,8 @@ def _planned(walked: Prepared, recipe: Recipe, bits: int | None = None) -> Prepa
         texts = {name for name, x in walked.outline[0].items() if getattr(x, "ndim", 0) == 3} - {"hidden_states"}
         anchors = frozenset(site.name for site in sites if texts and site.kind == "linear")
     every = {site.name: bits for site in sites} if bits else None
-    plan = make_plan(recipe, walked.walk, walked.settings.plan, every, anchors)
-    return replace(walked, recipe=recipe, make=lambda _: plan)
+    plan = make_plan(recipe, walked.walk, walked.settings, every, anchors)
+    return replace(walked, recipe=recipe, make=lambda *_: plan)
 
 
 def _promised(planned: Prepared) -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ from quant.calibration.remember import SHARE
 from quant.calibration.replay import Replay
 from quant.calibration.samples import Batch, moved
 from quant.checkpoint.components import check_home, clear_others, copy_beside, copy_card
-from quant.checkpoint.journal import FOLDER, Journal, Mode, check_place, check_same, complete, finished_report
+from quant.checkpoint.journal import FOLDER, TOLD, Journal, Mode, check_same, complete, finished_report
 from quant.checkpoint.provenance import provenance
 from quant.checkpoint.recall import keep, recall
 from quant.checkpoint.verify import compare_logits
@@ -104,19 +104,17 @@ def run(
     progress = progress or Progress()
     began, source = time.perf_counter(), prepared.source
     parts = parts or [source.inside]
-    check_home(out, source, parts)
+    check_home(out, source, parts, mode)
     place = out / source.inside
-    check_place(place, (), mode)
     if mode == "resume":
         check_same(place, prepared.known())
-        if (plan := recall(place)) is not None:
-            prepared = with_plan(prepared, plan)
+        prepared = with_plan(prepared, recall(place), place / FOLDER / TOLD)
     prepared = settled(prepared)
     if mode == "resume" and complete(place):
         progress.say("the checkpoint is already complete: its files are checked, and nothing else is done")
         report = finished_report(place, prepared.identity())
         return Result(out, Written(place, report["files"], report["bits"]["measured"]), report)
-    clear_others(out, source, parts, mode)
+    clear_others(out, source, parts, mode, prepared.settings.told)
     memory = enough_memory(
         "lower --set calibration.batch_size=1 or --samples, then --restart; --dry-run predicts the peak. Unfinished "
         f"work is in {place / FOLDER}"

@@ -4,12 +4,10 @@ file a pattern (`*.down_proj`) may stand for many sites."""
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +29,7 @@ from quant.kernels.spec import (
 )
 from quant.models.walk import Site, Walk
 from quant.pairs import UNIT
+from quant.place import Settings
 from quant.recipe import Recipe, respec
 from quant.solvers.metric import scaled
 
@@ -79,7 +78,7 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, walk: Walk, file: Path | None = None, bits: Mapping[str, int] | None = None,
+    recipe: Recipe, walk: Walk, settings: Settings, bits: Mapping[str, int] | None = None,
     anchors: Set[str] = frozenset(),
 ) -> Plan:  # fmt: skip
     """The spec of each site: a plan file's, or the recipe's where the file does not name it. `bits`: of those sites,
@@ -88,7 +87,7 @@ def make_plan(
     Raises:
         SettingsError: the file cannot be read, names a site that is not there, or holds an impossible spec.
     """
-    told = given(file, walk)
+    told = given(settings, walk)
     free = {site.name: site for site in walk.sites if site.name not in told}
     if bits is not None:
         own = {name: of_width(recipe.spec, bits[name], site) for name, site in free.items()}
@@ -111,20 +110,12 @@ def left(recipe: Recipe, walk: Walk, told: Mapping[str, Spec | None]) -> float:
     return recipe.average * sum(math.prod(site.shape) for site in packed) - taken
 
 
-def given(file: Path | None, walk: Walk) -> dict[str, Spec | None]:
+def given(settings: Settings, walk: Walk) -> dict[str, Spec | None]:
     """The specs that a plan file has for the sites of a model. Raises `SettingsError` as `make_plan`."""
     sites = {site.name: site for site in walk.all}
     inner = [site.name for site in walk.sites]  # what a pattern may stand for
-    specs: dict[str, Spec | None] = {}
-    if file is None:
-        return specs
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise SettingsError(f"--plan {file}: cannot be read ({error})") from None
-    if not isinstance(told, dict):
-        raise SettingsError(f"--plan {file}: expected a JSON object, found {told!r}")
-    for pattern, spec in sorted(told.items(), key=lambda item: item[0] in sites):  # names in full say it last
+    specs, file = dict[str, Spec | None](), settings.plan
+    for pattern, spec in sorted(settings.told.items(), key=lambda item: item[0] in sites):  # names in full say it last
         found = [pattern] if pattern in sites else [name for name in inner if fnmatchcase(name, pattern)]
         if not found:
             raise SettingsError(

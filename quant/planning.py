@@ -60,7 +60,7 @@ def weighed_rows(recipe: Recipe, source: Source, found: Walk, settings: Settings
     """Whether rows count by what an error in each costs: where codes share bits among them."""
     if not recipe.mixed or recipe.calibration is None or source.is_diffusion:
         return False
-    told = given(settings.plan, found)
+    told = given(settings, found)
     return any(_shares(told.get(site.name, recipe.spec)) for site in found.sites)
 
 
@@ -98,7 +98,7 @@ def allowance(recipe: Recipe, found: Walk, settings: Settings) -> tuple[list[Sit
     Raises:
         SettingsError: the narrowest codes take more, or the recipe's own fit no site; or as `given`.
     """
-    told, even = given(settings.plan, found), make_plan(replace(recipe, average=None), found, settings.plan).specs
+    told, even = given(settings, found), make_plan(replace(recipe, average=None), found, settings).specs
     free = [site for site in found.sites if site.name not in told]
     if recipe.average is None:
         budget = float(sum(spec.nbytes(site.shape) for site in free if (spec := even[site.name]) is not None))
@@ -138,7 +138,7 @@ def planned(
     chosen, counted = measured(recipe, skeleton.source), weighed_rows(recipe, skeleton.source, found, settings)
     free, budget = allowance(recipe, found, settings) if chosen else ([], 0.0)
     if samples is None or not (free or counted):
-        return make_plan(recipe, found, settings.plan, anchors=anchors)
+        return make_plan(recipe, found, settings, anchors=anchors)
 
     def size(site: Site, bits: int) -> int:
         spec = of_width(recipe.spec, bits, site)
@@ -157,7 +157,7 @@ def planned(
         counts = sorted(Counter(bits.values()).items())
         progress.say("bits by what errors cost: " + ", ".join(f"{n} x {width}" for width, n in counts))
         bits = {site.name: widths(recipe)[0] for site in found.sites} | bits  # those that a plan file has
-    plan = make_plan(recipe, found, settings.plan, bits or None, anchors)
+    plan = make_plan(recipe, found, settings, bits or None, anchors)
     shared = [site for site in found.sites if counted and _shares(plan.specs[site.name])]
     rows = {site.name: relative(costs[site.name], site.experts) for site in shared}
     pairs = {name: known for name in rows if (known := costs[name].pairs) is not None}
@@ -171,7 +171,7 @@ def _costs(
         raise SettingsError("sensitivity=image asks for images, which this model does not draw; leave it at output")
     half = samples.batches[0]["input_ids"].shape[1] // 2
     remedy = f"it takes gradients: --set calibration.sequence_length={half}, or {UNMEASURED}"
-    told = given(settings.plan, found)
+    told = given(settings, found)
     asked = weighed_rows(recipe, skeleton.source, found, settings)
     specs = {site.name: told.get(site.name, recipe.spec) for site in found.sites if asked and not site.experts}
     lengths = {name: count for name, spec in specs.items() if (count := _sequence(spec)) > 1}

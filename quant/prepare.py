@@ -53,7 +53,7 @@ class Prepared:
     source: Source
     skeleton: Skeleton
     walk: Walk
-    make: Callable[[Samples | None], Plan]
+    make: Callable[[Settings, Samples | None], Plan]
     draw: Callable[[], Samples]
     recipe: Recipe
     settings: Settings
@@ -65,7 +65,7 @@ class Prepared:
 
     @cached_property
     def plan(self) -> Plan:
-        plan = self.make(self.samples if self.measures else None)
+        plan = self.make(self.settings, self.samples if self.measures else None)
         for name, spec in plan.specs.items() if isinstance(self.recipe.solver, Nearest) else ():
             if spec is not None and not isinstance(spec.core, Uniform):
                 raise SettingsError(
@@ -173,14 +173,14 @@ def prepare(
         found = _walk(skeleton, recipe, progress)
     if recipe.folding is not None and not recipe.folding.online:
         found = turned(found, folded.turned)
-    make = lambda samples: planned(skeleton, found, recipe, settings, samples, progress)  # noqa: E731
+    make = lambda place, samples: planned(skeleton, found, recipe, place, samples, progress)  # noqa: E731
     prepared = Prepared(
         source, skeleton, found, make, _draw(skeleton, found, recipe, settings, progress), recipe, settings, folded
     )
     if measured(recipe, source):  # what is wrong is said now
         allowance(recipe, found, settings)
     else:
-        _ = replace(prepared, make=lambda _: make(None)).plan
+        _ = replace(prepared, make=lambda place, _: make(place, None)).plan
     return prepared
 
 
@@ -209,12 +209,15 @@ def _fold(skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, p
     return folded
 
 
-def with_plan(prepared: Prepared, plan: Plan) -> Prepared:
-    """With a plan that was made before for these sites, and what the plan file says now."""
-    if plan.specs.keys() != {site.name for site in prepared.walk.all}:
+def with_plan(prepared: Prepared, plan: Plan | None, told: Path) -> Prepared:
+    """With a plan that was made before for these sites, and what the plan file says now. Where none was made yet, with
+    what the run's plan file said, which is kept as `told`."""
+    if plan is None and prepared.settings.plan is None and told.exists():
+        return replace(prepared, settings=replace(prepared.settings, plan=told))
+    if plan is None or plan.specs.keys() != {site.name for site in prepared.walk.all}:
         return prepared
-    plan = replace(plan, specs=plan.specs | given(prepared.settings.plan, prepared.walk))
-    return replace(prepared, make=lambda _: plan)
+    plan = replace(plan, specs=plan.specs | given(prepared.settings, prepared.walk))
+    return replace(prepared, make=lambda *_: plan)
 
 
 def settled(prepared: Prepared) -> Prepared:
@@ -224,8 +227,8 @@ def settled(prepared: Prepared) -> Prepared:
     if not source.is_diffusion or recipe.calibration is None or recipe.average is not None:
         return prepared  # an average was planned with them, or leaves no room
     samples = prepared.samples
-    plan = prepared.make(samples)
-    return replace(prepared, make=lambda _: plan, draw=lambda: samples)
+    plan = prepared.make(prepared.settings, samples)
+    return replace(prepared, make=lambda *_: plan, draw=lambda: samples)
 
 
 def skeleton_of(

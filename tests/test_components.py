@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from quant.errors import ModelError, ResumeError, SettingsError
 from quant.inspect import app as inspect
 from quant.inspect import look
 from quant.linear import PackedLinear
-from quant.prepare import prepare
+from quant.prepare import Settings, prepare
 from quant.progress import Progress
 from quant.recipe import Calibration, Recipe, Trajectory, override
 
@@ -147,6 +148,53 @@ def test_killed_in_the_second_component_it_resumes_to_the_same_bytes(source: Pat
     assert resumed.others[0].report["resumed_blocks"] == 1
     quant.quantize(str(source), tmp_path / "straight", recipe(source), components=BOTH)
     assert tiny.contents(tmp_path / "stopped") == tiny.contents(tmp_path / "straight")
+
+
+def test_resumed_without_its_plan_file_the_second_component_has_its_plan_too(source: Path, tmp_path: Path) -> None:
+    """A plan file may be a pipe, so what it said is kept, and it is read once."""
+    reading, writing = os.pipe()
+    os.write(writing, json.dumps({"*q*": None}).encode())
+    os.close(writing)
+    told = Settings(plan=Path(f"/dev/fd/{reading}"))
+    with pytest.raises(KeyboardInterrupt):
+        quant.quantize(str(source), tmp_path / "out", rounded(), settings=told, components=BOTH, progress=StopIn(1))
+    os.close(reading)
+    assert (tmp_path / "out" / "text_encoder_3" / ".bitwright" / "told.json").exists()
+    quant.quantize(str(source), tmp_path / "out", rounded(), components=BOTH, mode="resume")
+    (tmp_path / "plan.json").write_text(json.dumps({"*q*": None}))
+    again = Settings(plan=tmp_path / "plan.json")
+    quant.quantize(str(source), tmp_path / "straight", rounded(), settings=again, components=BOTH)
+    assert tiny.contents(tmp_path / "out") == tiny.contents(tmp_path / "straight")
+
+
+def test_a_restart_forgets_the_plan_file_of_the_run_before(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps({"*q*": None}))
+    told = Settings(plan=tmp_path / "plan.json")
+    with pytest.raises(KeyboardInterrupt):
+        quant.quantize(str(source), tmp_path / "out", rounded(), settings=told, components=BOTH, progress=StopIn(1))
+    with pytest.raises(KeyboardInterrupt):
+        quant.quantize(str(source), tmp_path / "out", rounded(), components=BOTH, mode="restart", progress=StopIn(1))
+    quant.quantize(str(source), tmp_path / "out", rounded(), components=BOTH, mode="resume")
+    quant.quantize(str(source), tmp_path / "straight", rounded(), components=BOTH)
+    assert tiny.contents(tmp_path / "out") == tiny.contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("before", [BOTH[:1], BOTH[1:]])
+def test_a_restart_packs_what_was_float(before: tuple[str, ...], source: Path, tmp_path: Path) -> None:
+    """And is refused before any work where it finds more there than the copied float component."""
+    out, new = tmp_path / "out", next(part for part in BOTH if part not in before)
+    quant.quantize(str(source), out, rounded(), components=before)
+    kept = tiny.contents(out)
+    with pytest.raises(ResumeError, match=f"out/{new}: holds the float component; pack it with --restart"):
+        quant.quantize(str(source), out, rounded(), components=(new, *before))
+    (out / new / "notes.txt").write_text("mine")
+    with pytest.raises(ResumeError, match=f"out/{new}: holds files that are not bitwright's"):
+        quant.quantize(str(source), out, rounded(8), components=BOTH, mode="restart")
+    (out / new / "notes.txt").unlink()
+    assert tiny.contents(out) == kept
+    quant.quantize(str(source), out, rounded(), components=BOTH, mode="restart")
+    quant.quantize(str(source), tmp_path / "straight", rounded(), components=BOTH)
+    assert tiny.contents(out) == tiny.contents(tmp_path / "straight")
 
 
 def test_a_restart_with_fewer_components_leaves_nothing_of_the_others(source: Path, tmp_path: Path) -> None:

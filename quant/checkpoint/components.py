@@ -7,12 +7,15 @@ files are copied, never a pickle.
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from filecmp import cmp
 from pathlib import Path
+from typing import Any
 
-from quant.checkpoint.journal import FOLDER, Journal, Mode, complete
-from quant.checkpoint.shards import disk_error
+from quant.checkpoint.journal import FOLDER, TOLD, Journal, Mode, check_place, complete
+from quant.checkpoint.shards import disk_error, write_text
 from quant.errors import ResumeError
 from quant.models.diffusion import components
 from quant.models.source import PIPELINE, Source
@@ -21,19 +24,25 @@ KINDS = (".json", ".txt", ".model", ".jinja", ".safetensors")
 ALONE = ("scheduler",)  # what may lie in a transformer's own folder
 
 
-def check_home(out: Path, source: Source, parts: Sequence[str]) -> None:
-    """Raises `ResumeError` if a pipeline is to be written among files that are not ours. `parts`: the components that
-    are quantized."""
-    places = [out / part for part in parts]
-    if not source.inside or not out.is_dir() or any((place / FOLDER).exists() or complete(place) for place in places):
-        return
-    if any(out.iterdir()):
+def check_home(out: Path, source: Source, parts: Sequence[str], mode: Mode) -> None:
+    """Raises `ResumeError`, before any work, if `out` cannot be written in this mode, or holds files that are not ours
+    where a component is to be. `parts`: those that are quantized."""
+    ours = [part for part in parts if (out / part / FOLDER).exists() or complete(out / part)]
+    if source.inside and not ours and _holds_any(out):
         raise ResumeError(f"{out}: holds files that are not bitwright's; choose another --out")
+    full = [part for part in parts if source.inside and part not in ours and _holds_any(out / part)]
+    for part in full:
+        copies = _copies(source, out, part)
+        if not copies or mode != "restart":
+            what = "the float component; pack it with --restart, or" if copies else "files that are not bitwright's;"
+            raise ResumeError(f"{out / part}: holds {what} choose another --out")
+    if source.inside not in full:
+        check_place(out / source.inside, (), mode)
 
 
-def clear_others(out: Path, source: Source, parts: Sequence[str], mode: Mode) -> None:
+def clear_others(out: Path, source: Source, parts: Sequence[str], mode: Mode, told: Mapping[str, Any]) -> None:
     """A restart clears the other components too, when it begins with the first of `parts`: those that are not among
-    them become float, and those that are may then be resumed.
+    them become float, and those that are may then be resumed, by what the plan file has `told`.
 
     Raises:
         ResumeError: another mode, and a packed component would become float; or another run is writing there.
@@ -47,6 +56,28 @@ def clear_others(out: Path, source: Source, parts: Sequence[str], mode: Mode) ->
                     journal.close()
         elif place.name not in parts:
             raise ResumeError(f"{place}: would become float; name it in --components too, or begin anew with --restart")
+    for part in parts if source.inside == parts[0] and mode != "resume" else ():
+        for copy in _copies(source, out, part):
+            copy.unlink()
+        (out / part / FOLDER / TOLD).unlink(missing_ok=True)
+        if told and part != source.inside:
+            (out / part / FOLDER).mkdir(parents=True, exist_ok=True)
+            write_text(out / part / FOLDER / TOLD, json.dumps(told))
+
+
+def _holds_any(place: Path) -> bool:
+    return place.is_dir() and any(place.iterdir())
+
+
+def _copies(source: Source, out: Path, part: str) -> list[Path]:
+    """The files of a component's folder in `out`, if all are copies of the float ones (`copy_beside`), and no
+    originals."""
+    place, home = out / part, source.home / part
+    if not source.inside or not place.is_dir() or place.samefile(home):
+        return []
+    files = [path for path in place.rglob("*") if path.is_file()]
+    same = lambda path: (home / path.relative_to(place)).is_file() and cmp(path, home / path.relative_to(place), False)  # noqa: E731
+    return files if all(map(same, files)) else []
 
 
 def beside(source: Source, parts: Sequence[str]) -> Iterator[Path]:

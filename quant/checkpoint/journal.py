@@ -41,7 +41,7 @@ from quant.errors import CheckpointError, ResourceError, ResumeError
 
 FOLDER = JOURNAL
 DONE = ".bitwright-done"
-FILES = "files.json"
+FILES, TOLD = "files.json", "told.json"  # the second: what a plan file said, until `run.json` has the plan
 SAME = ("model", "recipe", "plan", "calibration")  # what makes a finished checkpoint the one that is asked for
 Mode = Literal["new", "resume", "restart"]
 
@@ -150,7 +150,7 @@ class Journal:
                 if file.parent.resolve().is_relative_to(self.out.resolve()):
                     file.unlink(missing_ok=True)
         for item in sorted(self.folder.iterdir(), key=lambda item: (item.name == FILES, item.name == "run.json")):
-            if item.name != "lock":
+            if item.name not in ("lock", TOLD):
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
 
     def claim(self, names: Iterable[str]) -> None:
