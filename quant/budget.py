@@ -141,11 +141,11 @@ def _finer(walked: Prepared, made: Recipe, bits: int, limit: int, floats: int, w
 
 
 def _planned(walked: Prepared, recipe: Recipe, bits: int | None = None) -> Prepared:
-    """With a recipe's own plan, or these bits for every site; where a text is read, with all first tokens in float."""
+    """With a recipe's own plan, or these bits for every site; where a text is read, with the first
+    tokens of every site that reads it alone in float."""
     sites, anchors = walked.walk.sites, frozenset[str]()
-    if walked.source.is_diffusion and recipe.calibration is not None and (bits or recipe.average is None):
-        texts = {name for name, x in walked.outline[0].items() if getattr(x, "ndim", 0) == 3} - {"hidden_states"}
-        anchors = frozenset(site.name for site in sites if texts and site.kind == "linear")
+    if recipe.calibration is not None and (bits or recipe.average is None):
+        anchors = frozenset(site.name for site in sites if site.words and site.kind == "linear")
     every = {site.name: bits for site in sites} if bits else None
     plan = make_plan(recipe, walked.walk, walked.settings, every, anchors)
     return replace(walked, recipe=recipe, make=lambda *_: plan)

@@ -1,7 +1,32 @@
-"""`quantize`: from a float model to a packed checkpoint, in one command.
+"""Turn a float model into a packed low-bit checkpoint.
 
-Exit codes: 0 done; 1 unexpected; 2 settings; 3 model; 4 calibration; 5 solver; 6 checkpoint; 7 the folder belongs to
-another run; 8 disk or memory; 130 interrupted, 143 terminated (both leave a folder that `--resume` continues).
+Shipped recipes: {}. The default is balanced (trellis codes) below 4 bits and
+gptq (uniform grids) from there on and where a flag of a grid is. Without --bits they are the recipe's own: 4 of gptq.
+
+Examples:
+
+  quantize --model ./Llama-3.1-8B --bits 2
+
+  quantize --model Qwen/Qwen3-4B --bits 3 --group-size 64 --calibration notes.txt --out q3
+
+  quantize --model ./model --size 5GiB
+
+  quantize --model ./model --bits 4 --dry-run
+
+  quantize --model ./model --bits 2 --time-budget 2h
+
+  quantize --model ./model --bits 2 --recipe best --plan plan.json    (an edited one of another run)
+
+  quantize --model ./pipeline --bits 4 --components transformer,text_encoder
+
+  quantize --model ./model --bits 3 --skip '*.down_proj' --set solver.damp=0.05
+
+  quantize --model ./model --bits 4 --activations 8
+
+  quantize --model ./model --bits 4 --out q4 --resume
+
+Exit codes: 0 done, 2 settings, 3 model, 4 calibration, 5 solver, 6 checkpoint, 7 folder in use by another run,
+8 disk or memory, 130 interrupted, 143 terminated, 1 anything else.
 """
 
 from __future__ import annotations
@@ -35,36 +60,7 @@ from quant.progress import Progress
 from quant.recipe import Recipe, load_recipe, override, shipped_recipes, with_spec
 from quant.stopped import BEGUN, INTERRUPTED, TERMINATED, Terminated, terminate
 
-HELP = f"""Turn a float model into a packed low-bit checkpoint.
-
-Shipped recipes: {", ".join(shipped_recipes())}. The default is balanced (trellis codes) below 4 bits and
-gptq (uniform grids) from there on and where a flag of a grid is. Without --bits they are the recipe's own: 4 of gptq.
-
-Examples:
-
-  quantize --model ./Llama-3.1-8B --bits 2
-
-  quantize --model Qwen/Qwen3-4B --bits 3 --group-size 64 --calibration notes.txt --out q3
-
-  quantize --model ./model --size 5GiB
-
-  quantize --model ./model --bits 4 --dry-run
-
-  quantize --model ./model --bits 2 --time-budget 2h
-
-  quantize --model ./model --bits 2 --recipe best --plan plan.json    (an edited one of another run)
-
-  quantize --model ./pipeline --bits 4 --components transformer,text_encoder
-
-  quantize --model ./model --bits 3 --skip '*.down_proj' --set solver.damp=0.05
-
-  quantize --model ./model --bits 4 --activations 8
-
-  quantize --model ./model --bits 4 --out q4 --resume
-
-Exit codes: 0 done, 2 settings, 3 model, 4 calibration, 5 solver, 6 checkpoint, 7 folder in use by another run,
-8 disk or memory, 130 interrupted, 143 terminated, 1 anything else.
-"""
+HELP = (__doc__ or "").format(", ".join(shipped_recipes()))
 
 MOST_THREADS = 1024
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -97,7 +97,7 @@ def estimate(prepared: Prepared) -> Estimate:
         seen = _rehearse(prepared)
         ends, embedding = rehearsed(prepared)
         opening = _timed(lambda: skeleton_of(prepared.source, prepared.settings))
-    _, batches = prepared.outline
+    batch, batches, halves = prepared.outline
     followed = prepared.recipe.match == "float" or prepared.recipe.recovery is not None
     paths = 2 if followed and batches else 1
     spill = prepared.settings.spill_bytes
@@ -119,7 +119,8 @@ def estimate(prepared: Prepared) -> Estimate:
         whole = follow if follow is not None else seen.advance * share
         recipe, source = prepared.recipe, prepared.source
         piped = complete(source) is None
-        verification += passes(calibration, recipe.trajectory, weighed(recipe, source), piped) * whole
+        samples = passes(calibration, recipe.trajectory, weighed(recipe, source), piped)
+        verification += samples * halves / len(batch["hidden_states"]) * whole
         verification += probes(recipe, source, len(prepared.walk.sites), batches) * whole
     distillation, more = _distillation(prepared, seen, weights, batches)
     return Estimate(
@@ -156,6 +157,7 @@ def _distillation(prepared: Prepared, seen: _Rehearsal, weights: int, batches: i
     held = sum(
         training_bytes(spec, trained) * math.prod(site.shape) for site, spec in quantized_sites(prepared).values()
     )
+    held += sum(4 * known.numel() for known in prepared.plan.pairs.values()) if trained else 0  # couplings, float32
     more = parameters * width + int(held) + int(seen.stored * mixed) * len(prepared.walk.chain) + logits
     return recipe.distillation.steps * step + passes, more
 
@@ -178,9 +180,9 @@ def _follow(prepared: Prepared) -> float | None:
     other models."""
     if not prepared.source.is_diffusion or prepared.recipe.calibration is None:
         return None
+    batches = [prepared.outline[0]]  # which a pipeline may be asked for, with the same weights
     with Forward(prepared.skeleton, prepared.walk.chain, prepared.settings.spill_bytes) as forward:
-        batch, _ = prepared.outline
-        return _timed(lambda: forward([batch])) if forward.whole else None
+        return _timed(lambda: forward(batches)) if forward.whole else None
 
 
 @torch.no_grad()
@@ -191,7 +193,7 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
     outside, _ = outside_blocks(skeleton, chain)
     skeleton.load(outside)
     device = prepared.settings.device
-    batch, count = prepared.outline
+    batch, count, _ = prepared.outline
     batch = moved(batch, device)
     solved: list[Solved] = []
     with scratch() as folder, Replay(skeleton.model, chain) as replay:

@@ -75,22 +75,12 @@ def _whole(
         known = prepared.plan.metric(sites[name])
         return None if known is None else known.to(device)
 
+    train, judge = (shown, batches) if mixed is None else (mixed, mixed)
     return Whole(
-        prepared.skeleton.model,
-        lambda batch: first_tensor(prepared.skeleton.model(**batch)),
-        prepared.walk.chain,
-        sites,
-        packed,
-        metric,
-        {name: STORED[entries[key].dtype] for name, key in vectors.items()},
-        ends.weights(),
-        shown if mixed is None else mixed,
-        batches if mixed is None else mixed,
-        None if mixed is None else mixed.times,
-        progress.distilling,
-        journal.folder / "distillation.safetensors",
-        PAUSE,
-    )
+        prepared.skeleton.model, lambda batch: first_tensor(prepared.skeleton.model(**batch)), prepared.walk.chain,
+        sites, packed, metric, {name: STORED[entries[key].dtype] for name, key in vectors.items()}, ends.weights(),
+        train, judge, None if mixed is None else mixed.times, progress.distilling, journal.folder / "distillation.safetensors", PAUSE,
+    )  # fmt: skip
 
 
 def _packed(prepared: Prepared, tensors: dict[str, Tensor]) -> dict[str, Packed]:

@@ -14,19 +14,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import SettingsError
-from quant.kernels.spec import (
-    Binary,
-    Codebook,
-    LowRank,
-    Rotated,
-    Smoothed,
-    Spec,
-    SpecError,
-    Trellis,
-    Uniform,
-    rounds_inputs,
-    spec_from_dict,
-)
+from quant.kernels.spec import LowRank, Rotated, Smoothed, Spec, SpecError, Trellis, Uniform, spec_from_dict
 from quant.models.walk import Site, Walk
 from quant.pairs import UNIT
 from quant.place import Settings
@@ -169,8 +157,7 @@ def raised(recipe: Recipe, spec: Spec, site: Site) -> Spec:
     """A spec as a site needs it, with at least `modulation_bits` for adaLN modulations: an error there moves all tokens
     of a sample the same way (SVDQuant keeps them at 4). Their inputs are not rounded: with a row per sample there is no
     time to be won."""
-    if site.modulation and rounds_inputs(spec):
-        spec = respec(spec, activations=16)
+    spec = _unrounded(spec) if site.modulation else spec
     core, least = spec.core, recipe.modulation_bits
     if site.modulation and (core.to_dict().get("bits") or 0) < least:
         spec = respec(spec, bits=least) if isinstance(core, Uniform | Trellis) else Uniform(bits=least)
@@ -208,15 +195,14 @@ def fitted(spec: Spec, site: Site) -> Spec:
     if site.turned:
         spec = unrotated(spec)
     if site.experts:
-        spec = spec.base if isinstance(spec, Smoothed) else spec
-        spec = respec(spec, activations=16) if rounds_inputs(spec) else spec
-    core = spec.core
+        spec = _unrounded(spec.base if isinstance(spec, Smoothed) else spec)
+    core: Any = spec.core
     if site.experts and isinstance(spec, LowRank):
         raise SettingsError(
             f"{site.name}: a stack of experts has no low-rank branch, which would need factors for each expert; give "
             "this site its base spec with --plan, or leave it float with --skip"
         )
-    if isinstance(core, Codebook | Binary):
+    if hasattr(core, "chosen"):
         core = replace(core, rows=site.out) if site.experts else core
         try:
             spec = respec(spec, **asdict(core.chosen((site.out, site.inputs))))
@@ -231,6 +217,11 @@ def fitted(spec: Spec, site: Site) -> Spec:
             )
         spec = respec(spec, length=length)
     return replace(spec, measured=False, outputs=False) if site.experts and isinstance(spec, Rotated) else spec
+
+
+def _unrounded(spec: Spec) -> Spec:
+    """The spec with whole inputs."""
+    return respec(spec, activations=16) if getattr(spec.core, "activations", 16) < 16 else spec
 
 
 def unrotated(spec: Spec) -> Spec:

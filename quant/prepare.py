@@ -86,12 +86,14 @@ class Prepared:
         """Whether the plan is made by what errors cost."""
         return measured(self.recipe, self.source) or weighed_rows(self.recipe, self.source, self.walk, self.settings)
 
-    @property
-    def outline(self) -> tuple[Batch, int]:
-        """A batch like those of `samples`, and how many there are."""
+    @cached_property
+    def outline(self) -> tuple[Batch, int, int]:
+        """A batch like those of `samples`, how many there are, and the rows of a sample."""
         calibration, skeleton = self.recipe.calibration, self.skeleton
         if calibration is None or not isinstance(skeleton, DiffusionSkeleton):
-            return self.samples.batches[0], 0 if calibration is None else len(self.samples.batches)
+            return self.samples.batches[0], 0 if calibration is None else len(self.samples.batches), 1
+        if painting.complete(self.source) is None:
+            return painting.outline(skeleton, self.walk.chain, self.recipe)
         return trajectory.outline(skeleton, calibration, self.recipe.trajectory)
 
     @property

@@ -262,3 +262,15 @@ def test_folded_weights_keep_it_too(source: Path, tmp_path: Path) -> None:
     assert sorted(lost) == sorted(KEYS)
     assert all(first < 2e-3 and others > 0.05 for first, others in lost.values()), lost
     assert error(tmp_path / "out", source, text) < 0.05
+
+
+def test_a_size_counts_it_only_where_a_text_is_read(source: Path, tmp_path: Path) -> None:
+    """What an image's tokens are multiplied by has no first text token, and its bits are not held back for one."""
+    texts(tmp_path / "text.safetensors")
+    with_bits = lambda bits: with_spec(recipe(tmp_path / "text.safetensors"), bits=bits)  # noqa: E731
+    widest = settled(prepare.prepare(str(source), with_bits(8)))
+    assert sorted(site.name for site in widest.walk.sites if site.words) == sorted(KEYS)
+    size = sum(sizes(arrangement(widest, promised_pieces(widest)), widest.source.stem).values())
+    ready = settled(sized(str(size), with_bits, lambda one: prepare.prepare(str(source), one), Progress()))
+    assert {spec.core.to_dict()["bits"] for spec in ready.plan.specs.values() if spec is not None} == {8}
+    assert sum(sizes(arrangement(ready, promised_pieces(ready)), ready.source.stem).values()) == size

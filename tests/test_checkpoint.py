@@ -524,7 +524,7 @@ def test_what_a_checkpoint_lacks_may_be_laid_beside_it(llama: Path, packed_llama
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["../other.safetensors", "..", "", "/etc/passwd", "a/b.safetensors", 7, None])
+@pytest.mark.parametrize("name", ["../other.safetensors", "..", "", "/etc/passwd", "a/b.safetensors", 7, None, "x\0"])
 def test_an_index_that_leads_out_of_the_folder(copied: Path, name: Any) -> None:
     weights = load_file(copied / "model.safetensors")
     (copied / "model.safetensors").rename(copied.parent / "other.safetensors")

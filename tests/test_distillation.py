@@ -14,7 +14,7 @@ from torch import Tensor
 from quant import Recipe, quantize
 from quant.calibration.statistics import Statistics
 from quant.errors import CheckpointError, SettingsError
-from quant.estimate import estimate
+from quant.estimate import _distillation, _Rehearsal, estimate  # pyright: ignore[reportPrivateUsage]
 from quant.kernels.packed import Packed
 from quant.kernels.spec import Codebook, Rotated, Smoothed, Spec, Trellis, Uniform
 from quant.prepare import prepare
@@ -22,6 +22,7 @@ from quant.progress import Progress
 from quant.recipe import override, recipe_from_dict
 from quant.recovery.distillation import Distillation
 from quant.recovery.tunable import training_bytes, tunable
+from quant.solvers.coupling import Coupling
 from quant.solvers.feedback import Feedback
 from quant.solvers.nearest import Nearest
 from tests import tiny
@@ -185,6 +186,26 @@ def test_a_dry_run_counts_it(llama: Path, words: Path) -> None:
     long = estimate(prepare(str(llama), replace(recipe, distillation=Distillation(steps=100_000))))
     assert long.seconds > without.seconds + 10
     assert long.weight_files == without.weight_files
+
+
+def test_a_dry_run_counts_how_rows_go_together(llama: Path, words: Path) -> None:
+    """Where codes are trained: what errors of each sequence's rows cost together is held for each matrix."""
+    spec = Trellis(window=8)
+    recipe = replace(tiny.recipe(words), spec=spec, distillation=Distillation(steps=4, codes=0.5))
+    bare = prepare(str(llama), recipe)
+    rows = {site.name: torch.zeros(site.shape[0], dtype=torch.int8) for site in bare.walk.sites}
+    pairs = {name: torch.eye(spec.length, dtype=torch.int8).repeat(9, 1)[: len(one)] for name, one in rows.items()}
+    plan = replace(bare.plan, rows=rows, pairs=pairs)
+    known = replace(bare, make=lambda *_: plan)
+    metrics = [plan.metric(site) for site in bare.walk.sites]
+    held = sum(Coupling([metric], spec.length).blocks.nbytes for metric in metrics if metric is not None)
+    seen = _Rehearsal(1, *[0.0] * 6, 0, 0)
+    more = [_distillation(one, seen, 1, 1)[1] for one in (bare, known)]
+    short = sum(-len(one) % spec.length for one in rows.values()) * spec.length * 4  # rows of the last sequences
+    assert 0 <= held - (more[1] - more[0]) <= short
+    frozen = replace(recipe, distillation=Distillation(steps=4))
+    more = [_distillation(replace(one, recipe=frozen), seen, 1, 1)[1] for one in (bare, known)]
+    assert more[0] == more[1]
 
 
 @pytest.mark.parametrize("codes", [0.0, 1.0])

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ from quant.prepare import prepare
 from quant.progress import Progress
 from quant.recipe import Calibration, Recipe, Trajectory, load_recipe
 from quant.recovery.distillation import Distillation
+
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed`")  # which diffusers' own Chroma imports
 
 SMALL = Calibration(samples=3, batch_size=2)
 WAY = Trajectory(steps=3, keep=2)
@@ -446,3 +449,44 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(quant.BitwrightError, match="files that are not bitwright's"):
         quant.quantize(str(tmp_path / "float"), tmp_path / "out", load_recipe("rtn"))
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_a_dry_run_of_a_pipeline_is_of_the_size_that_it_draws(batch_size: int, tmp_path: Path) -> None:
+    """With both halves under its own guidance, and no larger than was asked."""
+    text_pipeline(tmp_path / "float")
+    few = Calibration(samples=5, batch_size=batch_size)
+    recipe = Recipe(calibration=few, trajectory=Trajectory(steps=3, keep=2, height=300, width=200))
+    prepared = prepare(str(tmp_path / "float"), recipe)
+    batch, count, rows = prepared.outline
+    made = prepared.samples.batches
+    assert (count, rows) == (len(made), 2)
+    largest = max(made, key=lambda one: len(one["hidden_states"]))
+    assert {key: x.shape for key, x in batch.items() if isinstance(x, torch.Tensor)} == {
+        key: x.shape for key, x in largest.items() if isinstance(x, torch.Tensor)
+    }
+    assert estimate(prepared).sites == len(prepared.walk.sites)
+
+
+def test_lists_of_blocks_before_the_chain_stay_float() -> None:
+    """Chroma makes all modulations from the timestep in one, Lumina refines text and noise in two."""
+    for name, apart in (("ChromaTransformer2DModel", 4), ("Lumina2Transformer2DModel", 15)):
+        model = tiny_dit.transformer(name)
+        form = find_form(model)
+        found = walk(model, build(model, form.layout, form.traced, 2))
+        assert sum("comes before the blocks that form a chain" in reason for reason in found.left.values()) == apart
+        assert not any("refiner" in site.name or "guidance" in site.name for site in found.sites)
+
+
+def test_cosmos_is_told_which_places_are_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One mask for all rows; it is resized by torchvision, which need not be here."""
+    tiny_dit.library()
+    from diffusers.models.transformers import transformer_cosmos
+    from torch.nn.functional import interpolate
+
+    resize = SimpleNamespace(resize=lambda x, size, interpolation: interpolate(x, size))
+    vision = SimpleNamespace(functional=resize, InterpolationMode=SimpleNamespace(NEAREST="nearest"))
+    monkeypatch.setattr(transformer_cosmos, "transforms", vision, raising=False)
+    source = tiny_dit.folder("CosmosTransformer3DModel", tmp_path / "float", concat_padding_mask=True)
+    out = quant.quantize(str(source), tmp_path / "out", Recipe(calibration=SMALL, trajectory=WAY))
+    assert out.report["verification"]["worst_difference"] < 1e-4

@@ -45,6 +45,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "QwenImageTransformer2DModel": SIZES
     | JOINT
     | {"in_channels": 16, "out_channels": 4, "patch_size": 2, "axes_dims_rope": ROPE},
+    "ChromaTransformer2DModel": SIZES
+    | JOINT
+    | {"in_channels": 16, "num_layers": 1, "num_single_layers": 2, "axes_dims_rope": ROPE}
+    | {"approximator_num_channels": 16, "approximator_hidden_dim": 32, "approximator_layers": 2},
+    "Lumina2Transformer2DModel": {"in_channels": 4, "hidden_size": 32, "num_layers": 3, "num_refiner_layers": 1}
+    | {"num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16, "axes_dim_rope": ROPE, "cap_feat_dim": 24}
+    | {"axes_lens": (96, 32, 32), "sample_size": 8, "patch_size": 2},
+    "CogView4Transformer2DModel": SIZES
+    | {"in_channels": 4, "out_channels": 4, "text_embed_dim": 24, "time_embed_dim": 8, "condition_dim": 4}
+    | {"pos_embed_max_size": 16, "sample_size": 8, "rope_axes_dim": (8, 8)},
+    "CosmosTransformer3DModel": SIZES
+    | {"in_channels": 4, "out_channels": 4, "text_embed_dim": 24, "adaln_lora_dim": 8, "max_size": (4, 32, 32)}
+    | {"concat_padding_mask": False},
 }
 
 

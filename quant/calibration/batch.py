@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 Batch = dict[str, Any]
 UNBATCHED = ("img_ids", "txt_ids", "image_rotary_emb")
-"""Arguments of diffusion transformers that are the same for every row."""
+"""Arguments of diffusion transformers that are the same for every row; so are those of another number of rows."""
 
 
 def moved(batch: Batch, device: str) -> Batch:
@@ -27,7 +27,7 @@ def rows(given: Mapping[str, Any], which: Tensor) -> Batch:
             return {name: cut(name, part) for name, part in value.items()}  # pyright: ignore
         if isinstance(value, list) and len(value) == count:  # pyright: ignore[reportUnknownArgumentType]
             return [value[n] for n in which.tolist()]
-        return value[which] if isinstance(value, Tensor) and key not in UNBATCHED and value.dim() else value
+        return value[which] if _batched(key, value, count) else value
 
     return {key: cut(key, value) for key, value in given.items()}
 
@@ -35,14 +35,20 @@ def rows(given: Mapping[str, Any], which: Tensor) -> Batch:
 def joined(first: Batch, second: Batch) -> Batch:
     """Two batches as one: the guided and the unguided half run together."""
 
+    count = len(first["hidden_states"])
+
     def both(key: str, a: Any, b: Any) -> Any:
         if isinstance(a, dict):
             return {name: both(name, a[name], b[name]) for name in a}  # pyright: ignore
         if isinstance(a, list):
             return a + b
-        return torch.cat([a, b]) if isinstance(a, Tensor) and key not in UNBATCHED and a.dim() else a
+        return torch.cat([a, b]) if _batched(key, a, count) else a
 
     return {key: both(key, first[key], second[key]) for key in first}
+
+
+def _batched(key: str, value: Any, count: int) -> bool:
+    return isinstance(value, Tensor) and key not in UNBATCHED and value.shape[:1] == (count,)
 
 
 def shapes(batch: Batch) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from quant.calibration.batch import joined, rows, shapes
 from quant.calibration.effects import SAMPLES, Answer, effects, honest, relative
 from quant.calibration.hearing import Hear, hearing, instead, stepping
 from quant.calibration.pictures import Pictures, fresh, pictures
+from quant.calibration.prompts import prompts
+from quant.calibration.replay import Stop
 from quant.calibration.samples import Batch, Samples, moved
-from quant.calibration.texts import resolve
 from quant.errors import CalibrationError, ModelError, SettingsError
 from quant.models.diffusion import DiffusionSkeleton, components, named, quiet
 from quant.models.source import PIPELINE, Source, first_line, read_json
@@ -31,17 +31,6 @@ from quant.models.stream import outside_blocks
 from quant.recipe import Calibration, Recipe, Trajectory
 
 LIBRARIES = ("diffusers", "transformers")
-SUBJECTS = (
-    "an old fisherman mending a net", "a red bicycle against a brick wall", "two cats asleep on a piano",
-    "a lighthouse in a storm", "a bowl of ramen with an egg", "a child flying a paper kite", "an empty subway station",
-    "a fox in fresh snow", "a glass of water on a wooden table", "a market street at noon", "a chrome robot watering "
-    "plants", "a mountain lake at dawn", "the word OPEN on a shop door", "a violinist on a bridge", "a whale under ice",
-    "a stack of old books and a candle",
-)  # fmt: skip
-MANNERS = (
-    "a photograph", "an oil painting", "a pencil sketch", "a watercolour", "a 3D render", "a close-up photograph",
-    "a flat vector illustration", "a black and white film still",
-)  # fmt: skip
 
 
 def complete(source: Source) -> str | None:
@@ -86,10 +75,7 @@ def follow(skeleton: DiffusionSkeleton, chain: Sequence[str], recipe: Recipe, li
         found = effects([partial(paint, part) for part in first], calibration.seed)
     steps = [(step, batch) for step in sorted(kept) for batch in _packed(kept[step], calibration.batch_size)]
     if not steps:
-        raise CalibrationError(
-            f"{skeleton.source.name}: its pipeline did not call its {skeleton.source.inside} in the steps kept of "
-            f"{calibration.samples} samples; raise trajectory.keep, trajectory.steps or --samples"
-        )
+        raise _uncalled(skeleton, calibration)
     batches, counts = tuple(batch for _, batch in steps), [len(batch["hidden_states"]) for _, batch in steps]
     guidance = "its own guidance" if trajectory.guidance is None else f"guidance {trajectory.guidance:g}"
     text = (
@@ -100,6 +86,43 @@ def follow(skeleton: DiffusionSkeleton, chain: Sequence[str], recipe: Recipe, li
     weights = relative(found, [step for step, _ in steps], counts) if weighed else None
     probe = rows(batches[len(batches) // 2], torch.tensor([0]))
     return Samples(batches, text, paint.sha256, sum(counts), probe, weights)
+
+
+def outline(skeleton: DiffusionSkeleton, chain: Sequence[str], recipe: Recipe) -> tuple[Batch, int, int]:
+    """A batch like the largest that `follow` will give, how many there will be, and the rows of a sample under its
+    guidance: by what the pipeline calls its transformer with in its first step, answered with zeros."""
+    calibration, steps = recipe.calibration, range(recipe.trajectory.steps)
+    assert calibration is not None
+    paint, asked = _painter(skeleton, calibration, recipe.trajectory), list[Batch]()
+    parts = paint.parts(calibration.samples)
+
+    def hear(step: int, given: Batch, ask: Callable[[], Any]) -> Any:
+        if step:
+            raise Stop
+        asked.append(_own(given))
+        return (torch.zeros_like(given["hidden_states"]),)
+
+    try:
+        with torch.no_grad(), _present(skeleton, chain, 0), quiet(), suppress(Stop):
+            paint.run(parts[0], hear)
+    except CalibrationError:  # of this answer, perhaps
+        if not asked:
+            raise
+    if not asked:
+        raise _uncalled(skeleton, calibration)
+    some = lambda one, count: rows(one, torch.arange(count) % len(one["hidden_states"]))  # noqa: E731
+    times = [(moved(one, "meta"), len(one["hidden_states"]) // len(parts[0])) for one in asked]
+    kept = [[sum(step in recipe.trajectory.kept(n, len(steps)) for n in part) for part in parts] for step in steps]
+    made = [[some(one, n * rowed) for n in counts if n for one, rowed in times] for counts in kept]
+    sizes = [len(one["hidden_states"]) for calls in made for one in _packed(calls, calibration.batch_size)]
+    return some(asked[0], max(sizes)), len(sizes), sum(rowed for _, rowed in times)
+
+
+def _uncalled(skeleton: DiffusionSkeleton, calibration: Calibration) -> CalibrationError:
+    return CalibrationError(
+        f"{skeleton.source.name}: its pipeline did not call its {skeleton.source.inside} in the steps kept of "
+        f"{calibration.samples} samples; raise trajectory.keep, trajectory.steps or --samples"
+    )
 
 
 def drawer(skeleton: DiffusionSkeleton, recipe: Recipe) -> Callable[[], Tensor]:
@@ -153,13 +176,13 @@ class _Painter:
             found.append((step, _own(given)))
             return ask()
 
-        self._run(samples, hear)
+        self.run(samples, hear)
         return found
 
     def __call__(self, samples: range, answer: Answer) -> Tensor:
         """Draws: see `effects.Draw`."""
         device = self.skeleton.device
-        end = self._run(samples, lambda step, _, ask: moved(answer(step, lambda: moved(ask(), "cpu")), device))
+        end = self.run(samples, lambda step, _, ask: moved(answer(step, lambda: moved(ask(), "cpu")), device))
         if not end:
             raise CalibrationError(
                 f"{self.skeleton.source.name}: its pipeline takes no step of its scheduler, which would tell what an "
@@ -167,7 +190,7 @@ class _Painter:
             )
         return end[0][: len(samples)].float().cpu()
 
-    def _run(self, samples: range, hear: Hear) -> list[Tensor]:
+    def run(self, samples: range, hear: Hear) -> list[Tensor]:
         """Runs the pipeline with `hear` in its transformer's place; the latents of its scheduler's last step, if it
         took one."""
         some, seed, ends = [self.prompts[n] for n in samples], self.calibration.seed, list[Tensor]()
@@ -196,7 +219,7 @@ def _painter(skeleton: DiffusionSkeleton, calibration: Calibration, trajectory: 
     if untaken:
         raise SettingsError(f"{type(pipe).__name__} takes no {', '.join(untaken)}; leave that of the trajectory at 0")
     seen = pictures(skeleton, calibration, pipe.scheduler)
-    shown = _prompts(calibration, skeleton.config if by_label else None, seen)
+    shown = prompts(calibration, skeleton.config if by_label else None, seen)
     options: dict[str, Any] = {"num_inference_steps": trajectory.steps, "output_type": "latent", **trajectory.size}
     if trajectory.guidance is not None:
         options["guidance_scale"] = trajectory.guidance
@@ -228,30 +251,6 @@ def _noisy(seen: Pictures, scheduler: Any, step: int, part: Batch, which: list[i
     x = seen.at(schedule, time, which)
     x = schedule.scale_model_input(x, time) if hasattr(schedule, "scale_model_input") else x
     return x.repeat(len(own) // len(x), 1, 1, 1).to(own.dtype)
-
-
-def _prompts(calibration: Calibration, labels: Any, seen: Pictures | None) -> tuple[list[Any], str, str]:
-    """What each sample shows: prompts, or class labels for a model with this config; their name and sha256."""
-    count = calibration.samples
-    if seen is not None:
-        if labels is not None and seen.labels is not None:
-            return seen.labels.tolist(), seen.name, seen.sha256
-        said, name, _ = _prompts(replace(calibration, text=Calibration.text), labels, None)
-        return said, f"{seen.name}, {name}", seen.sha256
-    if calibration.text != Calibration.text:
-        text = resolve(calibration.text if not Path(calibration.text).exists() else Path(calibration.text))
-        lines = [line.strip() for line in text.text.splitlines() if line.strip()]
-        if labels is not None and not all(line.isdecimal() for line in lines):
-            raise CalibrationError(f"calibration {text.name}: this model takes class labels; give numbers, one a line")
-        shown: list[Any] = [lines[n % len(lines)] for n in range(count)]
-        return [int(x) for x in shown] if labels is not None else shown, text.name, text.sha256
-    generator = torch.Generator().manual_seed(calibration.seed)
-    if labels is not None:
-        drawn = torch.randint(0, labels["num_embeds_ada_norm"], (count,), generator=generator).tolist()
-        return drawn, "random class labels", ""
-    order = torch.randperm(len(SUBJECTS) * len(MANNERS), generator=generator).tolist()
-    pairs = [divmod(order[n % len(order)], len(MANNERS)) for n in range(count)]
-    return [f"{MANNERS[manner]} of {SUBJECTS[subject]}" for subject, manner in pairs], "built-in prompts", ""
 
 
 def _own(given: dict[str, Any]) -> Batch:

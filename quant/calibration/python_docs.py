@@ -28,20 +28,10 @@ Split = Literal["train", "calibration", "heldout"]
 
 _BUCKETS = 11
 _RESERVED: dict[int, Split] = {0: "heldout", 1: "calibration"}
-_SKIPPED = frozenset(
-    {
-        "__pycache__",
-        "dist-packages",
-        "ensurepip",
-        "idlelib",
-        "lib2to3",
-        "pydoc_data",
-        "site-packages",
-        "test",
-        "tests",
-        "turtledemo",
-    }
-)
+_SKIPPED = {
+    "__pycache__", "dist-packages", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests",
+    "turtledemo",
+}  # fmt: skip
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 

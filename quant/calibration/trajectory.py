@@ -73,26 +73,26 @@ def follow(skeleton: DiffusionSkeleton, forward: Forward, recipe: Recipe, weighe
     return Samples(tuple(batches), text, digest, tokens, probe, weights)
 
 
-def outline(skeleton: DiffusionSkeleton, calibration: Calibration, trajectory: Trajectory) -> tuple[Batch, int]:
-    """A batch of the size of those that `follow` will give, made of noise, and how many there will be."""
+def outline(skeleton: DiffusionSkeleton, calibration: Calibration, trajectory: Trajectory) -> tuple[Batch, int, int]:
+    """A batch of the size of those that `follow` will give, made of noise, how many there will be, and the rows of a
+    sample."""
     steps, count = trajectory.steps, calibration.samples
     kept = [sum(step in trajectory.kept(n, steps) for n in range(count)) for step in range(steps)]
     halves = 1 if (trajectory.guidance or 1) == 1 else 2
     size = min(calibration.batch_size, max(kept)) * halves
     given = build(skeleton.model, skeleton.form.layout, own_size(skeleton.config), size)
-    return cast(given, skeleton.dtype), sum(-(-number // calibration.batch_size) for number in kept)
+    return cast(given, skeleton.dtype), sum(-(-number // calibration.batch_size) for number in kept), halves
 
 
-def passes(calibration: Calibration, trajectory: Trajectory, weighed: bool, piped: bool = False) -> float:
-    """How many batches' worth of passes through the whole model `follow` takes; `piped`: that of `painting`, whose
-    pipeline draws its own images also where real ones are then put in their place."""
+def passes(calibration: Calibration, trajectory: Trajectory, weighed: bool, piped: bool = False) -> int:
+    """How many passes of a sample through the whole model `follow` takes; `piped`: that of `painting`, whose pipeline
+    draws its own images also where real ones are then put in their place."""
     rows = calibration.samples * (trajectory.steps if piped else trajectory.steps - 1)
     if Path(calibration.text).is_dir() and not piped:
         rows = 0
     if weighed:
         rows += min(SAMPLES, calibration.samples) * trajectory.steps * (trajectory.steps + 1) // 2
-    halves = 1 if (trajectory.guidance or 1) == 1 else 2  # a pipeline's own guidance is not known here
-    return halves * rows / min(calibration.batch_size, calibration.samples)
+    return rows
 
 
 def noise(skeleton: DiffusionSkeleton) -> Samples:

@@ -72,12 +72,9 @@ def _holds_any(place: Path) -> bool:
 def _copies(source: Source, out: Path, part: str) -> list[Path]:
     """The files of a component's folder in `out`, if all are copies of the float ones (`copy_beside`), and no
     originals."""
-    place, home = out / part, source.home / part
-    if not source.inside or not place.is_dir() or place.samefile(home):
-        return []
-    files = [path for path in place.rglob("*") if path.is_file()]
-    same = lambda path: (home / path.relative_to(place)).is_file() and cmp(path, home / path.relative_to(place), False)  # noqa: E731
-    return files if all(map(same, files)) else []
+    found = {path: source.home / path.relative_to(out) for path in (out / part).rglob("*") if path.is_file()}
+    same = all(old.is_file() and not new.samefile(old) and cmp(new, old, False) for new, old in found.items())
+    return [*found] if same and source.inside else []
 
 
 def beside(source: Source, parts: Sequence[str]) -> Iterator[Path]:

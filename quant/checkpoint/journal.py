@@ -25,16 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from quant.checkpoint.manifest import (
-    CHECKSUMS,
-    FOR_PEOPLE,
-    JOURNAL,
-    METHOD,
-    listed_files,
-    plain_name,
-    verify,
-    weight_files,
-)
+from quant.checkpoint.manifest import CHECKSUMS, JOURNAL, METHOD, PEOPLE, listed_files, plain_name, verify, weight_files
 from quant.checkpoint.same import compare
 from quant.checkpoint.shards import STEMS, Atomic, Piece, disk_error, index_name, read_pieces, write_text
 from quant.errors import CheckpointError, ResourceError, ResumeError
@@ -291,7 +282,7 @@ def finished_report(out: Path, run: Mapping[str, Any]) -> dict[str, Any]:
 def _written_files(out: Path) -> list[str]:
     """The files of the checkpoint of ours in `out`, which may be half deleted."""
     with suppress(CheckpointError):
-        return [*FOR_PEOPLE, "config.json", *listed_files(out)]
+        return [*PEOPLE, "config.json", *listed_files(out)]
     if not _ours(out):
         return []
     weights: list[str] = []

@@ -26,6 +26,7 @@ from quant.checkpoint.shards import NAMES, STEMS, Piece, index_name, read_pieces
 from quant.errors import CheckpointError
 from quant.kernels.spec import Spec, SpecError, Trellis, Uniform, spec_from_dict
 from quant.linear import stored_name
+from quant.models.source import is_plain
 from quant.models.walk import Site
 
 METHOD = "bitwright"
@@ -36,7 +37,7 @@ WITH_ENDS = 3
 
 CHECKSUMS = "checksums.json"
 JOURNAL = ".bitwright"  # here while a run is under way; see `journal`
-FOR_PEOPLE = ("README.md", "report.json", "report.html", CHECKSUMS)
+PEOPLE = ("README.md", "report.json", "report.html", CHECKSUMS)
 READ = ("*.safetensors*", "adapter_config.json", "generation_config.json")  # by transformers, if it is there
 INPUTS = ("*.jinja", "additional_chat_templates/*.jinja", "chat_template.json", "*processor_config.json")
 TOKENIZER = (*INPUTS, "tokenizer*.json", "tokenizer.model", "added_tokens.json", "special_tokens_map.json")
@@ -159,7 +160,7 @@ def config_digest(config: Mapping[str, Any]) -> str:
 
 def seal(folder: Path, config: dict[str, Any], names: Iterable[str]) -> tuple[str, str]:
     """The texts of `checksums.json` and `config.json` for a folder whose other files, `names`, are all written."""
-    files = {name: sha256(folder / name) for name in names if name not in (*FOR_PEOPLE, "config.json")}
+    files = {name: sha256(folder / name) for name in names if name not in (*PEOPLE, "config.json")}
     files["config.json"] = config_digest(config)
     manifest = json.dumps({"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}, indent=2) + "\n"
     digest = hashlib.sha256(manifest.encode()).hexdigest()
@@ -263,7 +264,7 @@ def plain_name(name: Any, listed_in: Path, inner: bool = False) -> str:
     """`name` if it is that of a file in its folder; `inner`: or of one in a folder there. Raises `CheckpointError` for
     one that leads out of it."""
     parts = name.split("/") if isinstance(name, str) else [""]
-    if not {"", ".", ".."}.isdisjoint(parts) or (len(parts) > 1 and not inner):
+    if not all(map(is_plain, parts)) or (len(parts) > 1 and not inner):
         raise CheckpointError(f"{listed_in}: names {name!r}, which is not a file of this folder")
     return name
 

@@ -10,6 +10,7 @@ import json
 import statistics
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
 from quant.checkpoint import plots, words
 from quant.checkpoint.words import Report, Site
@@ -22,27 +23,7 @@ DATA_FREE = "Lost share of the energy of each site's weight, tr(D DT) / tr(W WT)
 AIMED = " This recipe aims at the float path's outputs instead, and leaves these on purpose."
 UNTUNED = " Before tuning: what tuning has changed is judged at the output, not site by site."
 COLUMNS = ("site", ">shape", "spec", ">bits per weight", ">bytes", ">error", ">tokens", ">seconds", "notes")
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #5d6878; --page: #fff; --card: #f4f6f9; --line: #d8dee6;
-  --warn: #8a5a00 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --page: #14181e; --card: #1d232c;
-  --line: #39424e; --warn: #f0c674 } }
-body { margin: 0 auto; padding: 1rem; max-width: 66rem; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
-.soft, figcaption, th { color: var(--soft) }
-pre { background: var(--card); padding: .7rem .9rem; white-space: pre-wrap }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .6rem }
-.card { background: var(--card); border-radius: 8px; padding: .7rem .9rem; font-size: .85rem }
-.card b { display: block; font-size: 1.35rem }
-.notes { border-left: 4px solid var(--warn); background: var(--card) }
-figure { margin: 0; overflow-x: auto }
-img { width: 100%; min-width: 34rem }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .87rem; overflow-wrap: normal }
-th, td { text-align: left; vertical-align: top; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line) }
-.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-"""
+STYLE = "\n" + Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
 
 def render(report: Report) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from quant.checkpoint.card import card
 from quant.checkpoint.folded import folded_pieces, promised_folds, untied_config
 from quant.checkpoint.journal import Journal
-from quant.checkpoint.manifest import CHECKSUMS, FOR_PEOPLE, quantization_config, seal, stored_tensors
+from quant.checkpoint.manifest import CHECKSUMS, PEOPLE, quantization_config, seal, stored_tensors
 from quant.checkpoint.report import render
 from quant.checkpoint.shards import (
     NAMES,
@@ -115,7 +115,7 @@ def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any
     sealed_names = [*names, *copied, "recipe.json", "plan.json"]
     if len(shards) > 1:
         sealed_names.append(index)
-    journal.claim([*sealed_names, "config.json", *FOR_PEOPLE])
+    journal.claim([*sealed_names, "config.json", *PEOPLE])
     for name, shard in zip(names, shards, strict=True):
         write(out / name, shard)
     if len(shards) > 1:

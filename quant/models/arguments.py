@@ -23,10 +23,12 @@ from quant.models.candidates import candidates
 from quant.models.source import first_line
 from quant.models.weightless import weightless
 
-TEXT_WIDTH = ("caption_channels", "joint_attention_dim", "text_embed_dim", "text_dim", "cross_attention_dim")
+TEXT_WIDTH = (
+    "caption_channels", "joint_attention_dim", "text_embed_dim", "text_dim", "cross_attention_dim", "cap_feat_dim",
+)  # fmt: skip
 TEXT_TOKENS = 5  # in the tracing pass: unlike any other size there
 GUIDANCE = 3.5  # what distilled models are told when nobody says otherwise
-CAST = ("hidden_states", "encoder_hidden_states", "pooled_projections", "encoder_hidden_states_image")
+CAST = ("hidden_states", "encoder_hidden_states", "pooled_projections", "encoder_hidden_states_image", "padding_mask")
 
 # name -> shape of one sample of C channels, F frames, H x W places
 LAYOUTS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
@@ -66,15 +68,16 @@ def find_form(model: Any, dtype: torch.dtype = torch.float32) -> Form:
     side = 4 * patch if 4 * patch != channels else 6 * patch
     frames = 2 * steps + (steps == 1)
     small = Size(frames if frames != channels else frames + 2 * steps, side, side, TEXT_TOKENS)
-    said = ""
+    said = dict[str, str]()
     for size in (small, own_size(config)):
         for layout in LAYOUTS:
-            said = _refusal(model, lambda layout=layout, size=size: cast(build(model, layout, size, 2), dtype)) or ""
-            if not said:
+            why = _refusal(model, lambda layout=layout, size=size: cast(build(model, layout, size, 2), dtype))
+            if why is None:
                 return Form(layout, size)
+            said[layout] = why
     raise ModelError(
-        f"{type(model).__name__}: takes latents in none of the layouts known here ({', '.join(LAYOUTS)}); the last "
-        f"refusal: {said}"
+        f"{type(model).__name__}: takes latents in none of the layouts known here: "
+        + "; ".join(f"{layout}: {why}" for layout, why in said.items())
     )
 
 
@@ -141,8 +144,12 @@ def _places(names: Mapping[str, Any], config: Any, frames: int, size: Size, rows
         given["img_shapes"] = [[(frames, size.height, size.width)]] * rows
     if "num_frames" in names:
         given |= {"num_frames": frames, "height": size.height, "width": size.width}
+    if "padding_mask" in names and config.get("concat_padding_mask"):
+        given["padding_mask"] = torch.zeros((1, 1, size.height, size.width))
+    pixels = torch.tensor([[8.0 * size.height, 8.0 * size.width]]).expand(rows, 2).clone()
+    if {"original_size", "target_size", "crop_coords"} <= names.keys():
+        given |= {"original_size": pixels, "target_size": pixels.clone(), "crop_coords": torch.zeros_like(pixels)}
     if "added_cond_kwargs" in names and config.get("use_additional_conditions"):
-        pixels = torch.tensor([[8.0 * size.height, 8.0 * size.width]]).expand(rows, 2).clone()
         ratio = torch.full((rows, 1), size.height / size.width)
         given["added_cond_kwargs"] = {"resolution": pixels, "aspect_ratio": ratio}
     return given

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from quant.models.allocation import LargeOnMeta
 from quant.models.arguments import Form, find_form
 from quant.models.building import refuse_quantized
 from quant.models.skeleton import Skeleton
-from quant.models.source import PIPELINE, Source, first_line, read_json
+from quant.models.source import PIPELINE, Source, first_line, is_plain, read_json
 
 EXTRA = "pip install 'bitwright[diffusers]'"
 
@@ -146,6 +145,6 @@ def components(home: Path) -> Mapping[str, Any]:
     index = read_json(path) if path.is_file() else {}
     found = {name: value for name, value in index.items() if isinstance(value, list) and all(value)}
     for name in found:
-        if not re.fullmatch(r"\w[\w.-]*", name):
+        if not is_plain(name) or name[0] == ".":
             raise ModelError(f"{path}: component {name!r} is no plain name of a folder; the file is damaged or hostile")
     return found

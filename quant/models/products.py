@@ -9,12 +9,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 PRODUCTS = (
-    torch.matmul,
-    torch.bmm,
-    torch.mm,
-    torch.Tensor.matmul,
-    torch.Tensor.bmm,
-    torch.Tensor.mm,
+    *(getattr(place, name) for place in (torch, torch.Tensor) for name in ("matmul", "bmm", "mm")),
     torch.Tensor.__matmul__,
 )
 SUMS = (torch.addmm, torch.baddbmm)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,9 +84,9 @@ class Source:
         modules = [module for module in listed if isinstance(module, dict)] if isinstance(listed, list) else []
         for name in [*(str(module["path"]) for module in modules if module.get("path")), TEMPLATES]:
             top = self.folder / name
-            plain = PurePosixPath(name).name == name and name[0] != "." and name.isprintable() and not top.is_symlink()
-            inner = [path for path in sorted(top.rglob("*")) if path.is_file()] if plain else []
-            if not plain or not all(path.resolve().is_relative_to(home) for path in inner):
+            inside = is_plain(name) and name[0] != "." and not top.is_symlink()
+            inner = [path for path in sorted(top.rglob("*")) if path.is_file()] if inside else []
+            if not inside or not all(path.resolve().is_relative_to(home) for path in inner):
                 raise ModelError(f"{self.folder}: {name!r} leads out of it (by {MODULES} or a link); copy it there")
             found += [path for path in inner if path.suffix in (*COPIED, ".safetensors")]
         return {path.relative_to(self.folder).as_posix(): path for path in found}
@@ -111,7 +112,7 @@ class Source:
             )
             raise ModelError(f"{self.folder}: no .safetensors weights found.{hint}")
         for file in names:
-            if PurePosixPath(file).name != file or not (self.folder / file).is_file():
+            if not is_plain(file) or not (self.folder / file).is_file():
                 raise ModelError(f"{self.folder}: the index names {file!r}, which is not a file of this folder")
         return names
 
@@ -235,6 +236,12 @@ def _at(folder: Path, name: str, part: str) -> Source:
     if has[part][:1] != ["transformers"] and not part.startswith(COMPONENT):
         raise ModelError(f"{folder}: its {part} is {has[part]}; bitwright quantizes transformers and text encoders")
     return Source(folder / part, name, part)
+
+
+def is_plain(name: Any) -> bool:
+    """Whether it may be what a file or a folder is called, and is no path."""
+    plain = isinstance(name, str) and name.isprintable() and "/" not in name and name not in ("", ".", "..")
+    return plain and len(os.fsencode(name)) < 256  # as file systems have it
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from the output of the block before it alone, must give what it gave in the whol
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,9 +22,9 @@ from torch.utils import _pytree as pytree
 from quant.calibration.replay import cacheless, copy
 from quant.errors import ModelError
 from quant.models.candidates import candidates, is_linear
+from quant.models.chain import Broken, line, prove
 from quant.models.conditioning import Conditioning
 from quant.models.products import SUMS, main, product
-from quant.models.proof import line, prove_chain
 from quant.models.routers import Routers
 from quant.models.weightless import noise, same, weightless
 
@@ -40,6 +40,11 @@ class Use:
     transposed: bool
     oddity: str | None
 
+    @property
+    def rows(self) -> int:
+        """How many rows it multiplies."""
+        return self.source[2] // self.source[3]
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -49,20 +54,23 @@ class Trace:
     outputs choose experts; `read`: weights of linears that code around them looks at (`x.to(linear.weight.dtype)`);
     `odd`: matrices that are used outside all blocks otherwise than by an embedding's or a linear's own plain forward;
     `modulations`, `embedders`: weights that see what the tokens are conditioned on (see `conditioning`), or come before
-    all blocks; `lent`: modules in blocks that are called from outside too; `attends`: see `conditioning`."""
+    all blocks; `lent`: modules in blocks that are called from outside too; `attends`: see `conditioning`;
+    `texts`: how many rows the texts of the batch have; `apart`: blocks before the chain that are none of it."""
 
     chain: tuple[str, ...]
     repeated: dict[str, int]
     uses: dict[str, list[Use]]
-    outside: frozenset[str]
+    outside: Set[str]
     tied: dict[str, str]
-    routers: frozenset[str]
-    read: frozenset[str]
-    odd: frozenset[str]
-    modulations: frozenset[str]
-    embedders: frozenset[str]
-    lent: frozenset[str]
+    routers: Set[str]
+    read: Set[str]
+    odd: Set[str]
+    modulations: Set[str]
+    embedders: Set[str]
+    lent: Set[str]
     attends: dict[str, bool]
+    texts: Set[int]
+    apart: Set[str]
 
     @cached_property
     def users(self) -> dict[str, set[str]]:
@@ -76,15 +84,26 @@ class Trace:
 
 def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
     """Runs `model(**batch)` once whole and once block by block; parameters may lie on meta and come back unchanged.
+    Where whole lists of blocks come before those that form a chain, it does so again without these (`chain.py`).
 
     Raises:
         ModelError: the pass fails, or a block reads more than its predecessor's output.
     """
     batch = pytree.tree_map_only(torch.Tensor, lambda x: x.cpu(), dict(batch))
+    names, apart = candidates(model), list[str]()
+    while True:
+        try:
+            return _trace(model, batch, [name for name in names if name not in apart], {*apart})
+        except Broken as broken:
+            apart += broken.before(model)
+
+
+def _trace(model: nn.Module, batch: Mapping[str, Any], names: Sequence[str], apart: Set[str]) -> Trace:
+    """`names`: the blocks; `apart`: those that are none."""
     with torch.no_grad(), cacheless(model), weightless(model) as first_name:
         watch = _Watch(model, first_name, samples(batch))
         try:
-            with watch.hooked(), watch:
+            with watch.hooked(names), watch:
                 whole = main(model(**batch)).clone()
         except Exception as error:  # a model's own code may raise anything
             raise ModelError(
@@ -95,22 +114,14 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
         repeated = {name: calls for name, calls in watch.calls.items() if calls > 1}
         watch.recording = False
         with watch:
-            prove_chain(model, batch, chain, watch.outputs, whole)
+            prove(model, batch, chain, watch.outputs, whole)
     tied = {name: first for name, first in first_name.items() if name != first}
+    seen, texts = watch.conditioning, [x for name, x in batch.items() if name != "hidden_states"]
     return Trace(
-        chain,
-        repeated,
-        watch.uses,
-        frozenset(watch.outside),
-        tied,
-        routers=frozenset(watch.routers.found),
-        read=frozenset(watch.read),
-        odd=frozenset(watch.odd),
-        modulations=frozenset(watch.conditioning.modulations),
-        embedders=frozenset(watch.conditioning.embedders | watch.before),
-        lent=frozenset(watch.lent),
-        attends=watch.conditioning.attends,
-    )
+        chain, repeated, watch.uses, watch.outside, tied, watch.routers.found, watch.read, watch.odd,
+        seen.modulations, seen.embedders | watch.before, watch.lent, seen.attends,
+        {x.shape[:2].numel() for x in texts if getattr(x, "ndim", 0) == 3}, apart,
+    )  # fmt: skip
 
 
 def samples(batch: Mapping[str, Any]) -> int:
@@ -147,9 +158,9 @@ class _Watch(TorchFunctionMode):
         self.alive: list[torch.Tensor] = []  # a block's inputs are kept until it ends, so that no two share an address
 
     @contextmanager
-    def hooked(self) -> Generator[None]:
+    def hooked(self, names: Sequence[str]) -> Generator[None]:
         hooks: list[Any] = []
-        for name in candidates(self.model):
+        for name in names:
             module = self.model.get_submodule(name)
             hooks.append(module.register_forward_pre_hook(self._enter_block(name)))
             hooks.append(module.register_forward_hook(self._leave_block(name)))

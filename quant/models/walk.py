@@ -32,8 +32,8 @@ class Site:
     (GPT-2's Conv1D, some expert stacks). `experts`: matrices in the stack, 0 for a plain linear. `modulation`: it makes
     the scales and shifts of a diffusion block (adaLN) from the timestep, one row per sample. `turned`: its inputs come
     rotated, by a fold, and are not to be rotated again. `content`: part of an attention to a text, or of no attention
-    and no modulation: a feed-forward. `end`: it is no part of a block: the `embedding` that makes numbers of tokens
-    (rows are looked up), the `head` that makes logits, or one matrix for `both`.
+    and no modulation: a feed-forward. `words`: it reads a text alone, a row per token. `end`: it is no part of a block: the
+    `embedding` that makes numbers of tokens (rows are looked up), the `head` that makes logits, or one matrix for `both`.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Site:
     modulation: bool = False
     turned: bool = False
     content: bool = False
+    words: bool = False
     end: Literal["", "embedding", "head", "both"] = ""
 
     @property
@@ -119,7 +120,7 @@ def walk(
     if not blocks:
         reasons = "; ".join(f"{name}: {left[name]}" for name in matrices(model)[:4]) or "it has no linear layers"
         raise ModelError(f"{type(model).__name__}: nothing to quantize ({reasons})")
-    return Walk(seen.chain, blocks, left, seen.lent, outer)
+    return Walk(seen.chain, blocks, left, frozenset(seen.lent), outer)
 
 
 def turned(found: Walk, names: Collection[str]) -> Walk:
@@ -164,7 +165,8 @@ def _stages(
     stages: dict[Any, list[Site]] = {}
     for parameter, times in uses.items():
         modulation = parameter in seen.modulations
-        site = _site(model, times[0], modulation, not modulation and attends.get(part(parameter), True))
+        content = not modulation and attends.get(part(parameter), True)
+        site = _site(model, times[0], modulation, content, seen.texts)
         reason = _unfit(seen, block, site, times) or _not_worth_it(seen, site) or pick.reason(site.name)
         if reason is not None:
             left.setdefault(parameter, reason)
@@ -173,7 +175,7 @@ def _stages(
     return tuple(tuple(stage) for stage in stages.values())
 
 
-def _site(model: nn.Module, use: Use, modulation: bool, content: bool) -> Site:
+def _site(model: nn.Module, use: Use, modulation: bool, content: bool, texts: Collection[int]) -> Site:
     path, _, leaf = use.parameter.rpartition(".")
     owner = model.get_submodule(path)
     parameter: torch.Tensor = getattr(owner, leaf)
@@ -182,7 +184,8 @@ def _site(model: nn.Module, use: Use, modulation: bool, content: bool) -> Site:
     if parameter.dim() == 3:
         return Site(use.parameter, "experts", out, inputs, use.transposed, parameter.shape[0], content=content)
     bias = getattr(owner, "bias", None) is not None
-    return Site(path, "linear", out, inputs, use.transposed, bias=bias, modulation=modulation, content=content)
+    kinds = {"modulation": modulation, "content": content, "words": use.rows in texts}
+    return Site(path, "linear", out, inputs, use.transposed, bias=bias, **kinds)
 
 
 def _unfit(seen: Trace, block: str, site: Site, times: list[Use]) -> str | None:
@@ -266,7 +269,10 @@ def _explain_the_rest(model: nn.Module, blocks: Sequence[Block], seen: Trace, le
         if parameter.dim() < 2 or name in taken or name in left:
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
-        if name in seen.tied:
+        of = next((block for block in seen.apart if name.startswith(block + ".")), None)
+        if of is not None and is_linear(owner):
+            left[name] = f"{of} comes before the blocks that form a chain"
+        elif name in seen.tied:
             left |= {} if seen.tied[name] in taken else {name: f"tied to {seen.tied[name]}"}
         elif name in repeated:
             left[name] = f"its block {repeated[name]} runs {seen.repeated[repeated[name]]} times in one forward pass"
