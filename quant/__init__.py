@@ -25,13 +25,5 @@ _when_imported(_pipelines.TABLES, _pipelines.register)
 _when_imported(_lora.LORA, _lora.register)
 
 __all__ = [
-    "BitwrightError",
-    "Calibration",
-    "Recipe",
-    "Settings",
-    "Uniform",
-    "__version__",
-    "load",
-    "load_recipe",
-    "quantize",
-]
+    "BitwrightError", "Calibration", "Recipe", "Settings", "Uniform", "__version__", "load", "load_recipe", "quantize",
+]  # fmt: skip

@@ -20,7 +20,7 @@ from quant.checkpoint.manifest import verify
 from quant.errors import CalibrationError, ModelError, SettingsError
 from quant.estimate import estimate
 from quant.linear import PackedLinear
-from quant.models.arguments import Form, build, find_form
+from quant.models.arguments import Form, build, find_form, translate
 from quant.models.stream import first_tensor
 from quant.models.walk import walk
 from quant.prepare import prepare
@@ -36,6 +36,8 @@ WAY = Trajectory(steps=3, keep=2)
 
 def one_step(model: Any, form: Form, rows: int = 2) -> torch.Tensor:
     """One step of denoising."""
+    if not model._forward_pre_hooks:
+        translate(model)
     with torch.no_grad():
         return first_tensor(model(**build(model, form.layout, form.traced, rows)))
 
@@ -50,6 +52,7 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
     loaded = quant.load(tmp_path / "packed")
     assert any(isinstance(part, PackedLinear) for part in loaded.modules())
     model = getattr(diffusers, name).from_pretrained(source)
+    translate(model)
     form = find_form(model)
     expected, got = one_step(model, form), one_step(loaded, form)
     assert float((got - expected).norm() / expected.norm()) < 0.05
@@ -466,6 +469,39 @@ def test_a_dry_run_of_a_pipeline_is_of_the_size_that_it_draws(batch_size: int, t
         key: x.shape for key, x in largest.items() if isinstance(x, torch.Tensor)
     }
     assert estimate(prepared).sites == len(prepared.walk.sites)
+
+
+def test_a_model_that_takes_lists_is_calibrated_in_its_pipeline(tmp_path: Path) -> None:
+    """Z-Image: texts of several lengths, other names of the arguments, time that runs backwards."""
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+
+    diffusers = tiny_dit.library()
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=128, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=12,
+    )  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny.add_tokenizer(tmp_path / "tokenizer"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    transformer = tiny_dit.transformer("ZImageTransformer2DModel")
+    parts = diffusers.FlowMatchEulerDiscreteScheduler(), autoencoder(4), Qwen3Model(config).eval(), tokenizer
+    diffusers.ZImagePipeline(*parts, transformer).save_pretrained(tmp_path / "float")
+    way = Trajectory(steps=3, keep=2, height=64, width=64)
+    recipe = Recipe(quant.Uniform(bits=4, group_size=16), calibration=SMALL, trajectory=way)
+    prepared = prepare(str(tmp_path / "float"), recipe)
+    batch, count, rows = prepared.outline
+    assert (count, rows, len(batch["encoder_hidden_states"])) == (len(prepared.samples.batches), 2, 4)
+    assert len({len(text) for text in prepared.samples.batches[0]["encoder_hidden_states"]}) > 1
+    out = quant.quantize(str(tmp_path / "float"), tmp_path / "out", recipe).out
+
+    def drawn(**parts: Any) -> torch.Tensor:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(out, **parts)
+        pipe.set_progress_bar_config(disable=True)
+        seed = torch.Generator().manual_seed(0)
+        return pipe("a car", 64, 64, num_inference_steps=2, generator=seed, output_type="latent").images
+
+    plain = quant.load(out, dequantize=True)
+    torch.testing.assert_close(drawn(), drawn(transformer=plain), rtol=1e-4, atol=1e-4)
 
 
 def test_lists_of_blocks_before_the_chain_stay_float() -> None:

@@ -52,6 +52,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Lumina2Transformer2DModel": {"in_channels": 4, "hidden_size": 32, "num_layers": 3, "num_refiner_layers": 1}
     | {"num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16, "axes_dim_rope": ROPE, "cap_feat_dim": 24}
     | {"axes_lens": (96, 32, 32), "sample_size": 8, "patch_size": 2},
+    "ZImageTransformer2DModel": {"in_channels": 4, "dim": 32, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2}
+    | {"n_kv_heads": 2, "cap_feat_dim": 24, "axes_dims": [4, 6, 6], "axes_lens": [256, 64, 64]},
     "CogView4Transformer2DModel": SIZES
     | {"in_channels": 4, "out_channels": 4, "text_embed_dim": 24, "time_embed_dim": 8, "condition_dim": 4}
     | {"pos_embed_max_size": 16, "sample_size": 8, "rope_axes_dim": (8, 8)},

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.calibration.samples import Batch
+from quant.models.arguments import spoken
 from quant.models.stream import first_tensor
 
 Hear = Callable[[int, Batch, Callable[[], Any]], Any]
@@ -25,12 +26,14 @@ def hearing(model: nn.Module, hear: Hear) -> Callable[..., Any]:
     """A forward in place of the model's: `hear(step, given, ask)` is told what it is called with, and answers with
     `ask()`, what the model says, or something else. A step is the n-th timestep that is new."""
     forward, times = model.forward, dict[float, int]()
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    names, usual = list(inspect.signature(type(model).forward).parameters)[1:], spoken(model)
 
     @wraps(forward)
     def heard(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
-        given = {key: value for key, value in given.items() if value is not None and key != "return_dict"}
+        given = {usual.get(key, key): x for key, x in given.items() if x is not None and key != "return_dict"}
+        if usual:
+            given["hidden_states"] = torch.stack(given["hidden_states"])
         time = torch.as_tensor(given["timestep"]).flatten()[0].item()
         return hear(times.setdefault(time, len(times)), given, lambda: forward(*args, **kwargs))
 

@@ -23,6 +23,7 @@ from quant.models.candidates import candidates
 from quant.models.source import first_line
 from quant.models.weightless import weightless
 
+SPOKEN = {"x": "hidden_states", "t": "timestep", "cap_feats": "encoder_hidden_states"}  # by some, with lists of rows
 TEXT_WIDTH = (
     "caption_channels", "joint_attention_dim", "text_embed_dim", "text_dim", "cross_attention_dim", "cap_feat_dim",
 )  # fmt: skip
@@ -95,7 +96,8 @@ def build(model: Any, layout: str, size: Size, rows: int, generator: torch.Gener
     """Keyword arguments of the forward for `rows` samples of seeded noise at the middle of their way."""
     generator = generator or torch.Generator().manual_seed(0)
     config = model.config
-    names = inspect.signature(type(model).forward).parameters
+    usual = spoken(model)
+    names = {usual.get(name, name): one for name, one in inspect.signature(type(model).forward).parameters.items()}
     frames = size.frames if layout != "packed" or "num_frames" in names else 1
     shape = LAYOUTS[layout](config["in_channels"], frames, size.height, size.width)
     given: dict[str, Any] = {"hidden_states": torch.randn((rows, *shape), generator=generator)}
@@ -117,6 +119,25 @@ def build(model: Any, layout: str, size: Size, rows: int, generator: torch.Gener
     if "encoder_hidden_states_image" in names and config.get("image_dim"):
         given["encoder_hidden_states_image"] = torch.randn((rows, size.text, config["image_dim"]), generator=generator)
     return given | _places(names, config, frames, size, rows)
+
+
+def spoken(model: nn.Module) -> dict[str, str]:
+    """The usual names of the arguments that a model calls otherwise, by its own."""
+    names = inspect.signature(type(model).forward).parameters
+    return {own: usual for own, usual in SPOKEN.items() if own in names and "hidden_states" not in names}
+
+
+def translate(model: nn.Module) -> None:
+    """Has such a model take the usual names too, of its rows together, and answer with its rows together."""
+    own = {usual: name for name, usual in spoken(model).items()}
+
+    def ask(_: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+        listed = {key: [*x] for key, x in given.items() if key in own and key != "timestep"}
+        return args, {own.get(key, key): x for key, x in (given | listed).items()}
+
+    if own:
+        model.register_forward_pre_hook(ask, with_kwargs=True)
+        model.register_forward_hook(lambda _, args, said: (torch.stack([*said[0]]),))
 
 
 def cast(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 
 from quant.errors import ModelError
 from quant.models.allocation import LargeOnMeta
-from quant.models.arguments import Form, find_form
+from quant.models.arguments import Form, find_form, translate
 from quant.models.building import refuse_quantized
 from quant.models.skeleton import Skeleton
 from quant.models.source import PIPELINE, Source, first_line, is_plain, read_json
@@ -88,6 +88,7 @@ class DiffusionSkeleton(Skeleton):
         finally:
             torch.set_default_dtype(before)
         self.config = model.config
+        translate(model)
         if not packed:
             self.form = find_form(model, self.dtype)
         return model

@@ -27,18 +27,11 @@ def task(
     on_step: Callable[[int, int, float], None],
 ) -> Task:
     """Block `index`'s. `store`: its inputs on the quantized path; `targets`: its outputs on the float path."""
-    return Task(
-        replay.model,
-        replay.names[index],
-        [one.site for one in solved],
-        {one.site.name: one.packed for one in solved},
-        {one.site.name: _matrix(one, originals) for one in solved},
-        len(batches),
-        lambda number: replay.output(index, batches[number], store[number]),
-        targets.__getitem__,
-        index,
-        on_step,
-    )
+    sites, packed = [one.site for one in solved], {one.site.name: one.packed for one in solved}
+    weights = {one.site.name: _matrix(one, originals) for one in solved}
+    output = lambda number: replay.output(index, batches[number], store[number])  # noqa: E731
+    rest = targets.__getitem__, index, on_step
+    return Task(replay.model, replay.names[index], sites, packed, weights, len(batches), output, *rest)
 
 
 def put(replay: Replay, solved: Sequence[Solved], recovered: Recovered) -> list[Solved]:
