@@ -133,7 +133,7 @@ def test_a_dry_run_counts_the_passes(weighting: Any, tmp_path: Path) -> None:
     count = lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"]))  # noqa: E731
     prepared.skeleton.model.register_forward_pre_hook(count, with_kwargs=True)
     _ = prepared.samples
-    assert sum(rows) == 8 * passes(PAINTED.calibration or Calibration(), way, weighting == "image")
+    assert sum(rows) == passes(PAINTED.calibration or Calibration(), way, weighting == "image")
 
 
 @pytest.mark.parametrize("sensitivity", ["output", "image"])
