@@ -79,7 +79,8 @@ def _whole(
     return Whole(
         prepared.skeleton.model, lambda batch: first_tensor(prepared.skeleton.model(**batch)), prepared.walk.chain,
         sites, packed, metric, {name: STORED[entries[key].dtype] for name, key in vectors.items()}, ends.weights(),
-        train, judge, None if mixed is None else mixed.times, progress.distilling, journal.folder / "distillation.safetensors", PAUSE,
+        train, judge, None if mixed is None else mixed.times, progress.distilling,
+        journal.folder / "distillation.safetensors", PAUSE,
     )  # fmt: skip
 
 

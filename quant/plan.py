@@ -190,7 +190,7 @@ def fitted(spec: Spec, site: Site) -> Spec:
         SettingsError: nothing fits the bits asked, an expert's rows cannot be cut into sequences, or a stack is to have
             a low-rank branch.
     """
-    if site.end and (not isinstance(spec, Uniform) or rounds_inputs(spec)):
+    if site.end and (not isinstance(spec, Uniform) or spec.activations < 16):
         raise SettingsError(f"{site.name}: the {site.end} of a model takes a uniform grid, and inputs as they are")
     if site.turned:
         spec = unrotated(spec)

@@ -54,7 +54,7 @@ class Whole:
     rows count (`solvers/metric.py`), where that is known. `vectors`: the float parameters to train, with the dtype they
     are stored in; `ends`: the student's of other parameters, which stay (`ends.py`). `batches`: what `output` takes, to
     train on; `judged`: to say whether it helped. `times`: a diffusion transformer's timestep of each row, by number,
-    int64 `[rows]` by batch. `progress(done, steps, loss)`: `loss` to the untuned one's. `state`: a file, of each `pause`.
+    int64 `[rows]` by batch. `progress(done, steps, loss)`: `loss` to the untuned one's. `state`: a file.
     """
 
     model: nn.Module
