@@ -62,7 +62,7 @@ def command(
     window: options.Window = None,
     stride: options.Stride = None,
     max_windows: options.MaxWindows = None,
-    bos: options.Bos = False,
+    bos: options.Bos = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     prompts: options.Prompts = 3,

@@ -11,7 +11,7 @@ each candidate, batch by batch, which costs a forward pass and keeps memory flat
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from quant.eval.compare import Divergence, compare
 from quant.eval.encoder import HiddenStates, compare_encoders
 from quant.eval.footprint import cost_of, size_of
 from quant.eval.generate import NEW_TOKENS, Generation, continued
-from quant.eval.perplexity import Perplexity, Progress, Rule, bos_of, measure, missing, rule_for
+from quant.eval.perplexity import Perplexity, Progress, Rule, behind_bos, measure, missing, rule_for
 from quant.eval.report import Report, Settings
 from quant.eval.subject import Subject, check_ids, open_subject
 from quant.machine import machine, versions
@@ -40,7 +40,7 @@ def evaluate(
     window: int | None = None,
     stride: int | None = None,
     max_windows: int | None = None,
-    bos: bool = False,
+    bos: bool | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     generate: int = 0,
@@ -55,7 +55,8 @@ def evaluate(
         window: tokens per window; None is min(512, model maximum).
         stride: None for non-overlapping windows, else how far the ends of the windows lie apart.
         max_windows: only the first so many windows (lines, for an encoder).
-        bos: before each window the token that begins a text; an encoder has its special tokens anyway.
+        bos: before each window the token that begins a text; None: where the original, or without one the model, says
+            nothing sensible without it, which the report's note tells. An encoder has its special tokens anyway.
         device, dtype: for models opened here; "auto" is the checkpoint's own dtype.
         generate: how many prompts to continue greedily.
         progress: called with (windows done, windows in all).
@@ -70,18 +71,16 @@ def evaluate(
     subject = open_subject(model_or_path, device, dtype)
     original = None if against is None else open_subject(against, device, dtype)
     rule = _rule(subject, original, window, stride, max_windows)
-    if bos and subject.kind == "causal-lm":
-        known, longest = bos_of(subject, _tokenizer(subject, original)), subject.max_length
-        rule = replace(rule, bos=known, length=min(rule.length, (longest or rule.length + 1) - 1))
     judge = _judge_causal if subject.kind == "causal-lm" else _judge_encoder
-    found = judge(subject, original, source, rule, generate, progress)
-    return _report(subject, original, found, _settings(subject, source, rule, generate), start)
+    found = judge(subject, original, source, rule, bos, generate, progress)
+    return _report(subject, original, found, _settings(subject, source, found.rule, generate), start)
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What a judge saw, and the ids `[T]` of one window to measure speed with."""
+    """What a judge saw, by which rule, and the ids `[T]` of one window to measure speed with."""
 
+    rule: Rule
     window_ids: torch.Tensor
     perplexity: Perplexity | None = None
     original: Perplexity | None = None
@@ -144,33 +143,39 @@ def _rule(
 
 
 def _judge_causal(
-    subject: Subject, original: Subject | None, text: Text, rule: Rule, prompts: int, progress: Progress | None
-) -> _Found:
+    subject: Subject, original: Subject | None, text: Text, rule: Rule, bos: bool | None, prompts: int,
+    progress: Progress | None,
+) -> _Found:  # fmt: skip
     tokenizer = _tokenizer(subject, original)
     encoded = encode(tokenizer, text)
     check_ids(encoded.ids, subject, original)
     if original is not None:
         _same_tokens(subject, original, encoded)
+    note = None if bos else missing(original or subject, tokenizer, encoded.ids[: rule.length])
+    if note:
+        note += "leave out --no-bos" if bos is False else "judged behind it (--no-bos: without)"
+    if bos or (note and bos is None):
+        rule = behind_bos(rule, subject, tokenizer)
     pairs = continued(subject, original, text, tokenizer, prompts, rule.bos) if prompts else ()
     ids_T = encoded.ids[: rule.length]
-    note = missing(subject, tokenizer, ids_T) if rule.bos is None else None
     if original is None:
-        return _Found(ids_T, measure(subject, encoded, rule, progress), generations=pairs, note=note)
+        return _Found(rule, ids_T, measure(subject, encoded, rule, progress), generations=pairs, note=note)
     both = compare(subject, original, encoded, rule, progress)
-    return _Found(ids_T, both.candidate, both.original, both.divergence, generations=pairs, note=note)
+    return _Found(rule, ids_T, both.candidate, both.original, both.divergence, generations=pairs, note=note)
 
 
 def _judge_encoder(
-    subject: Subject, original: Subject | None, text: Text, rule: Rule, prompts: int, progress: Progress | None
-) -> _Found:
-    del prompts  # an encoder continues nothing
+    subject: Subject, original: Subject | None, text: Text, rule: Rule, bos: bool | None, prompts: int,
+    progress: Progress | None,
+) -> _Found:  # fmt: skip
+    del bos, prompts  # an encoder continues nothing
     tokenizer = _tokenizer(subject, original)
     ids_T = encode(tokenizer, Text(text.name, text.text[: 16 * rule.length])).ids[: rule.length]
     check_ids(ids_T, subject)
     if original is None:
-        return _Found(ids_T)
+        return _Found(rule, ids_T)
     hidden = compare_encoders(subject, original, text, tokenizer, rule.length, rule.max_windows, progress)
-    return _Found(ids_T, hidden=hidden)
+    return _Found(rule, ids_T, hidden=hidden)
 
 
 def _tokenizer(subject: Subject, original: Subject | None) -> Any:

@@ -24,7 +24,9 @@ TextName = Annotated[
 Window = Annotated[int | None, Option(help="Tokens per window.", show_default="min(512, model maximum)")]
 Stride = Annotated[int | None, Option(help="Strided windows this far apart.", show_default="non-overlapping")]
 MaxWindows = Annotated[int | None, Option(help="Only the first so many windows (lines for encoders).")]
-Bos = Annotated[bool, Option("--bos", help="Before each window the token that begins a text, as Gemma needs it.")]
+Bos = Annotated[
+    bool | None, Option(help="Windows behind the token that begins a text.", show_default="if needed, as by Gemma")
+]
 Device = Annotated[str, Option(help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.")]
 Prompts = Annotated[int, Option(help="Prompts from the text to continue greedily.", min=1)]

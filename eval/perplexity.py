@@ -10,8 +10,9 @@ Two rules, both over the whole text without special tokens, mean over all predic
                       least L - stride and at most L - 1 tokens of context (less at the start of the text, where there
                       is no more). The last window is moved left to be full. Costs L / stride times as much.
 
-Some models (Gemma) predict nothing sensible without the token that begins every text. `bos` puts it before each window,
-where no prediction of it or behind it alone is scored: the same predictions, one token of context more.
+Some models (Gemma) predict nothing sensible without the token that begins every text. Then, unless told otherwise, and
+where told to, it goes before each window, where no prediction of it or behind it alone is scored: the same predictions,
+one token of context more.
 
 Bits per byte and word perplexity divide the same sum of losses by the UTF-8 bytes and the words (whitespace-separated)
 of exactly the scored tokens: what a window does not score, first tokens and the dropped tail, is not counted either.
@@ -23,19 +24,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch.nn.functional import cross_entropy, pad
 
+from quant.calibration.beginning import begins, needed
 from quant.calibration.texts import Encoded, encode, resolve
 from quant.errors import BitwrightError, ModelError, SettingsError
 from quant.eval.subject import Subject, check_ids, open_subject
 
 DEFAULT_WINDOW = 512
-FAR_BETTER = 0.7  # a single token of context more is worth a few per cent
 _CHUNK = 1 << 20  # logits turned to float32 at once: 4 MB stays in a CPU's cache
 _BATCH_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}  # float32 logits of one batch
 
@@ -175,20 +176,25 @@ def bos_of(subject: Subject, tokenizer: Any) -> int:
     return bos
 
 
+def behind_bos(rule: Rule, subject: Subject, tokenizer: Any) -> Rule:
+    """With the token that begins a text, for which there must be room. Raises `SettingsError` as `bos_of`."""
+    length = min(rule.length, (subject.max_length or rule.length + 1) - 1)
+    return replace(rule, bos=bos_of(subject, tokenizer), length=length)
+
+
 def missing(subject: Subject, tokenizer: Any, ids_T: torch.Tensor) -> str | None:
-    """A sentence if a tokenizer begins texts with a token, and without it the model predicts `ids_T` far worse."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    if bos is None or tokenizer("a", verbose=False)["input_ids"][:1] != [bos] or len(ids_T) < 2:
+    """Half a sentence if a tokenizer begins texts with a token, and without it the model predicts `ids_T` far worse."""
+    bos = begins(tokenizer)
+    if bos is None or len(ids_T) < 2:
         return None
-    ids_BT = ids_T[None, : -1 if len(ids_T) == subject.max_length else None].to(subject.device)
-    with_bos, without = (
-        _exp(float(cross_entropy(forward(subject, ids_BT, one)[0, :-1].float(), ids_BT[0, 1:]))) for one in (bos, None)
-    )
-    if not with_bos < FAR_BETTER * without:
+    says = lambda given: (forward(subject, ids_BT.to(subject.device)) for ids_BT in given)  # noqa: E731
+    found = needed(says, ids_T[: -1 if len(ids_T) == subject.max_length else None], bos)
+    if found is None:
         return None
+    behind, without = found
     return (
-        f"{subject.name} has a perplexity of {with_bos:.4g} on the first window behind the token that begins a text, "
-        f"and {without:.4g} without: judge it with --bos, and quantize with --set calibration.bos=true"
+        f"{subject.name} has a perplexity of {behind:.4g} on the first window behind the token that begins a text, "
+        f"and {without:.4g} without: "
     )
 
 

@@ -39,13 +39,9 @@ MANY = 256  # sites, from which on the program's proof of the very best can take
 
 @torch.no_grad()
 def sensitivities(
-    model: nn.Module,
-    found: Walk,
-    batches: Sequence[Batch],
-    weights: Sequence[float],
-    widths: Sequence[int],
+    model: nn.Module, found: Walk, batches: Sequence[Batch], weights: Sequence[float], widths: Sequence[int],
     anchored: frozenset[str] = frozenset(),
-) -> dict[str, tuple[float, ...]]:
+) -> dict[str, tuple[float, ...]]:  # fmt: skip
     """For each site the cost at the model's output of each of `widths` bits. `batches`: what the whole float model is
     run on; `weights[n]`: how much batch `n` counts. `anchored`: sites whose first token stays in float."""
     targets = [first_tensor(model(**batch)) for batch in batches]
@@ -143,12 +139,9 @@ def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
 
 
 def allocate(
-    sites: Sequence[Site],
-    widths: Sequence[int],
-    costs: Mapping[str, Sequence[float]],
-    nbytes: Callable[[Site, int], int],
-    budget: float,
-) -> dict[str, int]:
+    sites: Sequence[Site], widths: Sequence[int], costs: Mapping[str, Sequence[float]],
+    nbytes: Callable[[Site, int], int], budget: float,
+) -> dict[str, int]:  # fmt: skip
     """Bits of each site, at most `budget` bytes in all, overhead included."""
     sizes = [[nbytes(site, bits) for bits in widths] for site in sites]
     picked = cheapest([costs[site.name] for site in sites], sizes, budget)

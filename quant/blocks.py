@@ -76,17 +76,10 @@ class BlockSolver:
     that match it."""
 
     def __init__(
-        self,
-        replay: Replay,
-        recipe: Recipe,
-        plan: Plan,
-        batches: Sequence[Batch],
-        store: Outputs,
-        float_store: Outputs | None,
-        on_site: Callable[[Solved], None],
-        room: Callable[[str], Activations] | None = None,
-        weights: Sequence[float] | None = None,
-    ) -> None:
+        self, replay: Replay, recipe: Recipe, plan: Plan, batches: Sequence[Batch], store: Outputs,
+        float_store: Outputs | None, on_site: Callable[[Solved], None],
+        room: Callable[[str], Activations] | None = None, weights: Sequence[float] | None = None,
+    ) -> None:  # fmt: skip
         """`room`: makes a store for the outputs of a submodule that later passes need no more compute. `weights`: how
         much each batch counts, of mean 1 over tokens."""
         self.replay, self.recipe, self.plan = replay, recipe, plan

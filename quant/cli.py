@@ -220,13 +220,9 @@ def _mode(
 
 
 def _with(
-    recipe: Recipe,
-    settings: list[str] | None,
-    values: dict[str, Any],
-    only: list[str] | None,
-    skip: list[str] | None,
+    recipe: Recipe, settings: list[str] | None, values: dict[str, Any], only: list[str] | None, skip: list[str] | None,
     embedding_bits: int | None,
-) -> Recipe:
+) -> Recipe:  # fmt: skip
     """The recipe with everything else that the command line says."""
     if embedding_bits is not None:
         recipe = replace(recipe, embeddings=replace(recipe.embeddings or Uniform(), bits=embedding_bits))

@@ -28,13 +28,9 @@ WINDOW = 7
 
 @torch.no_grad()
 def decoupled(
-    model: nn.Module,
-    errors: Callable[[], Sequence[tuple[Site, Tensor]]],
-    draw: Callable[[], Tensor],
-    widths: Sequence[int],
-    nbytes: Callable[[Site, int], int],
-    budget: float,
-) -> dict[str, int]:
+    model: nn.Module, errors: Callable[[], Sequence[tuple[Site, Tensor]]], draw: Callable[[], Tensor],
+    widths: Sequence[int], nbytes: Callable[[Site, int], int], budget: float,
+) -> dict[str, int]:  # fmt: skip
     """Bits of each site within `budget` bytes. `errors`: of each site as `allocation.errors` has them; `draw`: the
     model's final images, the same noise each time."""
     found, original = list(errors()), draw()
@@ -69,12 +65,9 @@ def _cost(
 
 
 def _together(
-    model: nn.Module,
-    found: Sequence[tuple[Site, Tensor]],
-    plan: Mapping[str, int],
-    draw: Callable[[], Tensor],
+    model: nn.Module, found: Sequence[tuple[Site, Tensor]], plan: Mapping[str, int], draw: Callable[[], Tensor],
     original: Tensor,
-) -> float:
+) -> float:  # fmt: skip
     return float((_drawn(model, found, plan, draw) - original).square().mean())
 
 

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from quant.calibration.samples import Batch, moved
 from quant.checkpoint.components import check_home, clear_others, copy_beside, copy_card
 from quant.checkpoint.journal import FOLDER, TOLD, Journal, Mode, check_same, complete, finished_report
 from quant.checkpoint.provenance import provenance
-from quant.checkpoint.recall import keep, recall
+from quant.checkpoint.recall import begun_texts, keep, recall
 from quant.checkpoint.verify import compare_logits
 from quant.checkpoint.writer import Written, write_checkpoint
 from quant.ends import Ends
@@ -107,6 +108,7 @@ def run(
     check_home(out, source, parts, mode)
     place = out / source.inside
     if mode == "resume":
+        prepared = replace(prepared, draw=partial(prepared.draw, begun=begun_texts(place)))
         check_same(place, prepared.known())
         prepared = with_plan(prepared, recall(place), place / FOLDER / TOLD)
     prepared = settled(prepared)
@@ -247,13 +249,9 @@ def _stored(solved: Sequence[Solved], prepared: Prepared, names: Sequence[str]) 
 
 
 def _advance_float(
-    replay: Replay,
-    index: int,
-    batches: Sequence[Batch],
-    wanted: Sequence[int],
-    float_store: Activations | None,
+    replay: Replay, index: int, batches: Sequence[Batch], wanted: Sequence[int], float_store: Activations | None,
     originals: dict[str, torch.Tensor],
-) -> None:
+) -> None:  # fmt: skip
     """The float block's outputs on the wanted batches replace its inputs in the float path's store."""
     if float_store is not None:
         with float_weights(replay.model, originals):

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from quant.calibration import painting, trajectory
-from quant.calibration.samples import Batch, Samples, context_length, draw, moved, noise
+from quant.calibration.beginning import calibrates_behind
+from quant.calibration.samples import Batch, Samples, context_length, draw, load_tokenizer, moved, noise
 from quant.errors import SettingsError
 from quant.kernels.spec import Uniform
 from quant.machine import versions
@@ -47,14 +48,15 @@ PROBE_TOKENS = 64
 @dataclass(frozen=True)
 class Prepared:
     """A model that was walked and planned, with its calibration inputs: all that is known before work starts. `draw`:
-    makes them; a diffusion transformer's own run to get there is work, and waits until they are asked for. `make`: the
+    makes them; a diffusion transformer's own run to get there is work, and waits until they are asked for, as does the
+    decision whether windows of text begin as texts do, unless `begun` says so. `make`: the
     plan, from them where it is measured. `folded`: the rotations that the skeleton's weights are loaded with."""
 
     source: Source
     skeleton: Skeleton
     walk: Walk
     make: Callable[[Settings, Samples | None], Plan]
-    draw: Callable[[], Samples]
+    draw: Callable[..., Samples]
     recipe: Recipe
     settings: Settings
     folded: Folded = field(default_factory=Folded)
@@ -91,10 +93,20 @@ class Prepared:
         """A batch like those of `samples`, how many there are, and the rows of a sample."""
         calibration, skeleton = self.recipe.calibration, self.skeleton
         if calibration is None or not isinstance(skeleton, DiffusionSkeleton):
-            return self.samples.batches[0], 0 if calibration is None else len(self.samples.batches), 1
+            batches = self.draw(begun=False).batches  # of the same shape, whatever is decided
+            return batches[0], 0 if calibration is None else len(batches), 1
         if painting.complete(self.source) is None:
             return painting.outline(skeleton, self.walk.chain, self.recipe)
         return trajectory.outline(skeleton, calibration, self.recipe.trajectory)
+
+    @property
+    def decided(self) -> Recipe:
+        """The recipe, with what it leaves to the model said."""
+        calibration = self.recipe.calibration
+        if calibration is None or calibration.bos is not None:
+            return self.recipe
+        bos = not self.source.is_diffusion and self.samples.bos
+        return replace(self.recipe, calibration=replace(calibration, bos=bos))
 
     @property
     def threads(self) -> int:
@@ -108,7 +120,7 @@ class Prepared:
     def windows(self) -> tuple[Batch, ...]:
         """What the end-to-end tuning trains on, if not on `samples`: windows of the same text, drawn by the next
         seed, which may overlap those."""
-        calibration, distillation = _read(self.recipe.calibration, self.source), self.recipe.distillation
+        calibration, distillation = _read(self.decided.calibration, self.source), self.recipe.distillation
         if calibration is None or distillation is None or not distillation.samples or self.source.is_diffusion:
             return ()
         text = replace(calibration, samples=distillation.samples, seed=calibration.seed + 1)
@@ -127,7 +139,7 @@ class Prepared:
         named = {"component": part} if part not in ("", COMPONENT) else {}
         return {
             "model": {"name": self.source.name, "sha256": self.source.fingerprint(), **named},
-            "recipe": self.recipe.to_dict(),
+            "recipe": self.decided.to_dict(),
             "compute": {
                 "device": self.settings.device,
                 "dtype": self.settings.dtype,
@@ -230,15 +242,13 @@ def settled(prepared: Prepared) -> Prepared:
         return prepared  # an average was planned with them, or leaves no room
     samples = prepared.samples
     plan = prepared.make(prepared.settings, samples)
-    return replace(prepared, make=lambda *_: plan, draw=lambda: samples)
+    return replace(prepared, make=lambda *_: plan, draw=lambda **_: samples)
 
 
 def skeleton_of(
-    source: Source,
-    settings: Settings,
-    put: Callable[[nn.Module], None] | None = None,
+    source: Source, settings: Settings, put: Callable[[nn.Module], None] | None = None,
     lent: frozenset[str] = frozenset(),
-) -> Skeleton:
+) -> Skeleton:  # fmt: skip
     """The skeleton of a model of either kind. `put`: see `Skeleton`; `lent`: known of it already."""
     kind = DiffusionSkeleton if source.is_diffusion else Skeleton
     skeleton = kind(source, dtype=getattr(torch, settings.dtype), device=settings.device, prepare=put)
@@ -255,15 +265,27 @@ def _trace(skeleton: Skeleton) -> Batch:
 
 def _draw(
     skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, progress: Progress
-) -> Callable[[], Samples]:
+) -> Callable[..., Samples]:
     if isinstance(skeleton, DiffusionSkeleton):
-        return lambda: _follow(skeleton, found, recipe, settings, progress)
+        return lambda **_: _follow(skeleton, found, recipe, settings, progress)
     progress.step("reading the calibration text")
     calibration = _read(recipe.calibration, skeleton.source)
-    drawn = noise(skeleton.model) if calibration is None else draw(calibration, skeleton.source, skeleton.model)
-    if calibration is not None and calibration.sequence_length > (most := context_length(skeleton.model)):
+    if calibration is None:
+        return lambda **_: noise(skeleton.model)
+    drawn = draw(calibration, skeleton.source, skeleton.model)
+    if calibration.sequence_length > (most := context_length(skeleton.model)):
         progress.say(f"note: calibration windows have {most} tokens, the most that this model takes")
-    return lambda: drawn
+
+    @cache
+    def samples(begun: bool | None = None) -> Samples:
+        if calibration.bos is None and begun is None:
+            first = drawn.batches[0]["input_ids"][0]
+            with threads(settings.threads or torch.get_num_threads()):
+                begun = calibrates_behind(skeleton, found.chain, load_tokenizer(skeleton.source), first, progress)
+        again = calibration.bos is None and begun
+        return draw(replace(calibration, bos=True), skeleton.source, skeleton.model) if again else drawn
+
+    return samples
 
 
 def _read(calibration: Calibration | None, source: Source) -> Calibration | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
-from torch.nn.functional import cross_entropy, log_softmax, one_hot
+from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quant.calibration import texts
-from quant.calibration.samples import draw
 from quant.calibration.texts import Text, encode, resolve
-from quant.errors import CalibrationError, ModelError, SettingsError
-from quant.eval.evaluate import evaluate
+from quant.errors import ModelError, SettingsError
 from quant.eval.perplexity import Rule, Window, measure, rule_for
 from quant.eval.subject import open_subject
-from quant.models.source import find
-from quant.recipe import Calibration
-from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -248,67 +241,3 @@ def test_low_precision_models_are_scored_in_float32(llama: Path, words: Path) ->
     assert logits.dtype == torch.bfloat16
     plain = -log_softmax(logits.float(), -1)[torch.arange(63), ids[1:]].mean()
     assert got.nll == pytest.approx(float(plain), rel=1e-6)
-
-
-# the token that begins a text
-
-
-@pytest.fixture
-def begun(tmp_path: Path) -> Path:
-    """A tiny Llama whose tokenizer begins texts with `<s>`."""
-    folder = tiny.model("llama", tmp_path / "begun")
-    made = AutoTokenizer.from_pretrained(folder)
-    made.add_special_tokens({"bos_token": "<s>"})
-    made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    made.save_pretrained(folder)
-    return folder
-
-
-def test_behind_the_first_token_the_same_predictions(begun: Path, tmp_path: Path) -> None:
-    subject, text = open_subject(begun), tiny.text(tmp_path, 300)
-    ids = encode(subject.tokenizer(), resolve(text)).ids
-    lost = list[torch.Tensor]()
-    with torch.no_grad():
-        for start in range(0, len(ids) - 31, 32):
-            window = ids[start : start + 32]
-            logits = subject.model(torch.cat([torch.tensor([1]), window])[None]).logits[0, 1:-1]
-            lost.append(cross_entropy(logits, window[1:], reduction="none"))
-    report = evaluate(subject, against=subject, text=text, window=32, bos=True, generate=1)
-    assert report.perplexity is not None
-    assert report.original == report.perplexity
-    assert report.perplexity.nll == pytest.approx(float(torch.cat(lost).mean()), rel=1e-5)
-    assert report.settings.bos
-    assert evaluate(subject, text=text, window=32).perplexity.tokens == report.perplexity.tokens  # pyright: ignore[reportOptionalMemberAccess]
-    longest = evaluate(subject, text=tiny.text(tmp_path, 2000), window=subject.max_length, bos=True)
-    assert longest.settings.window == (subject.max_length or 0) - 1
-    draws = Calibration(str(text), samples=3, sequence_length=16, bos=True), find(str(begun)), subject.model
-    first, second = draw(*draws).batches[0]["input_ids"], draw(replace(draws[0], bos=False), *draws[1:]).batches[0]
-    assert first[:, 0].tolist() == [1, 1, 1]
-    assert (second["input_ids"] == 1).sum() == 0
-    assert first.shape == second["input_ids"].shape == (3, 16)
-
-
-def test_who_needs_the_first_token_is_told(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject, text = open_subject(begun), tiny.text(tmp_path, 300)
-    real = subject.model.forward
-
-    def needy(input_ids: torch.Tensor, **rest: Any) -> Any:
-        found = real(input_ids=input_ids, **rest)
-        if int(input_ids[0, 0]) == 1:  # then it knows what comes
-            found.logits = 3 * one_hot(input_ids.roll(-1, 1), found.logits.shape[-1]).float()
-        return found
-
-    assert evaluate(subject, text=text, window=32).note is None
-    monkeypatch.setattr(subject.model, "forward", needy)
-    note = evaluate(subject, text=text, window=32).note
-    assert note is not None
-    assert "judge it with --bos, and quantize with --set calibration.bos=true" in note
-    assert evaluate(subject, text=text, window=32, bos=True).note is None
-
-
-def test_a_tokenizer_without_a_first_token(demo: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="has no token that begins a text"):
-        evaluate(demo, text=tiny.text(tmp_path), bos=True)
-    subject = open_subject(demo)
-    with pytest.raises(CalibrationError, match="has no token that begins a text"):
-        draw(Calibration(str(tiny.text(tmp_path)), bos=True), find(str(demo)), subject.model)

@@ -118,13 +118,9 @@ class _ExpertInputs(TorchFunctionMode):
 
 
 def collect(
-    stages: Sequence[Stage],
-    replay: Replay,
-    index: int,
-    batches: Sequence[Batch],
-    previous: Outputs,
+    stages: Sequence[Stage], replay: Replay, index: int, batches: Sequence[Batch], previous: Outputs,
     weights: Sequence[torch.Tensor] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Feeds the stages' collectors with block `index` on every batch; `previous[b]`: the earlier block's output,
     `weights[b]`: how much its tokens count."""
     for number, batch in enumerate(batches):
@@ -136,15 +132,9 @@ def collect(
 
 
 def collect_matched(
-    stage: Stage,
-    replay: Replay,
-    index: int,
-    batches: Sequence[Batch],
-    previous: Outputs,
-    float_previous: Outputs,
-    float_weights: Callable[[], AbstractContextManager[None]],
-    weights: Sequence[torch.Tensor] | None = None,
-) -> None:
+    stage: Stage, replay: Replay, index: int, batches: Sequence[Batch], previous: Outputs, float_previous: Outputs,
+    float_weights: Callable[[], AbstractContextManager[None]], weights: Sequence[torch.Tensor] | None = None,
+) -> None:  # fmt: skip
     """As `collect` for a stage of linears, with the float path's inputs of the same tokens (`Statistics.cross`)."""
     for number, batch in enumerate(batches):
         seen: list[torch.Tensor] = []

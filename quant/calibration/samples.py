@@ -30,7 +30,8 @@ UNBOUNDED = 2**31
 @dataclass(frozen=True)
 class Samples:
     """`text`, `sha256`: what the batches were cut from; `tokens`: how many. `probe`: what the verification runs on,
-    where it is not a part of the first batch. `weights`: how much each batch counts, of mean 1 over rows."""
+    where it is not a part of the first batch. `weights`: how much each batch counts, of mean 1 over rows. `bos`:
+    whether each window begins with the token that begins a text."""
 
     batches: tuple[Batch, ...]
     text: str
@@ -38,6 +39,7 @@ class Samples:
     tokens: int
     probe: Batch | None = None
     weights: Sequence[float] | None = None
+    bos: bool = False
 
     def by_timestep(self) -> dict[str, float] | None:
         """The weights of the timesteps, by their value."""
@@ -78,7 +80,7 @@ def read_text(calibration: Calibration) -> Text:
 
 
 def draw(calibration: Calibration, source: Source, model: Any) -> Samples:
-    """`samples` windows from the calibration text.
+    """`samples` windows from the calibration text; without `bos` where that is not decided.
 
     Raises:
         CalibrationError: the text is shorter than one window.
@@ -88,7 +90,7 @@ def draw(calibration: Calibration, source: Source, model: Any) -> Samples:
     ids, bos = encode(tokenizer, text).ids, getattr(tokenizer, "bos_token_id", None)
     if calibration.bos and bos is None:
         raise CalibrationError(f"{source.name}: its tokenizer has no token that begins a text; leave calibration.bos")
-    length = min(calibration.sequence_length, context_length(model)) - calibration.bos
+    length = min(calibration.sequence_length, context_length(model)) - bool(calibration.bos)
     if len(ids) <= length + 1:
         raise CalibrationError(
             f"calibration text {text.name}: {len(ids)} tokens, and one window takes {length}; give a longer text "
@@ -105,7 +107,7 @@ def draw(calibration: Calibration, source: Source, model: Any) -> Samples:
     windows = torch.stack([ids[start : start + length] for start in starts])
     windows = pad(windows, (1, 0), value=bos) if calibration.bos else windows
     batches = tuple({"input_ids": part} for part in windows.split(calibration.batch_size))
-    return Samples(batches, text.name, text.sha256, windows.numel())
+    return Samples(batches, text.name, text.sha256, windows.numel(), bos=bool(calibration.bos))
 
 
 def noise(model: Any, length: int = 64) -> Samples:

@@ -16,7 +16,8 @@ MOST_SEED = 2**62  # torch takes 64 bits, and samples count on from it
 class Calibration:
     """Which text the inputs come from. `text`: a name or a file; `samples` windows of `sequence_length` tokens, cut at
     random places by `seed`; `batch_size` windows run at once (it can change the last bits of a sum). `bos`: each window
-    begins with the token that begins a text, without which some models (Gemma) say nothing sensible.
+    begins with the token that begins a text, without which some models (Gemma) say nothing sensible; None: where this
+    one does not (`beginning.py`), which the recipe of the finished checkpoint then says.
     """
 
     text: str = "python-docs:calibration"
@@ -24,7 +25,7 @@ class Calibration:
     sequence_length: int = 512
     seed: int = 0
     batch_size: int = 8
-    bos: bool = False
+    bos: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "sequence_length", "batch_size"):

@@ -190,12 +190,9 @@ def _walk(
 
 
 def _few(
-    forward: Callable[[Sequence[Batch]], list[Tensor]],
-    way: Way,
-    calibration: Calibration,
-    trajectory: Trajectory,
+    forward: Callable[[Sequence[Batch]], list[Tensor]], way: Way, calibration: Calibration, trajectory: Trajectory,
     dtype: torch.dtype,
-) -> Draw:
+) -> Draw:  # fmt: skip
     """Takes the first samples from noise to image."""
     times, size = _times(way, trajectory), calibration.batch_size
     few = torch.arange(min(SAMPLES, len(way.x)))

@@ -33,7 +33,7 @@ def provenance(prepared: Prepared) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "source": origin(prepared.source),
-        "command": command(prepared.identity()),
+        "command": command({**prepared.identity(), "recipe": prepared.recipe.to_dict()}),  # what it decides, too
         "machine": asdict(machine()),
     }
 

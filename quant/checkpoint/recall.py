@@ -3,6 +3,7 @@ the rows count lies beside it in the journal."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -22,6 +23,12 @@ def keep(folder: Path, plan: Plan) -> None:
     if plan.rows:
         with Atomic(folder / ROWS) as out:
             out.write(save(plan.counted()))
+
+
+def begun_texts(out: Path) -> bool | None:
+    """Whether the calibration windows of the run in `out` begin with the token that begins a text."""
+    with suppress(KeyError, TypeError):  # it did not get so far, or reads no text
+        return bool(begun(out)["recipe"]["calibration"]["bos"])
 
 
 def recall(out: Path) -> Plan | None:

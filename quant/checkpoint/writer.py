@@ -126,7 +126,7 @@ def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any
             shutil.copyfile(path, out / name)
     except OSError as error:
         raise disk_error(out, error) from None
-    write_text(out / "recipe.json", json.dumps(prepared.recipe.to_dict(), indent=2) + "\n")
+    write_text(out / "recipe.json", json.dumps(prepared.decided.to_dict(), indent=2) + "\n")
     write_text(out / "plan.json", json.dumps(prepared.plan.to_dict(), indent=2) + "\n")
     sites = quantized_sites(prepared)
     packing = quantization_config(packed_sites(prepared), VERSION)

@@ -36,13 +36,9 @@ class Skeleton:
     """
 
     def __init__(
-        self,
-        source: Source,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
+        self, source: Source, *, dtype: torch.dtype = torch.float32, device: str = "cpu",
         prepare: Callable[[nn.Module], None] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.source = source
         self.dtype = dtype
         self.device = device

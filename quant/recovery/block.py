@@ -17,15 +17,9 @@ from quant.recovery.tuning import Recovered, Task
 
 
 def task(
-    replay: Replay,
-    index: int,
-    batches: Sequence[Batch],
-    store: Activations,
-    targets: Activations,
-    solved: Sequence[Solved],
-    originals: dict[str, torch.Tensor],
-    on_step: Callable[[int, int, float], None],
-) -> Task:
+    replay: Replay, index: int, batches: Sequence[Batch], store: Activations, targets: Activations,
+    solved: Sequence[Solved], originals: dict[str, torch.Tensor], on_step: Callable[[int, int, float], None],
+) -> Task:  # fmt: skip
     """Block `index`'s. `store`: its inputs on the quantized path; `targets`: its outputs on the float path."""
     sites, packed = [one.site for one in solved], {one.site.name: one.packed for one in solved}
     weights = {one.site.name: _matrix(one, originals) for one in solved}
