@@ -135,10 +135,8 @@ class BlockSolver:
 
     def _statistics_at_once(self, index: int, stages: Sequence[Sequence[Site]]) -> list[dict[int, Statistics]]:
         if self.recipe.calibration is None:
-            return [
-                {e: Statistics.identity(stage[0].inputs, self._device()) for e in range(max(1, stage[0].experts))}
-                for stage in stages
-            ]
+            free = lambda site: Statistics.identity(site.inputs, self._device())  # noqa: E731 (all experts share one)
+            return [dict.fromkeys(range(max(1, stage[0].experts)), free(stage[0])) for stage in stages]
         if self.float_store is not None:  # nothing is solved yet, so one stage after another sees what all would
             return [self._statistics(index, stage, {}) for stage in stages]
         watched = [Stage(self.model, stage, cross=False, ranges=self._ranged(stage)) for stage in stages]
@@ -230,8 +228,8 @@ class BlockSolver:
         if not few or self.recipe.calibration is None:
             return stats, ()
         if total == 0:
-            free = {e: Statistics.identity(s.features, s.hessian.device) for e, s in stats.items()}
-            return free, ("no expert saw a token: rounded without data",)
+            free = Statistics.identity(stats[0].features, stats[0].hessian.device)
+            return dict.fromkeys(stats, free), ("no expert saw a token: rounded without data",)
         pooled = torch.zeros_like(stats[0].hessian)
         for s in stats.values():
             pooled += s.hessian * (s.tokens / total)

@@ -105,10 +105,14 @@ def test_an_architecture_goes_in_and_the_same_function_comes_out(name: str, word
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "qwen3-moe"])
-def test_without_data(name: str, tmp_path: Path) -> None:
+def test_without_data(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Round to nearest reads no text and needs no tokenizer."""
     source = save(name, tmp_path / "model")
+    made, identity = list[int](), Statistics.identity
+    free = classmethod(lambda _, features, device="cpu": made.append(features) or identity(features, device))
+    monkeypatch.setattr(Statistics, "identity", free)
     result = quant.quantize(str(source), tmp_path / "out", with_spec(load_recipe("rtn"), bits=4, group_size=32))
+    assert len(made) <= len(result.report["sites"]), "all experts of a stack share one"
     assert {site["error"] < 0.02 for site in result.report["sites"]} == {True}
     assert result.report["calibration"]["text"] == "none (data-free)"
     assert torch.isfinite(logits(quant.load(tmp_path / "out"))).all()
@@ -382,6 +386,7 @@ def test_a_stack_that_saw_nothing_is_rounded_without_data() -> None:
     mended, notes = solver._with_priors(nothing)
     assert notes == ("no expert saw a token: rounded without data",)
     assert all(torch.equal(statistics.hessian, torch.eye(4)) for statistics in mended.values())
+    assert len({id(statistics) for statistics in mended.values()}) == 1, "of 128 experts, 128 would be gigabytes"
 
 
 # --- a progress that watches

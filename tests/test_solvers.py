@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from quant.calibration.statistics import HessianCollector, Statistics
 from quant.errors import CalibrationError, SettingsError, SolverError
@@ -218,6 +219,15 @@ def test_the_error_is_the_share_of_the_outputs_energy() -> None:
     assert relative_error(weight, other, statistics(x).hessian) == pytest.approx(float(expected), rel=1e-4)
     assert relative_error(torch.zeros(4, 7), torch.zeros(4, 7), statistics(x).hessian) == 0
     assert relative_error(torch.zeros(4, 7), other, statistics(x).hessian) == float("inf")
+
+
+def test_without_data_no_product_is_computed() -> None:
+    """With ones and zeros, twice for each matrix; the error is the same number."""
+    weight = torch.randn((48, 80), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counted:
+        free = Nearest().solve(weight, Statistics.identity(80), Uniform(group_size=16))
+    assert counted.get_total_flops() == 0
+    assert free.error == relative_error(weight, free.packed.dequantize(), torch.eye(80))
 
 
 def test_stored_scales_are_what_the_fit_promised() -> None:

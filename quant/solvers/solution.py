@@ -75,16 +75,16 @@ def solution(
 ) -> Solution:  # fmt: skip
     """Completes a `Solution`: dequantizes `packed` and measures its error against the float `weight`. `noise`: of the
     codes inside, for a spec that lies around them. `metric`: how much rows count in `missed`."""
-    quantized = packed.dequantize()
+    quantized, hessian = packed.dequantize(), _plain(statistics)
     noise = noise_energy(quantized, statistics, packed.spec) if noise is None else noise
     target = weight.float()
-    lost, whole = target - quantized, _energy(target, statistics.hessian)
-    error = missed = _share(_energy(lost, statistics.hessian) + noise, whole)
+    lost, whole = target - quantized, _energy(target, hessian)
+    error = missed = _share(_energy(lost, hessian) + noise, whole)
     counted = lost  # A D
     if metric is not None:
         counted = weighed(metric, lost)
-        whole = _energy(target, statistics.hessian, weighed(metric, target))
-        missed = _share(_energy(lost, statistics.hessian, counted) + noise, whole)
+        whole = _energy(target, hessian, weighed(metric, target))
+        missed = _share(_energy(lost, hessian, counted) + noise, whole)
     if statistics.cross is not None and whole > 0:
         away = target @ (statistics.hessian - statistics.cross)
         missed -= 2 * float(away.mul_(counted).sum(dtype=torch.float64)) / whole
@@ -120,5 +120,14 @@ def _share(lost: float, whole: float) -> float:
 
 
 def _energy(matrix: Tensor, hessian: Tensor, counted: Tensor | None = None) -> float:
-    """`tr(MT A M H)`; `counted`: `A M`, without it `M`."""
-    return float((matrix @ hessian).mul_(matrix if counted is None else counted).sum(dtype=torch.float64))
+    """`tr(MT A M H)`; `counted`: `A M`, without it `M`; `hessian`: `H`, or its diagonal where that is all."""
+    product = matrix @ hessian if hessian.ndim == 2 else matrix * hessian
+    return float(product.mul_(matrix if counted is None else counted).sum(dtype=torch.float64))
+
+
+def _plain(statistics: Statistics) -> Tensor:
+    """The Hessian; of `Statistics.identity` the diagonal, lest two products per matrix with ones and zeros take longer
+    than rounding it to nearest. The same numbers."""
+    H, d = statistics.hessian, statistics.diagonal
+    alone = not statistics.tokens and statistics.cached("alone", lambda: bool(H.count_nonzero() == d.count_nonzero()))
+    return d if alone else H
