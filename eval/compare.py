@@ -84,6 +84,7 @@ def compare(
                 total_original += float(got.nll_original.double().sum())
                 agreed += int(got.same.sum())
                 kls.append(got.kl.cpu())
+        del logits_BTV, logits0_BTV  # before the next batch's come
         check_finite(total, candidate, batch[0])
         check_finite(total_original, original, batch[0])
         done += len(batch)
