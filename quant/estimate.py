@@ -144,7 +144,7 @@ def _distillation(prepared: Prepared, seen: _Rehearsal, weights: int, batches: i
     if recipe.distillation is None:
         return 0.0, 0
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    logits = 0 if head is None else 4 * prepared.samples.tokens // max(1, batches) * head.weight.shape[0] * 4
+    logits = 0 if head is None else 3 * prepared.samples.tokens // max(1, batches) * head.weight.shape[0] * 4
     mixed = 1.0  # calibration batches in a step
     if prepared.source.is_diffusion:
         mixed = max(1.0, recipe.trajectory.mix / len(prepared.outline[0]["hidden_states"]))

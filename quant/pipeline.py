@@ -59,15 +59,9 @@ class Result:
 
 
 def quantize(
-    model: str,
-    out: str | Path,
-    recipe: Recipe | str | None = None,
-    *,
-    settings: Settings | None = None,
-    mode: Mode = "new",
-    progress: Progress | None = None,
-    components: Sequence[str] = (),
-) -> Result:
+    model: str, out: str | Path, recipe: Recipe | str | None = None, *, settings: Settings | None = None,
+    mode: Mode = "new", progress: Progress | None = None, components: Sequence[str] = (),
+) -> Result:  # fmt: skip
     """Quantizes `model` (a local folder or a hub name) into the packed checkpoint folder `out`.
 
     `recipe`: one of `load_recipe`, or its name. `mode`: "new" wants an empty or absent folder, "resume" continues an

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from quant import Recipe, quantize
 from quant.calibration.statistics import Statistics
@@ -20,6 +21,7 @@ from quant.kernels.spec import Codebook, Rotated, Smoothed, Spec, Trellis, Unifo
 from quant.prepare import prepare
 from quant.progress import Progress
 from quant.recipe import override, recipe_from_dict
+from quant.recovery import timesteps
 from quant.recovery.distillation import Distillation
 from quant.recovery.tunable import training_bytes, tunable
 from quant.solvers.coupling import Coupling
@@ -39,6 +41,25 @@ def tuned(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, An
     return quantize(str(demo), folder / "plain", plain), quantize(
         str(demo), folder / "tuned", replace(plain, distillation=Distillation(steps=24))
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_vocabulary_s_gradients_are_the_same_in_less_memory(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, wanted = (3 * torch.randn((2, 50, 3001), generator=torch.Generator().manual_seed(n)) for n in range(2))
+    said, wanted = said.to(dtype).requires_grad_(), wanted.to(dtype)
+    plain = kl_div(said.float().log_softmax(-1), wanted.float().log_softmax(-1), reduction="sum", log_target=True) / 100
+    (expected,) = torch.autograd.grad(plain, said)
+    assert float(timesteps.divergence(said, wanted).detach()) == float(plain.detach())
+    monkeypatch.setattr(timesteps, "AT_ONCE", 7 * 3001)
+    held = list[int]()
+    keep = lambda x: held.append(x.untyped_storage().nbytes()) or x  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = timesteps.divergence(said, wanted)
+    assert max(held) < said.numel() * 4 / 10
+    assert torch.equal(torch.autograd.grad(loss, said)[0], expected)
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
 
 
 def test_the_model_gets_better_in_as_many_bytes(tuned: tuple[Any, Any]) -> None:

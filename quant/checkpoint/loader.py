@@ -174,13 +174,9 @@ def unpack_model(model: Any, dtype: torch.dtype) -> Any:
 
 
 def load(
-    checkpoint: str | Path,
-    *,
-    device: str | Mapping[str, Any] = "cpu",
-    dtype: torch.dtype | str | None = None,
-    dequantize: bool = False,
-    verify: bool = True,
-) -> Any:
+    checkpoint: str | Path, *, device: str | Mapping[str, Any] = "cpu", dtype: torch.dtype | str | None = None,
+    dequantize: bool = False, verify: bool = True,
+) -> Any:  # fmt: skip
     """A packed checkpoint as a transformers model, or the transformer of a diffusers pipeline, in eval mode.
 
     `checkpoint`: a local folder or a hub name. `device`: where all of it goes, "auto", or a map from modules to devices

@@ -32,8 +32,8 @@ class Site:
     (GPT-2's Conv1D, some expert stacks). `experts`: matrices in the stack, 0 for a plain linear. `modulation`: it makes
     the scales and shifts of a diffusion block (adaLN) from the timestep, one row per sample. `turned`: its inputs come
     rotated, by a fold, and are not to be rotated again. `content`: part of an attention to a text, or of no attention
-    and no modulation: a feed-forward. `words`: it reads a text alone, a row per token. `end`: it lies outside all blocks: the
-    `embedding`, of which rows are looked up by tokens, the `head` that makes logits, or one matrix for `both`.
+    and no modulation: a feed-forward. `words`: it reads a text alone, a row per token. `end`: it lies outside all
+    blocks: the `embedding`, of which rows are looked up by tokens, the `head` that makes logits, or one for `both`.
     """
 
     name: str

@@ -16,8 +16,8 @@ A diffusion transformer's error differs a hundredfold between its timesteps, and
 the opposite. So each sample's is told relative to `usual`, the untuned model's mean at the same timestep: every part
 of the way counts alike. Batches mix timesteps (`calibration/mixing.py`), else steps would pull in turn.
 
-The float model lies in memory whole, for the teacher; a block's quantized weights are made when it runs and again when
-its gradient does (activation checkpointing), so activations cost one block's and the outputs between them.
+The float model lies in memory whole, for the teacher; a block's quantized weights are made when it runs and again for
+its gradient (activation checkpointing), so activations cost one block's, the outputs between them and three logits.
 """
 
 from __future__ import annotations
@@ -145,10 +145,8 @@ class Distillation:
             decay = 1 - step / self.steps
             loss = student.backward(number)
             if not math.isfinite(loss):
-                raise SolverError(
-                    f"the end-to-end tuning's loss is not finite at step {step}; lower distillation.rate, or compute "
-                    "in float32"
-                )
+                what = f"the end-to-end tuning's loss is not finite at step {step}"
+                raise SolverError(f"{what}; lower distillation.rate, or compute in float32")
             adam.param_groups[0]["lr"] = self.rate * decay
             adam.step()
             with torch.no_grad():
@@ -235,6 +233,7 @@ class _Student:
             target = self.whole.output(batch)
         with self._in_place():
             loss = self._loss(number, self.whole.output(batch), target)
+            del target  # or its logits stay beside the gradients
             loss.backward()
         return float(loss.detach())
 

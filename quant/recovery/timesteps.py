@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
+
+AT_ONCE = 1 << 24  # logits
 
 
 def row_errors(output: Tensor, target: Tensor) -> Tensor:
@@ -32,6 +35,25 @@ def has_vocabulary(model: nn.Module) -> bool:
 
 
 def divergence(output: Tensor, target: Tensor) -> Tensor:
-    """KL(target || output) of logits `[..., vocabulary]`: mean over tokens, in nats."""
-    output, target = output.float().log_softmax(-1), target.float().log_softmax(-1)
-    return kl_div(output, target, reduction="sum", log_target=True) / target[..., 0].numel()
+    """KL(target || output) of logits `[..., vocabulary]`: mean over tokens, in nats. The softmaxes of a few tokens
+    at a time: of a vocabulary of 151,936 all of a batch of 2,048 tokens, with their gradients, take 4 GB."""
+    return _Divergence.apply(output.flatten(0, -2), target.flatten(0, -2))  # pyright: ignore[reportReturnType]
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, target: Tensor) -> Tensor:
+        total, trained, gradients = output.new_zeros((), dtype=torch.float32), ctx.needs_input_grad[0], list[Tensor]()
+        for said, wanted in zip(*(x.split(max(1, AT_ONCE // x.shape[1])) for x in (output, target)), strict=True):
+            with torch.set_grad_enabled(trained):
+                said = said.detach().requires_grad_(trained)
+                logs = said.float().log_softmax(-1), wanted.float().log_softmax(-1)
+                loss = kl_div(*logs, reduction="sum", log_target=True) / len(output)
+            gradients += torch.autograd.grad(loss, said) if trained else ()
+            total += loss.detach()
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.cat(ctx.saved_tensors).mul_(above[0]), None
