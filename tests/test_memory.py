@@ -51,8 +51,8 @@ def test_freed_memory_goes_back() -> None:
 
 @pytest.mark.parametrize("command", [judging, quantizing])
 def test_both_commands_map_large_tensors(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or scores of chunks of logits hold the heap open: 780 MB more for a window of 512 where the vocabulary is 151,936,
-    and 19 MB so."""
+    """Or scores of chunks of logits hold the heap open: 780 MB more for a window of 512 where the vocabulary is
+    151,936, and 19 MB so."""
     asked = list[bool]()
     monkeypatch.setattr(command, "map_large", lambda: asked.append(True))
     monkeypatch.setattr(command, "app", lambda **_: 0)

@@ -425,3 +425,13 @@ def test_a_hub_name_is_downloaded_without_duplicates(monkeypatch: pytest.MonkeyP
     assert asked["name"] == "someone/llama"
     assert "*.bin" not in asked["allow_patterns"]
     assert "consolidated*.safetensors" in asked["ignore_patterns"]
+
+
+def test_a_block_s_names_are_not_looked_for_in_the_whole_model_again(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking a model of 64 blocks for its state, with every block twice, took a sixth of a small run."""
+    skeleton = Skeleton(find(str(llama)))
+    names = {name for name in skeleton.model.state_dict() if name.startswith("model.layers.1.")}
+    monkeypatch.setattr(skeleton.model, "state_dict", lambda: pytest.fail("known since it was opened"))
+    assert set(skeleton.names_under("model.layers.1")) == names

@@ -95,6 +95,7 @@ class DiffusionSkeleton(Skeleton):
 
     def remap(self) -> None:
         state: dict[str, Any] = self.model.state_dict()
+        self.names = tuple(state)
         self.targets = {key: (key,) if key in state else () for key in self.source.entries}
         self.converted = frozenset()
         self.tied = {}

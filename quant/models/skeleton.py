@@ -82,6 +82,7 @@ class Skeleton:
         converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         state: dict[str, Any] = self.model.state_dict()
+        self.names = tuple(state)  # asked for with each block
         prefix = self.model.base_model_prefix
         self.targets: dict[str, tuple[str, ...]] = {}
         converted: set[str] = set()
@@ -228,7 +229,7 @@ class Skeleton:
         lent = () if prefixes == ("",) else self.lent
         return [
             name
-            for name in self.model.state_dict()
+            for name in self.names
             if any(_inside(name, prefix) for prefix in prefixes) and not any(_inside(name, part) for part in lent)
         ]
 

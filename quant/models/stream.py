@@ -17,7 +17,7 @@ from quant.models.skeleton import Skeleton
 def outside_blocks(skeleton: Skeleton, chain: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names of the state outside all blocks: what is needed from the start, and an untied head, needed at the end."""
     inside = set(skeleton.names_under(*chain))
-    outside = [name for name in skeleton.model.state_dict() if name not in inside]
+    outside = [name for name in skeleton.names if name not in inside]
     module = skeleton.model.get_output_embeddings() if hasattr(skeleton.model, "get_output_embeddings") else None
     prefix = next(
         (name for name, part in skeleton.model.named_modules() if module is not None and part is module), None
