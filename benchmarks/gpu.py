@@ -78,7 +78,11 @@ def times(x: Tensor, weight: Weight) -> Tensor:
 
 def size_of(weight: Weight) -> int:
     """Bytes."""
-    return weight.nbytes if not isinstance(weight, PackedRotated) else weight.base.nbytes + weight.input_signs.nbytes
+    if isinstance(weight, Tensor):
+        return weight.nbytes
+    if isinstance(weight, PackedRotated):
+        return size_of(weight.base) + weight.input_signs.nbytes  # pyright: ignore[reportArgumentType]
+    return sum(part.nbytes for part in weight.tensors().values())
 
 
 def block(

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from quant.kernels import codebook_order, order, trellis_order
-from quant.kernels.codebook import PackedCodebook
 from quant.kernels.counters import stock
-from quant.kernels.layouts import Packed, PackedTrellis, PackedUniform
 from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.order import Arranged
+from quant.kernels.packed import Packed, PackedAround
+from quant.kernels.promise import Around
 from quant.kernels.reference import Weight
 from quant.kernels.rotated import PackedRotated
 from quant.kernels.scales import scale_table
@@ -26,29 +26,26 @@ from quant.kernels.smoothed import PackedSmoothed
 from quant.kernels.spec import Codebook, LowRank, Rotated, Smoothed, Spec, Trellis, Uniform
 from quant.kernels.trellis_order import ArrangedTrellis
 
+ORDERS: dict[type[Spec], Any] = {Uniform: order, Trellis: trellis_order, Codebook: codebook_order}
+"""The module that tells the kernel order of codes; what has none stays as the checkpoint has it."""
+
 
 def has_order(spec: Spec) -> bool:
-    """Whether there is a kernel order for it; what has none stays as the checkpoint has it."""
-    return isinstance(spec.core, Uniform | Trellis | Codebook)
+    return type(spec.core) in ORDERS
 
 
 def kernel_order(packed: Packed, begin: int, end: int) -> dict[str, Tensor]:
     """The tensors that hold rows `begin` to `end` in kernel order, under the names of the spec's tensors."""
-    if isinstance(packed, PackedUniform):
-        uniform = order.arrange(packed, begin, end)
-        stored = {"weight": uniform.weight, "scales": uniform.scales}
-        return stored if uniform.zeros is None else {**stored, "zeros": uniform.zeros}
-    if isinstance(packed, PackedTrellis):
-        return trellis_order.arrange(packed, begin, end).tensors()
-    if isinstance(packed, PackedCodebook):
-        return codebook_order.arrange(packed, begin, end).tensors()
+    if not isinstance(packed, PackedAround):
+        return ORDERS[type(packed.spec)].arrange(packed, begin, end).tensors()
     if isinstance(packed, PackedLowRank):
         own = {"lora_a": packed.lora_a, "lora_b": packed.lora_b[begin:end]}
-        return {**kernel_order(packed.base, begin, end), **own}
-    if isinstance(packed, PackedSmoothed):
-        return {**kernel_order(packed.base, begin, end), "smooth": packed.smooth}
-    assert isinstance(packed, PackedRotated)
-    return {**kernel_order(packed.base, begin, end), **packed.spread(begin, end)}
+    elif isinstance(packed, PackedSmoothed):
+        own = {"smooth": packed.smooth}
+    else:
+        assert isinstance(packed, PackedRotated)
+        own = packed.spread(begin, end)
+    return {**kernel_order(packed.base, begin, end), **own}
 
 
 def ready(device: torch.device) -> None:
@@ -72,11 +69,8 @@ def weight_of(spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor])
 
 def checkpoint_order(spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Packed:
     """The inverse of `kernel_order`, bit for bit."""
-    if isinstance(spec, Codebook):
-        return codebook_order.plain(codebook_order.weight_of(spec, shape, tensors))
-    if isinstance(spec, Uniform | Trellis):
-        found = weight_of(spec, shape, tensors)
-        return order.plain(found) if isinstance(found, Arranged) else trellis_order.plain(found)  # pyright: ignore[reportArgumentType]
+    if not isinstance(spec, Around):
+        return ORDERS[type(spec)].plain(weight_of(spec, shape, tensors))
     around = _around(checkpoint_order, spec, shape, tensors)
     return around.gathered() if isinstance(around, PackedRotated) else around
 

@@ -52,7 +52,8 @@ def unsupported(device: torch.device) -> str | None:
     return None
 
 
-def _hopper(device: torch.device) -> bool:
+def hopper(device: torch.device) -> bool:
+    """Whether it is a GPU of compute capability 9.x."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
@@ -60,12 +61,12 @@ def _hopper(device: torch.device) -> bool:
 def clusters(device: torch.device) -> bool:
     """Whether blocks may be a cluster, and reach into each other's shared memory: on compute capability 9.x, where it
     was tried. `BITWRIGHT_CLUSTERS=0` turns it off."""
-    return _hopper(device) and os.environ.get("BITWRIGHT_CLUSTERS") != "0"
+    return hopper(device) and os.environ.get("BITWRIGHT_CLUSTERS") != "0"
 
 
 def early(device: torch.device) -> dict[str, bool]:
     """What to give a kernel that calls `warp.waited`: it may be launched while the one before it is still at work
     (programmatic dependent launch), and waits for it itself. On compute capability 9.x, where it was tried; elsewhere
     it is said to fail in CUDA graphs (12.0), or nobody here has seen it. `BITWRIGHT_EARLY=0` turns it off."""
-    can = _hopper(device) and os.environ.get("BITWRIGHT_EARLY") != "0"
+    can = hopper(device) and os.environ.get("BITWRIGHT_EARLY") != "0"
     return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}

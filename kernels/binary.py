@@ -22,17 +22,16 @@ row it took off 1 to 4 % of the error, and as many bits in salient columns take 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from quant.kernels.packed import LayoutError, Packed, check_tensors
+from quant.kernels.packed import LayoutError, Packed
 from quant.kernels.packing import pack, padding_is_zero, row_bytes, unpack
-from quant.kernels.promise import Spec, SpecError, TensorSpec
+from quant.kernels.promise import Spec, SpecError, TensorSpec, check_number, check_whole
 from quant.kernels.scales import scale_values
 
 
@@ -49,14 +48,8 @@ class Binary(Spec):
     rows: int = 4096
 
     def __post_init__(self) -> None:
-        for name, high in (("bits", 16), ("share", 1)):
-            value = getattr(self, name)
-            sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= high
-            if not sound and not (name == "share" and value is None):
-                raise SpecError(f"{name} is {value!r}; signs take a number above 0, at most {high}")
-        rows: Any = self.rows
-        if isinstance(rows, bool) or not isinstance(rows, int) or not 1 <= rows <= 1 << 20:
-            raise SpecError(f"rows is {rows!r}; signs take a whole number from 1 to {1 << 20}")
+        check_number(self, "signs take", bits=16, **({} if self.share is None else {"share": 1}))
+        check_whole(self, "signs take", rows=(1, 1 << 20))
 
     @property
     def unit(self) -> int:
@@ -112,14 +105,6 @@ class PackedBinary(Packed):
     columns: Tensor
     salient: Tensor
     peaks: Tensor
-
-    @classmethod
-    def from_tensors(cls, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Self:
-        if not isinstance(spec, Binary):
-            raise LayoutError(f"layout 'binary' stores a Binary spec; {type(spec).__name__} came")
-        check_tensors(spec, shape, tensors)
-        chosen = spec.chosen(shape)
-        return cls(chosen, (shape[0], shape[1]), *(tensors[name] for name in chosen.tensors(shape)))
 
     @classmethod
     def from_levels(

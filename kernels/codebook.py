@@ -34,9 +34,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from quant.kernels.packed import LayoutError, Packed, check_tensors
+from quant.kernels.packed import LayoutError, Packed
 from quant.kernels.packing import pack, pack_planes, padding_is_zero, plane_bytes, unpack, unpack_planes
-from quant.kernels.promise import Spec, SpecError, TensorSpec
+from quant.kernels.promise import Spec, SpecError, TensorSpec, check_number, check_whole
 from quant.kernels.scales import scale_values
 
 FAST = 4, 8
@@ -65,15 +65,9 @@ class Codebook(Spec):
 
     def __post_init__(self) -> None:
         least = 0 if self.length == 0 else 1
-        limits = (("length", 0, 16), ("index_bits", least, 16), ("second_bits", 0, 16), ("rows", 1, 1 << 20))
-        for name, low, high in limits:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise SpecError(f"{name} is {value!r}; a codebook takes a whole number from {low} to {high}")
-        for name, high in (("bits", 16), ("share", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= high:
-                raise SpecError(f"{name} is {value!r}; a codebook takes a number above 0, at most {high}")
+        limits = {"length": (0, 16), "index_bits": (least, 16), "second_bits": (0, 16), "rows": (1, 1 << 20)}
+        check_whole(self, "a codebook takes", **limits)
+        check_number(self, "a codebook takes", bits=16, share=1)
 
     @property
     def unit(self) -> int:
@@ -171,12 +165,9 @@ class PackedCodebook(Packed):
     stored: dict[str, Tensor]
 
     @classmethod
-    def from_tensors(cls, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Self:
-        if not isinstance(spec, Codebook):
-            raise LayoutError(f"layout 'codebook' stores a Codebook spec; {type(spec).__name__} came")
-        check_tensors(spec, shape, tensors)
-        chosen = codebook_for(spec, shape)
-        return cls(chosen, (shape[0], shape[1]), {name: tensors[name] for name in chosen.tensors(shape)})
+    def _made(cls, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Self:
+        assert isinstance(spec, Codebook)
+        return cls(spec, shape, {name: tensors[name] for name in spec.tensors(shape)})
 
     @classmethod
     def from_indices(

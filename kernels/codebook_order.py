@@ -58,10 +58,6 @@ class ArrangedCodebook:
     def device(self) -> torch.device:
         return self.weight.device
 
-    @property
-    def nbytes(self) -> int:
-        return sum(part.numel() * part.itemsize for part in self.tensors().values())
-
     def tensors(self) -> dict[str, Tensor]:
         """Under the names of the spec's tensors."""
         held = {"weight": self.weight, "codebook": self.codebook, "second": self.second, "columns": self.columns}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from quant.kernels.available import hopper
 from quant.kernels.blocks import takes_skinny
 from quant.kernels.integer import LONGEST, part, round_tokens, span
 from quant.kernels.launch import launch, refuses_place, sizes_of, slices, uniform_dequantize
@@ -100,8 +101,7 @@ def multiply(
     step = span(width, columns, LONGEST)
     carried = zeros is not None and bits == 8
     unit = 0.5 if zeros is None and bits == 1 else 1.0
-    hopper = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] == 9
-    bm, bn, warps = blocks(tokens, hopper)
+    bm, bn, warps = blocks(tokens, hopper(x.device))
     with torch.cuda.device_of(x):
         integer_kernel[(-(-tokens // bm), -(-count // bn))](
             x, x_scale, sums(x, step) if carried else x, unpacked, scales, scales if zeros is None else zeros,

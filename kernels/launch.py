@@ -172,6 +172,12 @@ def launch(
             _run(grid, x, weight, parts, count, sizes, named, config)
 
 
+def run(x: Tensor, arranged: Arranged, config: Config, out: Tensor) -> None:
+    """Fills `out` `[M, N]` with one configuration."""
+    _, *sizes = sizes_of(arranged)
+    launch(x, None, arranged.weight, arranged.scales, arranged.zeros, None, None, out, *sizes, config)
+
+
 def _run(
     grid: tuple[int, ...], x: Tensor, weight: Tensor, parts: tuple[Tensor, ...], count: int,
     sizes: tuple[int, ...], named: dict[str, Any], config: Config,

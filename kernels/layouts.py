@@ -20,7 +20,6 @@ fused qkv and the experts of a stack need nothing more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -30,7 +29,7 @@ from torch import Tensor
 from quant.kernels.binary import PackedBinary
 from quant.kernels.codebook import PackedCodebook
 from quant.kernels.lowrank import PackedLowRank
-from quant.kernels.packed import LayoutError, Packed, check_tensors, rows_at_once
+from quant.kernels.packed import LayoutError, Packed, rows_at_once
 from quant.kernels.packing import pack, padding_is_zero, row_bytes, unpack
 from quant.kernels.rotated import PackedRotated
 from quant.kernels.smoothed import PackedSmoothed
@@ -50,13 +49,6 @@ class PackedUniform(Packed):
     weight: Tensor
     scales: Tensor
     zeros: Tensor | None = None
-
-    @classmethod
-    def from_tensors(cls, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Self:
-        if not isinstance(spec, Uniform):
-            raise LayoutError(f"layout 'uniform' stores a Uniform spec; {type(spec).__name__} came")
-        check_tensors(spec, shape, tensors)
-        return cls(spec, (shape[0], shape[1]), tensors["weight"], tensors["scales"], tensors.get("zeros"))
 
     @classmethod
     def from_codes(

@@ -14,40 +14,27 @@ the branch can be saved as (`quant/checkpoint/adapter.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from quant.kernels.packed import LayoutError, Packed, check_tensors
-from quant.kernels.spec import LowRank, Spec
+from quant.kernels.packed import LayoutError, PackedAround
+from quant.kernels.spec import LowRank
 
 
 @dataclass(frozen=True, eq=False)
-class PackedLowRank(Packed):
+class PackedLowRank(PackedAround):
     """See the module."""
 
     layout: ClassVar[str] = "lowrank"
     shared: ClassVar[tuple[str, ...]] = ("lora_a",)
 
     spec: LowRank  # pyright: ignore[reportIncompatibleVariableOverride]  frozen: a narrower type is sound
-    base: Packed
     lora_a: Tensor
     lora_b: Tensor
-
-    @classmethod
-    def from_tensors(cls, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Self:
-        from quant.kernels.layouts import LAYOUTS
-
-        if not isinstance(spec, LowRank):
-            raise LayoutError(f"layout 'lowrank' stores a LowRank spec; {type(spec).__name__} came")
-        check_tensors(spec, shape, tensors)
-        inner = {name: tensors[name] for name in spec.base.tensors(shape)}
-        base = LAYOUTS[spec.base.layout].from_tensors(spec.base, shape, inner)
-        return cls(spec, (shape[0], shape[1]), base, tensors["lora_a"], tensors["lora_b"])
 
     def tensors(self) -> dict[str, Tensor]:
         return {**self.base.tensors(), "lora_a": self.lora_a, "lora_b": self.lora_b}

@@ -31,11 +31,10 @@ from quant.kernels import (
     integer,
     integer_launch,
     launch,
-    order,
     trellis_blocks,
     trellis_launch,
-    trellis_order,
 )
+from quant.kernels.arranged import ORDERS
 from quant.kernels.blocks import Config
 from quant.kernels.codebook import Codebook, PackedCodebook, codebook_for
 from quant.kernels.codebook_order import ArrangedCodebook
@@ -140,9 +139,7 @@ def random_codebook(spec: Codebook, rows: int, columns: int, device: str) -> Pac
 
 
 def arrange(packed: PackedUniform | PackedTrellis | PackedCodebook) -> Ordered:
-    if isinstance(packed, PackedCodebook):
-        return codebook_order.arrange(packed)
-    return order.arrange(packed) if isinstance(packed, PackedUniform) else trellis_order.arrange(packed)
+    return ORDERS[type(packed.spec)].arrange(packed)
 
 
 def rounding(case: Case, x: Tensor, weight: Tensor, exact: Tensor, scales: Tensor) -> Tensor:
@@ -172,16 +169,11 @@ def rounding(case: Case, x: Tensor, weight: Tensor, exact: Tensor, scales: Tenso
 
 def multiply(x: Tensor, arranged: Ordered, config: Config | None, turn: Rotation = IDENTITY) -> Tensor:
     """`matmul` of its kernels, or the kernel with one configuration."""
-    if isinstance(arranged, ArrangedTrellis) and turn.signs is not None:
-        if config is None:
-            return trellis_launch.matmul(x, arranged, None, turn)
-        out = torch.full((len(x), arranged.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
-        trellis_launch.run(x, arranged, config, out, turn)
-        return out
+    module, turned = module_of(arranged), () if turn.signs is None else (turn,)  # which a trellis's kernel does too
     if config is None:
-        return module_of(arranged).matmul(x, arranged)
+        return module.matmul(x, arranged, None, *turned)
     out = torch.full((len(x), arranged.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
-    run(x, arranged, config, out)
+    module.run(x, arranged, config, out, *turned)
     return out
 
 
@@ -192,17 +184,6 @@ def module_of(arranged: Ordered) -> Any:
     if isinstance(arranged, ArrangedTrellis):
         return trellis_launch
     return integer_launch if rounds_inputs(arranged.spec) else launch
-
-
-def run(x: Tensor, arranged: Ordered, config: Config, out: Tensor) -> None:
-    if not isinstance(arranged, Arranged):
-        module_of(arranged).run(x, arranged, config, out)
-        return
-    spec, columns = arranged.spec, arranged.shape[1]
-    launch.launch(
-        x, None, arranged.weight, arranged.scales, arranged.zeros, None, None, out, columns, spec.bits,
-        spec.group_width(columns), config,
-    )  # fmt: skip
 
 
 def weights(rows: int, columns: int, spec: Spec, count: int) -> Sequence[Ordered]:

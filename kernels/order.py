@@ -56,10 +56,6 @@ class Arranged:
     zeros: Tensor | None
 
     @property
-    def tiles(self) -> int:
-        return tiles(self.shape[1])
-
-    @property
     def device(self) -> torch.device:
         return self.weight.device
 
@@ -72,17 +68,17 @@ class Arranged:
             return launch.dequantize(self, dtype, rows.start, rows.stop)
         return plain(self).dequantize(dtype, rows.start, rows.stop)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Under the names of the spec's tensors."""
+        held = {"weight": self.weight, "scales": self.scales}
+        return held if self.zeros is None else {**held, "zeros": self.zeros}
+
     def rows(self, index: Tensor) -> Arranged:
         """The weight of the rows `index` int64 `[n]`."""
-        places = _places(self.weight.view(self.tiles, -1), self.spec.bits, self.shape[0])
+        places = _places(self.weight.view(tiles(self.shape[1]), -1), self.spec.bits, self.shape[0])
         weight = torch.cat([place[:, index].flatten(1) for place in places], 1).flatten()
         zeros = None if self.zeros is None else self.zeros[:, index]
         return Arranged(self.spec, (len(index), self.shape[1]), weight, self.scales[:, index], zeros)
-
-    @property
-    def nbytes(self) -> int:
-        parts = (self.weight, self.scales, *(() if self.zeros is None else (self.zeros,)))
-        return sum(part.numel() * part.itemsize for part in parts)
 
 
 def tiles(columns: int) -> int:
@@ -123,7 +119,7 @@ def _own(tensor: Tensor) -> Tensor:
 def plain(arranged: Arranged) -> PackedUniform:
     """The inverse of `arrange`, bit for bit."""
     rows, columns = arranged.shape
-    bits, count = arranged.spec.bits, arranged.tiles
+    bits, count = arranged.spec.bits, tiles(columns)
     places = _places(arranged.weight.view(count, -1), bits, rows)
     stored = torch.empty(arranged.spec.tensors(arranged.shape)["weight"].shape, dtype=torch.uint8)
     packed = stored.to(arranged.weight.device).view(rows, -1)

@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from quant.kernels.promise import DTYPES, Spec
+from quant.kernels.promise import DTYPES, Around, Spec
 
 
 class LayoutError(ValueError):
@@ -40,9 +40,19 @@ class Packed(ABC):
         """Raises `LayoutError` unless every value is one that the layout allows."""
 
     @classmethod
-    @abstractmethod
     def from_tensors(cls, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Self:
-        """The inverse of `tensors`. Raises `LayoutError` on a missing, extra or misshapen tensor."""
+        """The inverse of `tensors`. Raises `LayoutError` on another layout's spec, and on a missing, extra or misshapen
+        tensor."""
+        if spec.layout != cls.layout:
+            kind = cls.__name__.removeprefix("Packed")
+            raise LayoutError(f"layout {cls.layout!r} stores a {kind} spec; {type(spec).__name__} came")
+        check_tensors(spec, shape, tensors)
+        return cls._made(spec.chosen(shape), (shape[0], shape[1]), tensors)
+
+    @classmethod
+    def _made(cls, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Self:
+        """From all the tensors that `spec` promises, each a field of its name."""
+        return cls(spec, shape, **tensors)  # pyright: ignore[reportCallIssue]  of the layout's own fields
 
     def to(self, device: torch.device | str) -> Self:
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
@@ -51,6 +61,23 @@ class Packed(ABC):
     @property
     def device(self) -> torch.device:
         return next(iter(self.tensors().values())).device
+
+
+@dataclass(frozen=True, eq=False)
+class PackedAround(Packed):
+    """A packed weight `base` with something around it, whose tensors are stored after those of the base."""
+
+    base: Packed
+
+    @classmethod
+    def _made(cls, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Self:
+        from quant.kernels.layouts import LAYOUTS  # it needs this module
+
+        assert isinstance(spec, Around)
+        inner = {name: tensors[name] for name in spec.base.tensors(shape)}
+        base = LAYOUTS[spec.base.layout].from_tensors(spec.base, shape, inner)
+        own = {name: tensor for name, tensor in tensors.items() if name not in inner}
+        return cls(spec, shape, base, **own)  # pyright: ignore[reportCallIssue]  of the layout's own fields
 
 
 def rows_at_once(device: torch.device, columns: int) -> int:

@@ -63,3 +63,37 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         return {"layout": self.layout, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Around(Spec):
+    """A spec around another one, `base`, whose tensors are stored first."""
+
+    base: Spec
+
+    @property
+    def core(self) -> Spec:
+        return self.base.core
+
+    @property
+    def unit(self) -> int:
+        return self.base.unit
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "base": self.base.to_dict()}
+
+
+def check_whole(spec: Spec, what: str, **limits: tuple[int, int]) -> None:
+    """Raises `SpecError` unless these fields are whole numbers within their limits. `what`: "a trellis takes"."""
+    for name, (least, most) in limits.items():
+        value = getattr(spec, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise SpecError(f"{name} is {value!r}; {what} a whole number from {least} to {most}")
+
+
+def check_number(spec: Spec, what: str, **most: float) -> None:
+    """Raises `SpecError` unless these fields are numbers above 0, at most so large."""
+    for name, high in most.items():
+        value = getattr(spec, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= high:
+            raise SpecError(f"{name} is {value!r}; {what} a number above 0, at most {high}")

@@ -14,7 +14,6 @@ with `Q` the base and `H` as in `kernels/hadamard.py`; a side that is not rotate
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -22,9 +21,9 @@ import torch
 from torch import Tensor
 
 from quant.kernels.hadamard import block_for, hadamard
-from quant.kernels.packed import LayoutError, Packed, check_tensors
+from quant.kernels.packed import LayoutError, Packed, PackedAround
 from quant.kernels.packing import pack, padding_is_zero
-from quant.kernels.spec import Rotated, Spec
+from quant.kernels.spec import Rotated
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +47,7 @@ IDENTITY = Rotation(1, None)
 
 
 @dataclass(frozen=True, eq=False)
-class PackedRotated(Packed):
+class PackedRotated(PackedAround):
     """See the module. `output_signs` is None where the spec has none. The signs of both sides are as stored, or
     `in_order`: as `spread` gives them, around a base in kernel order."""
 
@@ -56,23 +55,10 @@ class PackedRotated(Packed):
     shared: ClassVar[tuple[str, ...]] = ("rotation", "input_signs")
 
     spec: Rotated  # pyright: ignore[reportIncompatibleVariableOverride]  frozen: a narrower type is sound
-    base: Packed
     rotation: Tensor
     input_signs: Tensor
     output_signs: Tensor | None = None
     in_order: bool = False
-
-    @classmethod
-    def from_tensors(cls, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Self:
-        from quant.kernels.layouts import LAYOUTS
-
-        if not isinstance(spec, Rotated):
-            raise LayoutError(f"layout 'rotated' stores a Rotated spec; {type(spec).__name__} came")
-        check_tensors(spec, shape, tensors)
-        inner = {name: tensors[name] for name in spec.base.tensors(shape)}
-        base = LAYOUTS[spec.base.layout].from_tensors(spec.base, shape, inner)
-        own = (tensors["rotation"], tensors["input_signs"], tensors.get("output_signs"))
-        return cls(spec, (shape[0], shape[1]), base, *own)
 
     @classmethod
     def around(cls, spec: Rotated, base: Packed, inputs: Rotation, outputs: Rotation) -> Self:

@@ -13,38 +13,25 @@ bits per input are `16 / out` bits per weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from quant.kernels.packed import LayoutError, Packed, check_tensors
-from quant.kernels.spec import Smoothed, Spec
+from quant.kernels.packed import LayoutError, PackedAround
+from quant.kernels.spec import Smoothed
 
 
 @dataclass(frozen=True, eq=False)
-class PackedSmoothed(Packed):
+class PackedSmoothed(PackedAround):
     """See the module."""
 
     layout: ClassVar[str] = "smoothed"
     shared: ClassVar[tuple[str, ...]] = ("smooth",)
 
     spec: Smoothed  # pyright: ignore[reportIncompatibleVariableOverride]  frozen: a narrower type is sound
-    base: Packed
     smooth: Tensor
-
-    @classmethod
-    def from_tensors(cls, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Self:
-        from quant.kernels.layouts import LAYOUTS
-
-        if not isinstance(spec, Smoothed):
-            raise LayoutError(f"layout 'smoothed' stores a Smoothed spec; {type(spec).__name__} came")
-        check_tensors(spec, shape, tensors)
-        inner = {name: tensors[name] for name in spec.base.tensors(shape)}
-        base = LAYOUTS[spec.base.layout].from_tensors(spec.base, shape, inner)
-        return cls(spec, (shape[0], shape[1]), base, tensors["smooth"])
 
     def tensors(self) -> dict[str, Tensor]:
         return {**self.base.tensors(), "smooth": self.smooth}

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from quant.kernels.binary import Binary as Binary
 from quant.kernels.codebook import Codebook as Codebook
 from quant.kernels.promise import DTYPES as DTYPES
-from quant.kernels.promise import Spec, SpecError, TensorSpec
+from quant.kernels.promise import Around, Spec, SpecError, TensorSpec, check_whole
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class Uniform(Spec):
     activations: Literal[8, 16] = 16
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
-            raise SpecError(f"bits is {self.bits!r}; a uniform grid takes a whole number from 1 to 8")
+        check_whole(self, "a uniform grid takes", bits=(1, 8))
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
             raise SpecError(f"group_size is {self.group_size!r}; give a positive whole number, or -1 for whole rows")
         if self.group_size != -1 and self.group_size < 1:
@@ -98,10 +97,7 @@ class Trellis(Spec):
     table_bits: int = 9
 
     def __post_init__(self) -> None:
-        for name, least, most in (("bits", 1, 4), ("window", 8, 16), ("length", 32, 4096), ("table_bits", 4, 9)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise SpecError(f"{name} is {value!r}; a trellis takes a whole number from {least} to {most}")
+        check_whole(self, "a trellis takes", bits=(1, 4), window=(8, 16), length=(32, 4096), table_bits=(4, 9))
         if self.length % 32:
             raise SpecError(f"length is {self.length}; a trellis takes a multiple of 32 rows")
         if self.code not in ("inst", "mac", "sum", "hyb"):
@@ -140,7 +136,7 @@ class Trellis(Spec):
 
 
 @dataclass(frozen=True)
-class Rotated(Spec):
+class Rotated(Around):
     """`base` in another basis: `W = B^T Q A`, with `A` and `B` block Hadamard matrices with random signs over the
     inputs and outputs, or the identity (QuIP#, arXiv 2402.04396, section 3).
 
@@ -161,16 +157,7 @@ class Rotated(Spec):
             raise SpecError(
                 "a rotation goes around the codes alone: one is enough; a low-rank branch or smoothing goes around it"
             )
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or not 2 <= self.block <= 2048:
-            raise SpecError(f"block is {self.block!r}; a rotation takes blocks of 2 to 2048")
-
-    @property
-    def core(self) -> Spec:
-        return self.base
-
-    @property
-    def unit(self) -> int:
-        return self.base.unit
+        check_whole(self, "a rotation's block is", block=(2, 2048))
 
     def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
@@ -183,12 +170,9 @@ class Rotated(Spec):
             stored["output_signs"] = TensorSpec("uint8", (math.ceil(rows / 8),))
         return stored
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "base": self.base.to_dict()}
-
 
 @dataclass(frozen=True)
-class LowRank(Spec):
+class LowRank(Around):
     """`base` and a low-rank branch that makes up for what it lost: `W = Q + B A`, `B` `[out, rank]`, `A` `[rank, in]`.
 
     `rank`: of the branch, 16 bits for each of its `rank (in + out)` values; a smaller matrix has a branch of its own
@@ -212,18 +196,11 @@ class LowRank(Spec):
             raise SpecError(
                 "a low-rank branch beside a low-rank branch, or around smoothing; smoothing goes around one"
             )
-        for name, least, most in (("rank", 1, 4096), ("rounds", 0, 16)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise SpecError(f"{name} is {value!r}; a low-rank branch takes a whole number from {least} to {most}")
+        check_whole(self, "a low-rank branch takes", rank=(1, 4096), rounds=(0, 16))
         if not isinstance(self.weighted, bool) or not isinstance(self.anchor, bool):
             raise SpecError(f"weighted is {self.weighted!r}, anchor {self.anchor!r}; give true or false")
         if self.factor_dtype not in ("float16", "bfloat16"):
             raise SpecError(f"factor_dtype is {self.factor_dtype!r}; give 'float16' or 'bfloat16'")
-
-    @property
-    def core(self) -> Spec:
-        return self.base.core
 
     def width(self, shape: tuple[int, int]) -> int:
         """The rank of the branch of a weight of this shape."""
@@ -237,12 +214,9 @@ class LowRank(Spec):
             "lora_b": TensorSpec(self.factor_dtype, (rows, self.width(shape))),
         }
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "base": self.base.to_dict()}
-
 
 @dataclass(frozen=True)
-class Smoothed(Spec):
+class Smoothed(Around):
     """`base` with each input multiplied by a factor of its own, and the weight's columns divided by it: `W = Q diag(m)`
     (SmoothQuant, arXiv 2211.10438; SVDQuant, arXiv 2411.05007, section 4.1). The channels of inputs to be rounded come
     nearer to each other, or important columns get more of a grid; the solver looks for the best factors among those of
@@ -259,22 +233,10 @@ class Smoothed(Spec):
     def __post_init__(self) -> None:
         if isinstance(self.base, Smoothed):
             raise SpecError("smoothing around smoothing; one is enough")
-        if isinstance(self.points, bool) or not isinstance(self.points, int) or not 1 <= self.points <= 100:
-            raise SpecError(f"points is {self.points!r}; give a whole number from 1 to 100")
-
-    @property
-    def core(self) -> Spec:
-        return self.base.core
-
-    @property
-    def unit(self) -> int:
-        return self.base.unit
+        check_whole(self, "give", points=(1, 100))
 
     def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         return {**self.base.tensors(shape), "smooth": TensorSpec("float16", (shape[1],))}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "base": self.base.to_dict()}
 
 
 def rounds_inputs(spec: Spec) -> bool:

@@ -38,7 +38,6 @@ multiple of 8, which saves a kernel shifts.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, Self
@@ -46,12 +45,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from quant.kernels.packed import LayoutError, Packed, check_tensors
+from quant.kernels.packed import LayoutError, Packed
 from quant.kernels.packing import pack
 from quant.kernels.scales import NO_SCALE as NO_SCALE
 from quant.kernels.scales import scale_codes as scale_codes
 from quant.kernels.scales import scale_values
-from quant.kernels.spec import Spec, Trellis
+from quant.kernels.spec import Trellis
 from quant.kernels.viterbi import pool
 
 MANY = 1 << 18  # weights from which a second thread is worth waking
@@ -109,13 +108,6 @@ class PackedTrellis(Packed):
     scales: Tensor
     peaks: Tensor
     table: Tensor | None = None
-
-    @classmethod
-    def from_tensors(cls, spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Self:
-        if not isinstance(spec, Trellis):
-            raise LayoutError(f"layout 'trellis' stores a Trellis spec; {type(spec).__name__} came")
-        check_tensors(spec, shape, tensors)
-        return cls(spec, (shape[0], shape[1]), **{name: tensors[name] for name in spec.tensors(shape)})
 
     @classmethod
     def from_states(

@@ -56,10 +56,6 @@ class ArrangedTrellis:
     def device(self) -> torch.device:
         return self.weight.device
 
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.tensors().values())
-
     def tensors(self) -> dict[str, Tensor]:
         """Under the names of the spec's tensors."""
         found = {"weight": self.weight, "scales": self.scales, "peaks": self.peaks}

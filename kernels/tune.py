@@ -163,6 +163,7 @@ def fastest(
     sizes = (tokens, rows, columns)
     nbytes = int(rows * columns * bits) // 8
     packed = measure.weights(rows, columns, spec, measure.copies(nbytes))
+    module = measure.module_of(packed[0])
     x = torch.randn((tokens, columns), device="cuda", dtype=measure.HALVES[kind])
     out = x.new_empty((tokens, rows))
     times = dict[Config, float]()
@@ -173,7 +174,7 @@ def fastest(
         for config, complaint in zip(fresh, apply(measure.wrong, cases), strict=True):
             times[config] = math.inf
             if not complaint:
-                call = lambda i, config=config: measure.run(x, packed[i], config, out)  # noqa: E731
+                call = lambda i, config=config: module.run(x, packed[i], config, out)  # noqa: E731
                 times[config] = measure.clock(call, len(packed), nbytes / 4e12)  # how many calls, no more
 
     if isinstance(spec, Trellis):

@@ -20,6 +20,7 @@ from quant.errors import BitwrightError, CheckpointError, SettingsError, SolverE
 from quant.kernels import dispatch
 from quant.kernels.layouts import LAYOUTS, LayoutError
 from quant.kernels.lowrank import PackedLowRank
+from quant.kernels.measure import random_packed
 from quant.kernels.packed import concatenate
 from quant.kernels.spec import DTYPES, LowRank, Rotated, Smoothed, Spec, SpecError, Trellis, Uniform, spec_from_dict
 from quant.linear import PackedLinear
@@ -75,6 +76,19 @@ def test_the_layout_is_base_and_branch_at_its_price(base: Spec, trained: tuple[T
     assert torch.allclose(x.grad, whole.sum(0).expand_as(x), atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         assert dispatch.matmul(x, packed, bias).dtype == torch.bfloat16
+
+
+def test_rows_are_stacked_only_where_the_codes_can_be() -> None:
+    """Two sequences of 200 rows take as many bytes as one of 256 and one of 144."""
+    base = Trellis(window=8)
+    spec, factor = LowRank(base, rank=2), torch.randn(2, 8).half()
+    made = lambda rows: PackedLowRank(  # noqa: E731
+        spec, (rows, 8), random_packed(base, rows, 8, "cpu"), factor, torch.randn(rows, 2).half()
+    )
+    with pytest.raises(LayoutError, match=r"cannot stack on 200 rows .* a multiple of 256 could"):
+        concatenate([made(200), made(200)])
+    parts = [made(256), made(144)]
+    assert torch.equal(concatenate(parts).dequantize(), torch.cat([part.dequantize() for part in parts]))
 
 
 @pytest.mark.parametrize("singular", [False, True])
