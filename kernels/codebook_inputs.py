@@ -52,9 +52,7 @@ def powers_of(places, begin, end, each, K, lanes, PARTS: tl.constexpr, ONE: tl.c
     """By what the token of a lane is multiplied in each part, so that the largest `|x|` of its warp's units fits. All
     `g` have the one token, or two of them the same, and take the units in turn."""
     TURNS: tl.constexpr = 8 if ONE else 2
-    found = ()
-    for _ in tl.static_range(PARTS):
-        found = found + (tl.zeros(lanes.shape, tl.float32),)
+    found = (tl.zeros(lanes.shape, tl.float32),) * PARTS
     for i in range(0, each, TURNS):
         unit = begin + i + lanes // 4 % TURNS
         fresh = ()

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from quant.kernels.uniform import inverse, is_last, power, stored
+from quant.kernels.warp import read_words
 
 PAIRS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
 """How the compiler wants operands: two registers of a lane side by side before Triton 3.8 (`kWidth = 4` where they are
@@ -73,25 +74,10 @@ def vectors(table, index, WIDTH: tl.constexpr, NATIVE: tl.constexpr):
     """The vectors of `index`: WIDTH // 2 words uint32, each two float16."""
     if NATIVE:
         at = table.to(tl.int64) + (index * (2 * WIDTH)).to(tl.int64)
-        if WIDTH == 2:
-            return (
-                tl.inline_asm_elementwise(
-                    "ld.global.nc.L1::evict_last.b32 $0, [$1];", "=r,l", [at], dtype=tl.uint32, is_pure=True, pack=1
-                ),
-            )
-        elif WIDTH == 4:
-            return tl.inline_asm_elementwise(
-                "ld.global.nc.L1::evict_last.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at],
-                dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            words = ()
-            for part in tl.static_range(WIDTH // 8):
-                words = words + tl.inline_asm_elementwise(
-                    "ld.global.nc.L1::evict_last.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at + part * 16],
-                    dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
-                )  # fmt: skip
-            return words
+        words = ()
+        for part in tl.static_range(-(-WIDTH // 8)):
+            words = words + read_words(at + part * 16, 4 if WIDTH >= 8 else WIDTH // 2, ".nc.L1::evict_last")
+        return words
     else:
         words = ()
         for part in tl.static_range(WIDTH // 2):
@@ -228,9 +214,7 @@ def codebook_kernel(
         if SECOND > 0:
             largest = _largest(largest, places, columns, start, stop, few, live, False, FEW)
         up = power(tl.max(tl.max(largest, 0), 0))
-    acc = ()
-    for _ in tl.static_range(LENGTH):
-        acc = acc + (tl.zeros((16, BM), tl.float32),)
+    acc = (tl.zeros((16, BM), tl.float32),) * LENGTH
     acc = _product(
         acc, places, columns, weight + tile * count * (64 * BITS), codebook + (number << BITS) * WIDTH, up, begin, end,
         K, live, BITS, LENGTH, WIDTH, BM, EVEN, False, SCALED, NATIVE,

@@ -74,9 +74,7 @@ def _collected(at, left, lanes, LANES: tl.constexpr, ROWS: tl.constexpr, SIZE: t
     `left`: tokens from here on."""
     AHEAD: tl.constexpr = 8 if COUNT == 1 else 4
     splits = tl.num_programs(1)
-    sums = ()
-    for _ in tl.static_range(COUNT):
-        sums = sums + (tl.zeros((LANES,), tl.float32),)
+    sums = (tl.zeros((LANES,), tl.float32),) * COUNT
     for begin in range(0, splits, AHEAD):
         fresh = ()
         for i in tl.static_range(COUNT):

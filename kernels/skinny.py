@@ -167,9 +167,7 @@ def skinny_kernel(
     places = ()
     for part in tl.static_range(PARTS):
         places = places + (x + tl.minimum(token + part * 8, M - 1).to(tl.int64) * stride + t * 8,)
-    acc = ()
-    for _ in tl.static_range(2 * TILES * PARTS * EACH):
-        acc = acc + (tl.zeros((32,), tl.float32),)
+    acc = (tl.zeros((32,), tl.float32),) * (2 * TILES * PARTS * EACH)
     dots, sums = nothing(TILES * PARTS, False), nothing(PARTS, False)
     words = step_words(weight, begin, N, row, t, BITS, 2 * TILES, NATIVE)
     for step in range(begin, end):

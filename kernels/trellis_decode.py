@@ -21,15 +21,10 @@ FLIP = tl.constexpr(0x7E99C4A0)  # times `inst`'s first mask is its second, 0x3b
 @triton.jit
 def pieces(at, size, BITS: tl.constexpr, SIDE: tl.constexpr, NATIVE: tl.constexpr, NOW: tl.constexpr = False):
     """The words of one side of a unit, four columns each, from where a lane's four of its chunk's first piece lie."""
-    if BITS == 1:
-        return load_words(at, 4, True, NATIVE, NOW)
-    elif BITS == 2:
-        return load_words(at + SIDE * size, 4, True, NATIVE, NOW)
-    elif BITS == 3:
-        return load_words(at + SIDE * size, 4, True, NATIVE, NOW) + load_words(at + 2 * size, 4, True, NATIVE, NOW)
-    else:
-        first = load_words(at + SIDE * size, 4, True, NATIVE, NOW)
-        return first + load_words(at + (2 + SIDE) * size, 4, True, NATIVE, NOW)
+    words = load_words(at + (SIDE * size if BITS > 1 else 0), 4, True, NATIVE, NOW)
+    if BITS > 2:
+        words = words + load_words(at + (2 if BITS == 3 else 2 + SIDE) * size, 4, True, NATIVE, NOW)
+    return words
 
 
 @triton.jit

@@ -119,11 +119,10 @@ def _side(
 ):  # fmt: skip
     """The products of all rows of the units with one side of a chunk."""
     PIECES: tl.constexpr = 4 if BITS <= 2 else 8
-    streams, last, fresh = (), (), ()
+    streams, last, fresh = (), (mask,) * 8, ()
     for half in tl.static_range(2):
         for i in tl.static_range(4):
             streams = streams + (streams_of(words, SIDE * (2 * PIECES + 4) + half * PIECES, i, SIDE, BITS),)
-            last = last + (mask,)
     for j in tl.static_range(products_of(CODE)):
         row = ()
         for i in tl.static_range(8):
@@ -196,10 +195,8 @@ def _summed(
     weight, size, pair, after, count = grid
     places, scale, integers, mine, where = scaled
     t, flip = lanes % 4, mask * FLIP
-    acc, sums = nothing(products_of(CODE) * PARTS, INTEGER, 32 * WARPS * CTAS), ()
-    for _ in tl.static_range(PARTS):
-        sums = sums + (tl.zeros(lanes.shape, tl.int32),)
-    sums = nothing(PARTS, False, 32 * WARPS * CTAS) if HALVES else sums
+    acc = nothing(products_of(CODE) * PARTS, INTEGER, 32 * WARPS * CTAS)
+    sums = nothing(PARTS, False, 32 * WARPS * CTAS) if HALVES else (tl.zeros(lanes.shape, tl.int32),) * PARTS
     SEVERAL: tl.constexpr = 8 * STEPS if BLOCK > 0 else AHEAD
     for several in range(0, turns, SEVERAL):
         if (INTEGER or HALVES) and NATIVE and BLOCK == 0:

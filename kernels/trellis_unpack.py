@@ -51,13 +51,12 @@ def decode_kernel(
     begin = tl.program_id(0) % parts * EACH
     for chunk in range(begin, tl.minimum(begin + EACH, count)):
         start = weight + tl.cast(chunk, tl.int64) * (BITS * size)
-        streams, words = (), ()
+        streams, words = (), (mask,) * 8
         for side in tl.static_range(2):
             mine = pieces(start + held * 16 + t * 4, size, BITS, side, NATIVE)
             then = load_words(start + after * 16 + t * 4 + (side * size if BITS > 1 else 0), 4, True, NATIVE)
             for i in tl.static_range(4):
                 streams = streams + (streams_of(mine + then, 0, i, side, BITS),)
-                words = words + (mask,)
         column = chunk * 32 + t[:, None] * 8 + tl.arange(0, 8)[None, :]
         for j in tl.static_range(16):
             fresh = ()

@@ -23,24 +23,27 @@ import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def _loading(count: int, how: str) -> str:
+    """The instruction that loads `count` words from the address that comes after them; `how`: its qualifiers."""
+    if count == 1:
+        return f"ld.global{how}.b32 $0, [$1];"
+    return f"ld.global{how}.v{count}.b32 {{{', '.join(f'${i}' for i in range(count))}}}, [${count}];"
+
+
+@triton.constexpr_function
+def _loading_some(count: int) -> str:
+    """The same where the operand after the address is not 0; else zeros."""
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
+    return f"{{.reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {zeros} @p {_loading(count, '')}}}"
+
+
 @triton.jit
-def _read(at, COUNT: tl.constexpr, HOW: tl.constexpr, PURE: tl.constexpr = True):
+def read_words(at, COUNT: tl.constexpr, HOW: tl.constexpr, PURE: tl.constexpr = True):
     """COUNT words uint32 (1, 2 or 4) from each lane's pointer; HOW: qualifiers of the instruction."""
-    if COUNT == 4:
-        return tl.inline_asm_elementwise(
-            "ld.global" + HOW + ".v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at.to(tl.int64)],
-            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=PURE, pack=1,
-        )  # fmt: skip
-    elif COUNT == 2:
-        return tl.inline_asm_elementwise(
-            "ld.global" + HOW + ".v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at.to(tl.int64)],
-            dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        word = tl.inline_asm_elementwise(
-            "ld.global" + HOW + ".b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.uint32, is_pure=True, pack=1
-        )
-        return (word,)
+    return tl.inline_asm_elementwise(
+        _loading(COUNT, HOW), "=r," * COUNT + "l", [at.to(tl.int64)], dtype=(tl.uint32,) * COUNT, is_pure=PURE, pack=1
+    )
 
 
 @triton.jit
@@ -48,9 +51,9 @@ def load_words(at, COUNT: tl.constexpr, TWICE: tl.constexpr, NATIVE: tl.constexp
     """COUNT words uint32 (1, 2 or 4) from each lane's pointer `at` to int32, aligned to as many. TWICE: they are read
     once more soon; else they go past the first-level cache. NOW: four words, and before the next barrier."""
     if NATIVE and NOW:
-        return _read(at, COUNT, ".L1::evict_first", False)
+        return read_words(at, COUNT, ".L1::evict_first", False)
     elif NATIVE:
-        return _read(at, COUNT, ".nc.L1::evict_first" if TWICE else ".nc.L1::no_allocate")
+        return read_words(at, COUNT, ".nc.L1::evict_first" if TWICE else ".nc.L1::no_allocate")
     else:
         words = ()
         for i in tl.static_range(COUNT):
@@ -64,19 +67,11 @@ def load_inputs(at, here, COUNT: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.co
     not `here`, which EVEN says is everywhere."""
     if NATIVE:
         if EVEN:
-            return _read(at, COUNT, "")
-        elif COUNT == 4:
-            return tl.inline_asm_elementwise(
-                "{.reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
-                "@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];}", "=&r,=&r,=&r,=&r,l,r",
-                [at.to(tl.int64), here.to(tl.int32)],
-                dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
-            )  # fmt: skip
+            return read_words(at, COUNT, "")
         else:
             return tl.inline_asm_elementwise(
-                "{.reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
-                "@p ld.global.v2.b32 {$0, $1}, [$2];}", "=&r,=&r,l,r", [at.to(tl.int64), here.to(tl.int32)],
-                dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
+                _loading_some(COUNT), "=&r," * COUNT + "l,r", [at.to(tl.int64), here.to(tl.int32)],
+                dtype=(tl.uint32,) * COUNT, is_pure=True, pack=1,
             )  # fmt: skip
     else:
         words = ()
@@ -110,15 +105,11 @@ def shuffled(number, lane, NATIVE: tl.constexpr):
     """The float32 or int32 of another lane."""
     if not NATIVE:
         return tl.gather(number, lane, 0)
-    elif number.dtype == tl.float32:
-        return tl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [number, lane], dtype=tl.float32, is_pure=True,
-            pack=1,
-        )  # fmt: skip
     else:
+        REGISTERS: tl.constexpr = "=f,f,r" if number.dtype == tl.float32 else "=r,r,r"
         return tl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [number, lane], dtype=tl.int32, is_pure=True,
-            pack=1,
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", REGISTERS, [number, lane], dtype=number.dtype,
+            is_pure=True, pack=1,
         )  # fmt: skip
 
 
@@ -263,29 +254,24 @@ def _multiplied(a0, a1, a2, a3, b0, b1, c, KIND: tl.constexpr):
     return first + (c[2] + tl.reshape(even_lower, (LANES,)).to(SUM), c[3] + tl.reshape(odd_lower, (LANES,)).to(SUM))
 
 
+@triton.constexpr_function
+def _multiplying(kind: str) -> str:
+    """The tensor core's instruction for numbers of a kind."""
+    types = {"fp16": "k16.row.col.f32.f16.f16.f32", "bf16": "k16.row.col.f32.bf16.bf16.f32"}
+    return "mma.sync.aligned.m16n8" + {**types, "int8": "k32.row.col.s32.u8.s8.s32"}[kind]
+
+
 @triton.jit
-def product(
-    a0, a1, a2, a3, b0, b1, c,
-    KIND: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
+def product(a0, a1, a2, a3, b0, b1, c, KIND: tl.constexpr, NATIVE: tl.constexpr):
     """`c` (four accumulators) and a product of `KIND`: "fp16" or "bf16" with float32 accumulators; "int8": bytes
     without a sign times bytes with one, int32."""
     if NATIVE:
-        if KIND != "int8":
-            TYPE: tl.constexpr = "bf16.bf16" if KIND == "bf16" else "f16.f16"
-            return tl.inline_asm_elementwise(
-                "mma.sync.aligned.m16n8k16.row.col.f32." + TYPE + ".f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
-                "{$10, $11, $12, $13};", "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-                [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
-                dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            return tl.inline_asm_elementwise(
-                "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
-                "{$10, $11, $12, $13};", "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
-                [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
-                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
-            )  # fmt: skip
+        SUM: tl.constexpr = "r" if KIND == "int8" else "f"
+        return tl.inline_asm_elementwise(
+            _multiplying(KIND) + " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            ("=" + SUM + ",") * 4 + "r,r,r,r,r,r" + ("," + SUM) * 4,
+            [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]], dtype=(c[0].dtype,) * 4, is_pure=True, pack=1,
+        )  # fmt: skip
     else:
         return _multiplied(a0, a1, a2, a3, b0, b1, c, KIND)
 
@@ -293,8 +279,5 @@ def product(
 @triton.jit
 def nothing(COUNT: tl.constexpr, INTEGER: tl.constexpr, LANES: tl.constexpr = 32):
     """COUNT times four accumulators at zero, int32 or float32."""
-    made = ()
-    for _ in tl.static_range(COUNT):
-        zero = tl.zeros((LANES,), tl.int32 if INTEGER else tl.float32)
-        made = made + ((zero, zero, zero, zero),)
-    return made
+    zero = tl.zeros((LANES,), tl.int32 if INTEGER else tl.float32)
+    return ((zero, zero, zero, zero),) * COUNT
