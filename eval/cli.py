@@ -18,7 +18,6 @@ import transformers
 import typer
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from quant.calibration.texts import resolve
 from quant.checkpoint.card import add_evaluation
@@ -28,7 +27,7 @@ from quant.eval.evaluate import evaluate
 from quant.eval.painter import is_diffusion
 from quant.eval.report import Report, write_json
 from quant.eval.subject import Subject, open_subject, packed_by_us
-from quant.eval.table import console_for, continuations, table
+from quant.eval.table import bars, console_for, continuations, table
 from quant.memory import map_large
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
@@ -150,21 +149,10 @@ def _judge(
     models: list[str], against: str | None, prompts: int, quiet: bool, settings: dict[str, Any]
 ) -> tuple[Report | None, list[Report]]:
     """The original's report (None without one) and those of the models, with a progress bar on stderr."""
-    console = console_for(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet or not console.is_terminal
-    ) as bar:
+    with bars(quiet) as bar:
 
         def run(source: str | Subject, name: str, original: Subject | None, generate: int) -> Report:
-            task = bar.add_task(name, total=None)
-            return evaluate(
-                source,
-                against=original,
-                generate=generate,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-                **settings,
-            )
+            return evaluate(source, against=original, generate=generate, progress=bar(name), **settings)
 
         if against is None:
             reports = [run(model, model, None, prompts) for model in models]

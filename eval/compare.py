@@ -19,7 +19,6 @@ from quant.eval.perplexity import (
     Perplexity,
     Progress,
     Rule,
-    Window,
     batches,
     check_finite,
     forward,
@@ -78,8 +77,10 @@ def compare(
             raise SettingsError(
                 f"{candidate.name} and {original.name} predict {sizes} tokens; they cannot be compared."
             )
-        for index, window in enumerate(batch):
-            for got in _window(window, logits_BTV[index], logits0_BTV[index], ids_BT[index]):
+        for window, logits_TV, logits0_TV, ids_T in zip(batch, logits_BTV, logits0_BTV, ids_BT, strict=True):
+            pairs = zip(scored(window, logits_TV, ids_T), scored(window, logits0_TV, ids_T), strict=True)
+            for (logits_CV, targets_C), (logits0_CV, _) in pairs:
+                got = _score(logits_CV, logits0_CV, targets_C)
                 total += float(got.nll.double().sum())
                 total_original += float(got.nll_original.double().sum())
                 agreed += int(got.same.sum())
@@ -95,11 +96,6 @@ def compare(
         kl=float(kl.double().mean()), kl_p99=_quantile(kl, 0.99), kl_max=float(kl.max()), top1=agreed / len(kl)
     )
     return Comparison(summarize(total, windows, encoded), summarize(total_original, windows, encoded), divergence)
-
-
-def _window(window: Window, logits_TV: torch.Tensor, logits0_TV: torch.Tensor, ids_T: torch.Tensor) -> list[_Scores]:
-    pairs = zip(scored(window, logits_TV, ids_T), scored(window, logits0_TV, ids_T), strict=True)
-    return [_score(logits_CV, logits0_CV, targets_C) for (logits_CV, targets_C), (logits0_CV, _) in pairs]
 
 
 def _score(logits_CV: torch.Tensor, logits0_CV: torch.Tensor, targets_C: torch.Tensor) -> _Scores:

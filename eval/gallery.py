@@ -124,8 +124,10 @@ def _picture(
         apart = {name: float(each(made.images, wall.drawn.images).mean()) for name, each in distances.items()}
         steps = _steps(painter, made, wall.drawn, rule)
     # without real images the original is the measure, and has no distance to itself
-    compared = looked is not None and wall.real is not None and (not alone or wall.source.endswith("real images"))
-    between = precision_recall(looked.features, wall.real) if compared and looked and wall.real is not None else None
+    real = wall.real if not alone or wall.source.endswith("real images") else None
+    far = between = None
+    if looked is not None and real is not None:
+        far, between = frechet(looked.features, real), precision_recall(looked.features, real)
     return Picture(
         model=painter.name,
         path=str(painter.folder) if painter.folder else None,
@@ -135,7 +137,7 @@ def _picture(
         psnr_worst=near.get("psnr_worst"),
         ssim=near.get("ssim"),
         cosine=steps[-1].cosine if steps else None,
-        frechet=frechet(looked.features, wall.real) if compared and looked and wall.real is not None else None,
+        frechet=far,
         precision=between[0] if between else None,
         recall=between[1] if between else None,
         accuracy=looked.accuracy(made.asked) if looked is not None and painter.classes else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from rich.console import Group
 
@@ -31,9 +31,9 @@ _COLUMNS = (
 def picture_table(hung: Hung, width: int) -> Group:
     """One row per model, the original first. A column that nobody fills is left out; what does not fit continues in a
     table below."""
-    shown = [*([hung.original] if hung.original else []), *hung.pictures]
-    named = [Column(name, _distance(name), "to the original's image, mean") for name in _names(shown)]
-    return tables(title(hung), shown, [*_COLUMNS, *named], width)
+    names = dict.fromkeys(name for picture in hung.shown for name in picture.distances)
+    named = [Column(name, _distance(name), "to the original's image, mean") for name in names]
+    return tables(title(hung), hung.shown, [*_COLUMNS, *named], width)
 
 
 def title(hung: Hung) -> str:
@@ -51,18 +51,13 @@ def title(hung: Hung) -> str:
 
 def markdown(hung: Hung) -> str:
     """The table for a report, the settings below it."""
-    shown = [*([hung.original] if hung.original else []), *hung.pictures]
-    columns = filled(_COLUMNS, shown)
+    columns = filled(_COLUMNS, hung.shown)
     lines = ["| model | " + " | ".join(column.heading for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [
         f"| {picture.model} | " + " | ".join(column.cell(picture) or "-" for column in columns) + " |"
-        for picture in shown
+        for picture in hung.shown
     ]
     return "\n".join([*lines, "", f"{title(hung)}.", ""])
-
-
-def _names(shown: Sequence[Picture]) -> list[str]:
-    return list(dict.fromkeys(name for picture in shown for name in picture.distances))
 
 
 def _distance(name: str) -> Callable[[Picture], str]:

@@ -236,9 +236,7 @@ def summarize(total: float, windows: Sequence[Window], encoded: Encoded) -> Perp
 
 
 def _exp(nats: float) -> float:
-    return math.exp(
-        min(nats, 700.0)
-    )  # e^700 is the last that fits; a model that bad has no perplexity worth more digits
+    return math.exp(min(nats, 700.0))  # e^700 is the last that fits; nobody wants more digits of a model that bad
 
 
 def main(

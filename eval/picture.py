@@ -94,3 +94,8 @@ class Hung:
     original: Picture | None
     pictures: tuple[Picture, ...]
     rows: tuple[tuple[str, torch.Tensor], ...] = field(repr=False)
+
+    @property
+    def shown(self) -> list[Picture]:
+        """All of them, the original first."""
+        return [*([self.original] if self.original else []), *self.pictures]

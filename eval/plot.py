@@ -27,8 +27,7 @@ def plot(reports: Sequence[Report], original: Report | None, path: Path) -> None
     points = [(r.size.bytes / 1e6, r.perplexity.token, r.model) for r in reports if r.perplexity is not None]
     if not points:
         raise SettingsError("the plot shows perplexity, and no model here has one.")
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(8, 5)
     axes = figure.add_subplot()
     axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], s=45, color="#1f77b4", zorder=3)
     if original is not None and original.perplexity is not None:
@@ -47,6 +46,18 @@ def plot(reports: Sequence[Report], original: Report | None, path: Path) -> None
     axes.set_ylabel(f"perplexity per token, {settings.window_rule} windows of {windows}{stride}")
     axes.set_title(f"{settings.text}: size against perplexity", loc="left")
     _label(figure, axes, points)
+    save(figure, path)
+
+
+def blank(wide: float, high: float) -> Figure:
+    """A figure of so many inches."""
+    figure = Figure(figsize=(wide, high), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Raises `SettingsError` where it cannot be written."""
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:  # ValueError: an ending matplotlib does not know

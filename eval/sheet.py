@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from quant.errors import SettingsError
 from quant.eval.picture import Picture
+from quant.eval.plot import blank, save
 
 _SIDE, _GAP, _LINE = 64, 4, 16  # pixels: the least side of an image, the space between, a line of text
 _BANDS = 2
@@ -64,8 +63,7 @@ def plot_steps(pictures: Sequence[Picture], path: Path) -> None:
     shown = [picture for picture in pictures if picture.steps]
     if not shown:
         raise SettingsError("the plot shows each timestep's error to the original; give --against ORIGINAL.")
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(10, 4.5)
     alone, drawn = figure.subplots(1, 2)
     for picture in shown:
         times = [step.timestep for step in picture.steps]
@@ -83,7 +81,4 @@ def plot_steps(pictures: Sequence[Picture], path: Path) -> None:
     drawn.legend(fontsize=8)
     settings = shown[0].settings
     figure.suptitle(f"{settings.traced} images, {settings.said}", fontsize=9)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"plot {path}: cannot be written ({error}).") from error
+    save(figure, path)

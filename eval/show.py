@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -23,7 +22,7 @@ from quant.eval.painter import Painter, open_painter
 from quant.eval.picture import Hung
 from quant.eval.report import write_json
 from quant.eval.sheet import plot_steps, sheet
-from quant.eval.table import console_for
+from quant.eval.table import bars, console_for
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -76,26 +75,16 @@ def show(models: Sequence[str], against: str | None, rule: dict[str, Any], showi
 
 
 def _judged(painters: Sequence[Painter], original: Painter | None, rule: Rule, showing: Showing) -> Hung:
-    console = console_for(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True,
-        disable=showing.quiet or not console.is_terminal,
-    ) as bar:  # fmt: skip
+    clip = reward = None
+    if showing.clip:
+        from quant.eval.clip import open_clip  # transformers' CLIP is read only when asked for
 
-        def progress(name: str) -> Callable[[int, int], None]:
-            task = bar.add_task(name, total=None)
-            return lambda done, total: bar.update(task, completed=done, total=total)
+        clip = open_clip(showing.clip)
+    if showing.reward:
+        from quant.eval.reward import open_reward  # and so is its BLIP
 
-        clip = reward = None
-        if showing.clip:
-            from quant.eval.clip import open_clip  # transformers' CLIP is read only when asked for
-
-            clip = open_clip(showing.clip)
-        if showing.reward:
-            from quant.eval.reward import open_reward  # and so is its BLIP
-
-            reward = open_reward(showing.reward)
+        reward = open_reward(showing.reward)
+    with bars(showing.quiet) as bar:
         return judge_images(
             painters,
             against=original,
@@ -106,7 +95,7 @@ def _judged(painters: Sequence[Painter], original: Painter | None, rule: Rule, s
             reward=reward,
             distances={"LPIPS": open_lpips(showing.lpips)} if showing.lpips else None,
             device=showing.device,
-            progress=progress,
+            progress=bar,
         )
 
 

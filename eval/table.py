@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console, Group
 from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text as Styled
 
 from quant.eval.columns import Column, some, tables
 from quant.eval.generate import Generation
+from quant.eval.perplexity import Progress as Tell
 from quant.eval.report import Report
 
 
@@ -68,6 +71,22 @@ def console_for(stderr: bool = False) -> Console:
     """A console that does not squeeze the table into 80 columns when its output goes to a file."""
     console = Console(stderr=stderr, highlight=False)
     return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=180)
+
+
+@contextmanager
+def bars(quiet: bool) -> Generator[Callable[[str], Tell]]:
+    """Gives what begins a named bar on stderr, which is told (done, in all); none is shown where nobody looks."""
+    console = console_for(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet or not console.is_terminal
+    ) as shown:
+
+        def begin(name: str) -> Tell:
+            task = shown.add_task(name, total=None)
+            return lambda done, total: shown.update(task, completed=done, total=total)
+
+        yield begin
 
 
 def _title(reports: Sequence[Report]) -> str:
