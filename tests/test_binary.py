@@ -204,15 +204,6 @@ def test_refit_never_hurts(trained: tuple[Tensor, Statistics], count: int, toget
         assert lost(packed.dequantize()) <= errors[-1] * (1 + 1e-4)
 
 
-def test_dead_rows_stay_zero(trained: tuple[Tensor, Statistics]) -> None:
-    weight = trained[0][:40].clone()
-    weight[3] = 0
-    found = Feedback().solve(weight, trained[1], Binary(share=0.2))
-    assert bool((found.weight[3] == 0).all())
-    assert bool(torch.isfinite(found.weight).all())
-    assert Feedback().solve(torch.zeros_like(weight), trained[1], found.packed.spec).weight.abs().max() == 0
-
-
 def test_a_checkpoint_keeps_its_promise_and_runs(llama: Path, words: Path, tmp_path: Path) -> None:
     data = load_recipe("balanced").to_dict() | {"spec": Binary(bits=2.5).to_dict()}
     small = (f"calibration.text={words}", "calibration.samples=4", "calibration.sequence_length=32")

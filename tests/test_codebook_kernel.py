@@ -23,6 +23,7 @@ from quant.kernels.spec import LowRank, Rotated, Spec
 from quant.linear import PackedLinear
 from tests.ahead import OLD, Compiled, compile_for
 from tests.guarded import guarded, intact
+from tests.products import check_many_tokens, some
 from tests.rerun import rerun
 
 
@@ -43,10 +44,6 @@ def weight(rows: int, columns: int, spec: Codebook, seed: int = 0) -> PackedCode
         packed.stored["columns"].copy_(arranged.codebook_order.pack(chosen.to(torch.uint8), 1))
     packed.validate()
     return packed
-
-
-def some(tokens: int, columns: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
-    return torch.randn((tokens, columns), generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def bound(x: Tensor, packed: PackedCodebook, exact: Tensor) -> Tensor:
@@ -211,26 +208,8 @@ def interpreted_bfloat16_of_any_size() -> None:
 
 
 def interpreted_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decoded and left to torch, in slices; inputs of any strides; gradients."""
     packed = weight(70, 40, Codebook(length=4, index_bits=8, second_bits=2, share=0.3, rows=32))
-    held, x, bias = arrange(packed), some(6, 40, torch.float16), some(1, 70, torch.float16, 2)[0]
-    expected = codebook_launch.matmul(x, held, bias)
-    assert torch.equal(codebook_launch.matmul(x.view(2, 3, 40), held, bias), expected.view(2, 3, 70))
-    assert torch.equal(codebook_launch.matmul(x.T.contiguous().T, held, bias), expected)
-    assert codebook_launch.matmul(x[:0], held).shape == (0, 70)
-    with pytest.raises(ValueError, match="last dimension must be 40"):
-        codebook_launch.matmul(x[:, :39], held)
-    assert "float32" in str(codebook_launch.refuses(x.float(), held))
-    monkeypatch.setattr(codebook_launch, "UNPACK_FROM", 0)
-    many = codebook_launch.matmul(x.requires_grad_(), held, bias.requires_grad_())
-    exact = x.double() @ packed.dequantize(torch.float16).double().T + bias
-    assert bool(
-        ((many - exact).abs() <= 2.0**-8 * (x.double().abs() @ packed.dequantize(torch.float64).abs().T + 1)).all()
-    )
-    upstream = some(6, 70, torch.float16, 3)
-    grads = torch.autograd.grad(many, (x, bias), upstream)
-    torch.testing.assert_close(grads[0], upstream @ packed.dequantize(torch.float16))
-    torch.testing.assert_close(grads[1], upstream.sum(0))
+    check_many_tokens(codebook_launch, packed, arrange(packed), monkeypatch)
 
 
 BASE = Codebook(length=3, index_bits=5, second_bits=2, share=0.25, rows=36)

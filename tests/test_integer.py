@@ -31,9 +31,10 @@ from quant.kernels.spec import (
 from quant.solvers.feedback import Feedback
 from tests.ahead import OLD, SHARED_LIMIT, compile_for
 from tests.guarded import guarded, intact
+from tests.products import some
 from tests.rerun import rerun
 from tests.test_lowrank import trained as trained
-from tests.test_uniform_kernel import some, weight
+from tests.test_uniform_kernel import weight
 
 
 def grid(bits: int, group: int, symmetric: bool = False) -> Uniform:

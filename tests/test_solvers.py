@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from quant.calibration.statistics import HessianCollector, Statistics
 from quant.errors import CalibrationError, SettingsError, SolverError
-from quant.kernels.spec import DTYPES, Spec, Uniform
+from quant.kernels.spec import DTYPES, Binary, Codebook, Spec, Trellis, Uniform
 from quant.solvers.feedback import Feedback
 from quant.solvers.grid import MINMAX, SEARCH, Search, encode, fit, storable
 from quant.solvers.nearest import Nearest
@@ -246,3 +246,13 @@ def test_settings_that_cannot_be_are_refused() -> None:
         Search(steps=0)
     with pytest.raises(SettingsError, match="stretches are positive"):
         Search(stretches=(1.1, -1.0))
+
+
+@pytest.mark.parametrize("spec", [Trellis(window=8), Codebook(length=3, index_bits=4), Binary(share=0.2)])
+def test_dead_rows_and_columns_stay_zero(spec: Spec, trained: tuple[Tensor, Statistics]) -> None:
+    weight = trained[0][:40].clone()
+    weight[3] = 0
+    found = Feedback().solve(weight, trained[1], spec)
+    assert bool((found.weight[3] == 0).all())
+    assert bool(torch.isfinite(found.weight).all())
+    assert Feedback().solve(torch.zeros_like(weight), trained[1], found.packed.spec).weight.abs().max() == 0

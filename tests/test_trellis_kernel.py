@@ -22,6 +22,7 @@ from quant.kernels.trellis_order import ArrangedTrellis, arrange, chunks, plain,
 from quant.linear import PackedLinear
 from tests.ahead import SHARED_LIMIT, Compiled, compile_for
 from tests.guarded import guarded, intact
+from tests.products import check_many_tokens, some
 from tests.rerun import rerun
 
 
@@ -38,10 +39,6 @@ def weight(rows: int, columns: int, spec: Trellis, seed: int = 0) -> PackedTrell
     if spec.code == "hyb":
         made["table"] = (4 * torch.rand(promised["table"].shape, generator=source) - 2).half()
     return PackedTrellis.from_tensors(spec, (rows, columns), made)
-
-
-def some(tokens: int, columns: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
-    return torch.randn((tokens, columns), generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def bound(x: Tensor, packed: PackedTrellis, exact: Tensor, integers: bool = True) -> Tensor:
@@ -353,26 +350,8 @@ def interpreted_tokens_are_alone() -> None:
 
 
 def interpreted_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decoded and left to torch, in slices; inputs of any strides; gradients."""
     packed = weight(70, 40, Trellis(length=32))
-    held, x, bias = arrange(packed), some(6, 40, torch.float16), some(1, 70, torch.float16, 2)[0]
-    expected = trellis_launch.matmul(x, held, bias)
-    assert torch.equal(trellis_launch.matmul(x.view(2, 3, 40), held, bias), expected.view(2, 3, 70))
-    assert torch.equal(trellis_launch.matmul(x.T.contiguous().T, held, bias), expected)
-    assert trellis_launch.matmul(x[:0], held).shape == (0, 70)
-    with pytest.raises(ValueError, match="last dimension must be 40"):
-        trellis_launch.matmul(x[:, :39], held)
-    assert "float32" in str(trellis_launch.refuses(x.float(), held))
-    monkeypatch.setattr(trellis_launch, "UNPACK_FROM", 0)
-    many = trellis_launch.matmul(x.requires_grad_(), held, bias.requires_grad_())
-    exact = x.double() @ packed.dequantize(torch.float16).double().T + bias
-    assert bool(
-        ((many - exact).abs() <= 2.0**-8 * (x.double().abs() @ packed.dequantize(torch.float64).abs().T + 1)).all()
-    )
-    upstream = some(6, 70, torch.float16, 3)
-    grads = torch.autograd.grad(many, (x, bias), upstream)
-    torch.testing.assert_close(grads[0], upstream @ packed.dequantize(torch.float16))
-    torch.testing.assert_close(grads[1], upstream.sum(0))
+    check_many_tokens(trellis_launch, packed, arrange(packed), monkeypatch)
 
 
 def wrapped(spec: Spec, rows: int, columns: int) -> dict[str, Tensor]:

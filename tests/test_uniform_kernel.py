@@ -17,6 +17,7 @@ from quant.kernels.spec import DTYPES, Uniform
 from quant.linear import PackedLinear
 from tests.ahead import SHARED_LIMIT, Compiled, compile_for
 from tests.guarded import guarded, intact
+from tests.products import some
 from tests.rerun import rerun
 
 
@@ -27,10 +28,6 @@ def weight(rows: int, columns: int, spec: Uniform, seed: int = 0) -> PackedUnifo
     scales = (torch.randn((rows, groups), generator=source) / 2**spec.bits).to(DTYPES[spec.scale_dtype])
     zeros = torch.randint(0, 2**spec.bits, (rows, groups), generator=source, dtype=torch.uint8)
     return PackedUniform.from_codes(spec, (rows, columns), codes, scales, None if spec.symmetric else zeros)
-
-
-def some(tokens: int, columns: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
-    return torch.randn((tokens, columns), generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def bound(x: Tensor, arranged: Arranged, exact: Tensor) -> Tensor:
