@@ -34,20 +34,9 @@ CODEBOOKS = (2.0, 3.0)
 """Bits of the codebooks that are timed."""
 PEERS = ("bf16", "int4pack", "gemlite")
 SHOWN = (
-    "model",
-    "layer",
-    "N",
-    "K",
-    "M",
-    "bits",
-    "code",
-    "us",
-    "GB/s",
-    "limit us",
-    "of limit",
-    "other us",
-    *(f"{p} us" for p in PEERS),
-)
+    "model", "layer", "N", "K", "M", "bits", "code", "us", "GB/s", "limit us", "of limit", "other us",
+    *(f"{name} us" for name in PEERS),
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -79,11 +79,8 @@ def _accumulated(codes: Tensor, packed: PackedUniform, start: int, stop: int) ->
     """`acc` float32 `[M, stop - start]` before the tokens' scales."""
     columns = packed.shape[1]
     width = packed.spec.group_width(columns)
-    weight, zeros, scales = (
-        packed.codes(start, stop),
-        packed.zero_points(start, stop),
-        packed.scales[start:stop].float(),
-    )
+    weight, zeros = packed.codes(start, stop), packed.zero_points(start, stop)
+    scales = packed.scales[start:stop].float()
     total = codes.new_zeros((len(codes), stop - start), dtype=torch.float32)
     each = part(columns)
     for first in range(0, columns, each):

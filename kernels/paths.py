@@ -99,11 +99,8 @@ def searcher(bits: int) -> Any:
         for v in range(vector):
             known[v] = values[v].reshape(groups, ways).T.copy().reshape(count) if apart else values[v]
         first, second = known[0].reshape(shape), known[vector - 1].reshape(shape)
-        cost, least, came = (
-            np.empty(count, np.float32),
-            np.empty(groups, np.float32),
-            np.empty((length, groups), np.uint8),
-        )
+        cost, least = np.empty(count, np.float32), np.empty(groups, np.float32)
+        came = np.empty((length, groups), np.uint8)
         source = np.empty((ways, shape[2]), np.float32) if apart else least.reshape((1, groups))
         for i in range(len(x)):
             least[:] = np.float32(0) if seam[i] < 0 else FAR

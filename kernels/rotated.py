@@ -110,12 +110,10 @@ class PackedRotated(PackedAround):
         self.base.validate()
         if int(self.rotation.max()) > 1 or (self.output_signs is None and int(self.rotation[1])):
             raise LayoutError(f"rotation is {self.rotation.tolist()}; 0 or 1 for each side that the spec rotates")
-        for name, signs, n in (
-            ("input", self.input_signs, self.shape[1]),
-            ("output", self.output_signs, self.shape[0]),
-        ):
+        stored = {"input_signs": self.input_signs, "output_signs": self.output_signs}
+        for (name, signs), n in zip(stored.items(), self.shape[::-1], strict=True):
             if signs is not None and not padding_is_zero(signs[None], 1, n):
-                raise LayoutError(f"{name}_signs: the padding bits at the end are set; they must be zero")
+                raise LayoutError(f"{name}: the padding bits at the end are set; they must be zero")
 
     def _side(self, side: int, signs: Tensor | None, n: int) -> Rotation:
         asked = not self.in_order and torch.compiler.is_compiling()  # one graph serves weights that differ in this

@@ -16,6 +16,8 @@ there paths are found that are as good, and may be others.)
 # Triton's language has no types that pyright could follow, and its branches on constants are chosen when it compiles
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -42,22 +44,13 @@ def best(x: Tensor, weight: Tensor, values: Tensor, bits: int, seam: Tensor) -> 
         came = torch.empty((count, length, groups), dtype=torch.uint8, device=x.device)
         arguments = x[part], weight[part], values, seam[part], came, found[part]
         # fused, a product and its sum would be rounded once, and costs would not be the reference's
-        options = {"num_warps": 8, "enable_fp_fusion": False}
+        named: Any = {"STATES": states, "BITS": bits, "VECTOR": vector, "num_warps": 8, "enable_fp_fusion": False}
         with torch.cuda.device_of(x):
             if small:
-                small_kernel[(count,)](*arguments, length, STATES=states, BITS=bits, VECTOR=vector, **options)
+                small_kernel[(count,)](*arguments, length, **named)
             else:
                 scratch = torch.empty((count, 2, states), dtype=torch.float32, device=x.device)
-                large_kernel[(count,)](
-                    *arguments,
-                    scratch,
-                    length,
-                    STATES=states,
-                    BITS=bits,
-                    VECTOR=vector,
-                    GROUPS=CHUNK >> bits,
-                    **options,
-                )
+                large_kernel[(count,)](*arguments, scratch, length, GROUPS=CHUNK >> bits, **named)
     return found
 
 
