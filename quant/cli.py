@@ -76,17 +76,13 @@ def quantize(
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; -1 for whole rows.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="No zero points, or with.")] = None,
     activations: Annotated[int | None, typer.Option(help="8: inputs rounded to 8 bits, token by token.")] = None,
-    embedding_bits: Annotated[
-        int | None, typer.Option(help="Pack the embedding and the head too, counted apart; default: they stay float.")
-    ] = None,
+    embedding_bits: Annotated[int | None, typer.Option(help="Of embedding and head; default: float.")] = None,
     recipe: Annotated[
         str | None, typer.Option(help="Shipped, or a file; default: balanced below 4 bits, or gptq.")
     ] = None,
     time_budget: Annotated[str | None, typer.Option(help="Pick best, balanced or fast by predicted time: 2h.")] = None,
     size: Annotated[str | None, typer.Option(help="Most bytes of weights on disk, 5GiB; picks the bits.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A field of the recipe, e.g. solver.damp=0.05.")
-    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A recipe's field: solver.damp=0.05.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Calibration text: a name or a file (DiT: a file, or images).")
     ] = None,

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from quant.calibration import painting, trajectory
-from quant.calibration.beginning import calibrates_behind
-from quant.calibration.samples import Batch, Samples, context_length, draw, load_tokenizer, moved, noise
+from quant.calibration.samples import Batch, Samples, draw, moved, noise
 from quant.errors import SettingsError
+from quant.inputs import inputs, text_of
 from quant.kernels.spec import Uniform
 from quant.machine import versions
 from quant.models.arguments import build, cast
@@ -28,14 +28,13 @@ from quant.models.foldable import find as find_folds
 from quant.models.folding import Folded
 from quant.models.skeleton import Skeleton
 from quant.models.source import COMPONENT, Source, find
-from quant.models.stream import Forward
 from quant.models.walk import Walk, turned, walk
 from quant.order import deterministic, threads
 from quant.place import Settings as Settings
 from quant.plan import Plan, given
-from quant.planning import allowance, measured, planned, weighed, weighed_rows
+from quant.planning import allowance, measured, planned, weighed_rows
 from quant.progress import Progress
-from quant.recipe import Calibration, Recipe
+from quant.recipe import Recipe
 from quant.recovery.tunable import check_tunable
 from quant.recovery.tuning import BlockTuning
 from quant.solvers.nearest import Nearest
@@ -120,7 +119,7 @@ class Prepared:
     def windows(self) -> tuple[Batch, ...]:
         """What the end-to-end tuning trains on, if not on `samples`: windows of the same text, drawn by the next
         seed, which may overlap those."""
-        calibration, distillation = _read(self.decided.calibration, self.source), self.recipe.distillation
+        calibration, distillation = text_of(self.decided.calibration, self.source), self.recipe.distillation
         if calibration is None or distillation is None or not distillation.samples or self.source.is_diffusion:
             return ()
         text = replace(calibration, samples=distillation.samples, seed=calibration.seed + 1)
@@ -189,7 +188,7 @@ def prepare(
         found = turned(found, folded.turned)
     make = lambda place, samples: planned(skeleton, found, recipe, place, samples, progress)  # noqa: E731
     prepared = Prepared(
-        source, skeleton, found, make, _draw(skeleton, found, recipe, settings, progress), recipe, settings, folded
+        source, skeleton, found, make, inputs(skeleton, found, recipe, settings, progress), recipe, settings, folded
     )
     if measured(recipe, source):  # what is wrong is said now
         allowance(recipe, found, settings)
@@ -261,56 +260,3 @@ def _trace(skeleton: Skeleton) -> Batch:
     if isinstance(skeleton, DiffusionSkeleton):
         return cast(build(skeleton.model, skeleton.form.layout, skeleton.form.traced, TRACE_ROWS), skeleton.dtype)
     return {"input_ids": torch.zeros((1, TRACE_TOKENS), dtype=torch.int64)}
-
-
-def _draw(
-    skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, progress: Progress
-) -> Callable[..., Samples]:
-    if isinstance(skeleton, DiffusionSkeleton):
-        return lambda **_: _follow(skeleton, found, recipe, settings, progress)
-    progress.step("reading the calibration text")
-    calibration = _read(recipe.calibration, skeleton.source)
-    if calibration is None:
-        return lambda **_: noise(skeleton.model)
-    drawn = draw(calibration, skeleton.source, skeleton.model)
-    if calibration.sequence_length > (most := context_length(skeleton.model)):
-        progress.say(f"note: calibration windows have {most} tokens, the most that this model takes")
-
-    @cache
-    def samples(begun: bool | None = None) -> Samples:
-        if calibration.bos is None and begun is None:
-            first = drawn.batches[0]["input_ids"][0]
-            with threads(settings.threads or torch.get_num_threads()):
-                begun = calibrates_behind(skeleton, found.chain, load_tokenizer(skeleton.source), first, progress)
-        again = calibration.bos is None and begun
-        return draw(replace(calibration, bos=True), skeleton.source, skeleton.model) if again else drawn
-
-    return samples
-
-
-def _read(calibration: Calibration | None, source: Source) -> Calibration | None:
-    """The calibration of a model that reads text."""
-    given = Path(calibration.text) if calibration is not None else Path()
-    if calibration is not None and source.inside and (given.suffix == ".safetensors" or given.is_dir()):
-        return replace(calibration, text=Calibration.text)  # what was given is for the transformer
-    return calibration
-
-
-def _follow(
-    skeleton: DiffusionSkeleton, found: Walk, recipe: Recipe, settings: Settings, progress: Progress
-) -> Samples:
-    if recipe.calibration is None:
-        return trajectory.noise(skeleton)
-    missing = painting.complete(source := skeleton.source)
-    if missing is None:
-        progress.step("running the pipeline from noise to image")
-        with threads(settings.threads or torch.get_num_threads()):
-            return painting.follow(skeleton, found.chain, recipe, settings.spill_bytes, weighed(recipe, source))
-    progress.step("following the model from noise to image")
-    with (
-        threads(settings.threads or torch.get_num_threads()),
-        Forward(skeleton, found.chain, settings.spill_bytes) as forward,
-    ):
-        samples = trajectory.follow(skeleton, forward, recipe, weighed(recipe, source))
-    said = f"; the pipeline was not run: {missing}" if source.inside else ""
-    return replace(samples, text=samples.text + said)

@@ -184,8 +184,10 @@ def _site(model: nn.Module, use: Use, modulation: bool, content: bool, texts: Co
     if parameter.dim() == 3:
         return Site(use.parameter, "experts", out, inputs, use.transposed, parameter.shape[0], content=content)
     bias = getattr(owner, "bias", None) is not None
-    kinds = {"modulation": modulation, "content": content, "words": use.rows in texts}
-    return Site(path, "linear", out, inputs, use.transposed, bias=bias, **kinds)
+    return Site(
+        path, "linear", out, inputs, use.transposed, bias=bias, modulation=modulation, content=content,
+        words=use.rows in texts,
+    )  # fmt: skip
 
 
 def _unfit(seen: Trace, block: str, site: Site, times: list[Use]) -> str | None:
