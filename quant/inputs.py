@@ -28,7 +28,8 @@ def inputs(
     skeleton: Skeleton, found: Walk, recipe: Recipe, settings: Settings, progress: Progress
 ) -> Callable[..., Samples]:
     """Makes a run's calibration inputs; a diffusion transformer's own run to get there is work. `begun`: whether
-    windows of a text stand behind the token that begins one, where the recipe leaves that to the model, and nobody asked it."""
+    windows of a text stand behind the token that begins one, where the recipe leaves that to the model and nobody asked
+    it."""
     if isinstance(skeleton, DiffusionSkeleton):
         return lambda **_: _follow(skeleton, found, recipe, settings, progress)
     progress.step("reading the calibration text")
