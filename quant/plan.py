@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from quant.errors import SettingsError
-from quant.kernels.spec import LowRank, Rotated, Smoothed, Spec, SpecError, Trellis, Uniform, spec_from_dict
+from quant.kernels.spec import (
+    Binary,
+    Codebook,
+    LowRank,
+    Rotated,
+    Smoothed,
+    Spec,
+    SpecError,
+    Trellis,
+    Uniform,
+    spec_from_dict,
+)
 from quant.models.walk import Site, Walk
 from quant.pairs import UNIT
 from quant.place import Settings
@@ -196,13 +207,13 @@ def fitted(spec: Spec, site: Site) -> Spec:
         spec = unrotated(spec)
     if site.experts:
         spec = _unrounded(spec.base if isinstance(spec, Smoothed) else spec)
-    core: Any = spec.core
+    core = spec.core
     if site.experts and isinstance(spec, LowRank):
         raise SettingsError(
             f"{site.name}: a stack of experts has no low-rank branch, which would need factors for each expert; give "
             "this site its base spec with --plan, or leave it float with --skip"
         )
-    if hasattr(core, "chosen"):
+    if isinstance(core, Codebook | Binary):
         core = replace(core, rows=site.out) if site.experts else core
         try:
             spec = respec(spec, **asdict(core.chosen((site.out, site.inputs))))

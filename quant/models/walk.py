@@ -239,7 +239,7 @@ def _ends(model: nn.Module, seen: Trace, left: dict[str, str], pick: _Pick) -> t
     first = lambda name: seen.tied.get(name, name)  # noqa: E731
     for parameter in [*found]:
         alike = {name for name in (*seen.tied, *seen.tied.values()) if first(name) == first(parameter)} - {parameter}
-        if alike == found.keys() - {parameter} and not any(site.bias for site in found.values()):
+        if alike and alike == found.keys() - {parameter} and not any(site.bias for site in found.values()):
             return (replace(found[min(found, key=lambda name: found[name].end)], end="both"),)
         if alike:
             left[parameter] = f"tied to {min(alike)}"
