@@ -87,7 +87,8 @@ class Ends:
     @contextmanager
     def apart(self) -> Generator[None]:
         """What is loaded in it is the float model."""
-        kept, self.skeleton.change = self.skeleton.change, None
+        kept = self.skeleton.change
+        self.skeleton.change = None if self.sites else kept  # which may be that of folds, where no end is packed
         try:
             yield
         finally:

@@ -162,6 +162,7 @@ class Prepared:
                 "sha256": self.samples.sha256,
                 "tokens_sha256": self.samples.tokens_sha256(),
                 **({"timesteps": times} if times else {}),
+                **({"begun": self.samples.bos} if self.recipe.calibration and self.decided != self.recipe else {}),
             },
         }
 

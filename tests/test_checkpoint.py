@@ -560,9 +560,9 @@ def test_not_a_checkpoint_of_ours(llama: Path, copied: Path, tmp_path: Path) -> 
     with pytest.raises(ModelError, match="not a folder; give the folder that holds config"):
         quant.load(tmp_path / "nowhere")
     config = json.loads((copied / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 3
+    config["quantization_config"]["format_version"] = 4
     (copied / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="format version 3; this bitwright reads 1 and 2: upgrade it"):
+    with pytest.raises(CheckpointError, match="format version 4; this bitwright reads 1 to 3: upgrade it"):
         quant.load(copied)
 
 

@@ -337,7 +337,7 @@ def test_a_plan_may_hold_patterns_and_must_suit_the_solver(llama: Path, tmp_path
         assert (spec is None) if name.endswith("o_proj") else (spec is not None and spec.to_dict()["bits"] == wanted)
     plan.write_text(json.dumps({"*.up_proj": {"layout": "trellis"}}))
     with pytest.raises(SettingsError, match=r"up_proj: round to nearest knows uniform grids, and this is a trellis"):
-        quantize(str(llama), tmp_path / "out", "rtn", settings=settings)
+        quantize(str(llama), tmp_path / "out", "rtn", settings=Settings(plan=plan))  # each reads its file once
     assert not (tmp_path / "out").exists()
 
 

@@ -74,6 +74,7 @@ def test_it_undoes_itself(block: int, count: int, rows: int, signed: bool, dtype
     assert bool(((back - x).double().unflatten(-1, (-1, block)).abs() <= bound[..., None]).all())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own first jvp uses it
 @pytest.mark.parametrize("block", [16, 12])
 def test_strides_and_gradients(block: int) -> None:
     x = some((96, 5, 2), torch.float64).permute(2, 1, 0).requires_grad_()

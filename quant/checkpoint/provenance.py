@@ -33,7 +33,7 @@ def provenance(prepared: Prepared) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "source": origin(prepared.source),
-        "command": command({**prepared.identity(), "recipe": prepared.recipe.to_dict()}),  # what it decides, too
+        "command": command(prepared.identity()),
         "machine": asdict(machine()),
     }
 
@@ -61,6 +61,8 @@ def command(run: Mapping[str, Any], plan: str = "plan.json") -> str:
     """The `quantize` command that makes the same bytes on the same kind of machine. `run`: `Prepared.identity()`;
     `plan`: where its plan lies; "" if that need not be said."""
     recipe, compute = run["recipe"], run["compute"]
+    if "begun" in run["calibration"]:  # the model was asked, and is again
+        recipe = {**recipe, "calibration": {**recipe["calibration"], "bos": None}}
     name, changes = _nearest(_flat(recipe))
     words = ["quantize", "--model", run["model"]["name"], "--recipe", name]
     words += ["--components", run["model"]["component"]] if "component" in run["model"] else []
