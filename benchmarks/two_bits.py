@@ -32,7 +32,7 @@ from quant.calibration.settings import Calibration
 from quant.errors import SettingsError
 from quant.eval.evaluate import evaluate
 from quant.eval.subject import open_subject
-from quant.kernels.spec import Binary, Codebook, LowRank, Rotated, Smoothed, Trellis
+from quant.kernels.spec import Binary, Codebook, LowRank, Rotated, Smoothed, Trellis, Uniform
 from quant.models.folding import Folding
 from quant.recipe import Recipe, override, with_spec
 from quant.recovery.distillation import Distillation
@@ -62,6 +62,8 @@ def steps() -> list[tuple[str, Recipe, float]]:
         "+ and by what errors of two cost together": replace(BALANCED, widths=()),
         "+ bits where they count (balanced)": BALANCED,
         "balanced + end-to-end tuning of scales and codes (best)": BEST,
+        "balanced, embedding and head at 8 bits": replace(BALANCED, embeddings=Uniform(bits=8)),
+        "balanced, embedding and head at 4 bits": replace(BALANCED, embeddings=Uniform(bits=4, group_size=64)),
         "even bits + token importance (RSQ)": replace(EVEN, importance=Attention()),
         "even bits + low-rank branch of rank 4 (EoRA)": replace(EVEN, spec=LowRank(Rotated(), rank=4)),
         "even bits + block tuning of scales": replace(BLOCKS, recovery=BlockTuning(codes=0)),

@@ -61,7 +61,7 @@ def command(run: Mapping[str, Any], plan: str = "plan.json") -> str:
     """The `quantize` command that makes the same bytes on the same kind of machine. `run`: `Prepared.identity()`;
     `plan`: where its plan lies; "" if that need not be said."""
     recipe, compute = run["recipe"], run["compute"]
-    if "begun" in run["calibration"]:  # the model was asked, and is again
+    if "begun" in run.get("calibration", {}):  # the model was asked, and is again
         recipe = {**recipe, "calibration": {**recipe["calibration"], "bos": None}}
     name, changes = _nearest(_flat(recipe))
     words = ["quantize", "--model", run["model"]["name"], "--recipe", name]
