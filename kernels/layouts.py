@@ -70,9 +70,10 @@ class PackedUniform(Packed):
 
     def rows(self, index: Tensor) -> PackedUniform:
         """The weight of the rows `index` int64 `[n]`."""
-        weight = self.weight.view(self.shape[0], -1)[index].flatten()
-        zeros = None if self.zeros is None else self.zeros[index]
-        return PackedUniform(self.spec, (len(index), self.shape[1]), weight, self.scales[index], zeros)
+        held = {**self.tensors(), "weight": self.weight.view(self.shape[0], -1)}
+        taken = {name: part.index_select(0, index) for name, part in held.items()}  # which takes no -1 for the last
+        taken["weight"] = taken["weight"].flatten()
+        return PackedUniform(self.spec, (len(index), self.shape[1]), **taken)
 
     def codes(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Codes uint8 `[stop - start, in]`."""

@@ -8,7 +8,7 @@ is a `PackedHead`, which multiplies by the embedding's tensors and has none of i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Self
 
 import torch
@@ -46,8 +46,8 @@ class PackedEmbedding(Mixed):
         kind = type(self).__bases__[1]
         if kind is nn.Embedding:
             return rows.view(*input.shape, -1)
-        there = object.__new__(type(self))  # this module, with those rows for a weight
-        there.__dict__.update(self.__dict__, weight=rows)
+        there = object.__new__(type(self))  # this module, with those rows for a weight, of which none is padding
+        there.__dict__.update(self.__dict__, weight=rows, padding_idx=None)
         return kind.forward(there, torch.arange(input.numel(), device=input.device).view(input.shape))
 
     def unpack(self, dtype: torch.dtype) -> None:
@@ -107,11 +107,11 @@ def put_embedding(model: Any, site: Site, spec: Uniform) -> None:
         name = next(name for name, one in model.named_modules() if one is head)
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, PackedHead(module).train(head.training))
-        _untie(model, f"{name}.weight")
+        untie(model, [f"{name}.weight"])
 
 
-def _untie(model: Any, head: str) -> None:
-    """The head is tied as it is, and transformers is not to put a parameter into it."""
-    keep = lambda keys: {to: origin for to, origin in (keys or {}).items() if not re.match(to, head)}  # noqa: E731
+def untie(model: Any, names: Collection[str]) -> None:
+    """transformers is not to tie weights of these names: they are tied as they are, or have numbers of their own."""
+    keep = lambda keys: {to: v for to, v in (keys or {}).items() if not any(re.match(to, n) for n in names)}  # noqa: E731
     model.all_tied_weights_keys = keep(model.all_tied_weights_keys)
     model._tied_weights_keys = keep(model._tied_weights_keys)

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import quant
 from quant import ends
@@ -360,3 +361,69 @@ def test_a_damaged_entry_is_refused(damage: dict[str, Any], tied: Path, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="embed_tokens"):
         quant.load(tmp_path)
+
+
+def test_ends_of_a_tied_config_that_are_stored_apart(words: Path, tmp_path: Path) -> None:
+    """transformers ties no two stored tensors that differ; each is packed for itself."""
+    source = tiny.model("llama-tied", tmp_path / "float")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn(128, 64, generator=torch.Generator().manual_seed(0)) / 8
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    report = quant.quantize(str(source), tmp_path / "out", recipe(words)).report
+    assert [end["end"] for end in report["ends"]] == ["embedding", "head"]
+    model, whole = quant.load(tmp_path / "out"), quant.load(tmp_path / "out", dequantize=True)
+    torch.testing.assert_close(logits(model), logits(whole))
+    assert type(model.lm_head) is PackedLinear
+    assert whole.lm_head.weight is not whole.model.embed_tokens.weight
+    whole.save_pretrained(tmp_path / "whole")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    assert torch.equal(logits(again), logits(whole))
+    plan = tmp_path / "plan.json"
+    for name, kind in (("lm_head", nn.Linear), ("model.embed_tokens", PackedLinear)):
+        plan.write_text(json.dumps({name: None}))
+        quant.quantize(str(source), tmp_path / name, recipe(words), settings=Settings(plan=plan))
+        assert type(quant.load(tmp_path / name).lm_head) is kind
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
+def test_a_base_without_a_head_is_saved_and_loads(
+    auto: Any, kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base = auto.from_pretrained(request.getfixturevalue(kind), dtype=torch.float32)
+    base.config.pad_token_id = 0
+    base.save_pretrained(tmp_path)
+    again = auto.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(again(IDS)[0], base(IDS)[0])
+
+
+def test_a_single_token_of_an_embedding_that_scales_and_pads(words: Path, tmp_path: Path) -> None:
+    """torch wants the padding's number below that of the rows, which here are those that are looked up."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 64}
+    config = transformers.XGLMConfig(vocab_size=128, bos_token_id=0, eos_token_id=2, pad_token_id=1, **sizes)
+    transformers.XGLMForCausalLM(config).save_pretrained(tmp_path / "float")
+    quant.quantize(str(tiny.add_tokenizer(tmp_path / "float")), tmp_path / "out", recipe(words))
+    model, whole = quant.load(tmp_path / "out"), quant.load(tmp_path / "out", dequantize=True)
+    for ids in (IDS, IDS[:, :1], torch.tensor([[1]])):
+        assert torch.equal(model.get_input_embeddings()(ids), whole.get_input_embeddings()(ids))
+    assert model.generate(IDS, max_new_tokens=3).shape[1] == IDS.shape[1] + 3
+
+
+def test_tokens_that_are_none_are_refused(tied: Path) -> None:
+    embedding = quant.load(tied).get_input_embeddings()
+    for token in (-1, 128):
+        with pytest.raises(IndexError):
+            embedding(torch.tensor([[token]]))
+
+
+def test_no_pass_for_a_head_that_stays_float(
+    llama: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[Any]()
+    monkeypatch.setattr(ends, "Replay", lambda *args: seen.append(args))
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"lm_head": None}))
+    quant.quantize(str(llama), tmp_path / "out", recipe(words), settings=Settings(plan=plan))
+    assert not seen

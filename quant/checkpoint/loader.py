@@ -23,9 +23,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant.checkpoint import pipelines
-from quant.checkpoint.manifest import METHOD, VERIFIED, PackedSite, read_config, read_sites, verified
+from quant.checkpoint.manifest import METHOD, VERIFIED, PackedSite, read_config, read_sites, stored_tensors, verified
 from quant.checkpoint.manifest import verify as verify_folder
-from quant.embedding import PackedEmbedding, PackedHead, put_embedding
+from quant.embedding import PackedEmbedding, PackedHead, put_embedding, untie
 from quant.errors import CheckpointError, SettingsError
 from quant.experts import PackedExperts
 from quant.held import Holder
@@ -63,8 +63,12 @@ class BitwrightQuantizer(HfQuantizer):
         if files and not VERIFIED.get():
             verify_folder(Path(files[0]).parent, files)
         where = getattr(model.config, "name_or_path", "") or "checkpoint"
-        names = {packed.name: put_site(model, packed) for packed in read_sites(config.to_dict(), where).values()}
-        config.entries["sites"] = {names[name]: entry for name, entry in config.entries["sites"].items()}
+        sites = read_sites(config.to_dict(), where)
+        names = {name: put_site(model, packed) for name, packed in sites.items()}
+        if any(packed.end for packed in sites.values()) and files:
+            stored = stored_tensors(Path(files[0]).parent, [Path(file).name for file in files]).keys()
+            untie(model, [to for to, origin in model.all_tied_weights_keys.items() if {to, origin} <= stored])
+        config.entries["sites"] = {new: config.entries["sites"][name] for name, new in names.items() if new}
         self.made = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -91,7 +95,7 @@ class BitwrightQuantizer(HfQuantizer):
 
 def put_site(model: Any, packed: PackedSite) -> str:
     """Replaces one site in a model on the meta device, whether that is the whole model or its base. Returns the name of
-    the site there.
+    the site there, "" for a head of which that base has none.
 
     Raises:
         CheckpointError: the model has no such matrix.
@@ -123,8 +127,8 @@ def put_site(model: Any, packed: PackedSite) -> str:
         bias = site.kind == "linear" and getattr(owner, "bias", None) is not None
         put_packed(model, replace(site, bias=bias), packed.spec)
         return name
-    if packed.end == "head" and model.get_output_embeddings() is None:
-        return packed.name  # only the base of the model is loaded
+    if packed.end == "head" and getattr(model, "get_output_embeddings", lambda: None)() is None:
+        return ""
     raise CheckpointError(f"{packed.name}: config.json lists this site, but the model has no such matrix")
 
 
@@ -161,13 +165,14 @@ def as_made(model: Any, made: Mapping[str, tuple[torch.Size, torch.dtype]]) -> N
 def unpack_model(model: Any, dtype: torch.dtype) -> Any:
     """Every packed site expanded to the float module it stands for, in place; nothing of ours remains."""
     model._weight_conversions = None  # a plain model is saved as its architecture's files are
-    for name, module in list(model.named_modules()):
+    modules = list(model.named_modules())
+    for name, module in modules:
         if isinstance(module, PackedLinear | PackedHead):
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, module.unpack(dtype).train(module.training))
         elif isinstance(module, PackedExperts | PackedEmbedding):
             module.unpack(dtype)
-    if "_tied_weights_keys" in model.__dict__:  # a packed embedding took its head out of it
+    if any(isinstance(module, PackedHead) for _, module in modules):  # its parameter is tied again
         del model._tied_weights_keys
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     return model

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
@@ -154,7 +155,7 @@ class Source:
         if (a := self.entries[first]).dtype != (b := self.entries[second]).dtype or a.shape != b.shape:
             return False
         with self.open([first, second]) as slices:
-            step = max(1, SAMPLE_BYTES // max(1, *a.shape[1:]))
+            step = max(1, SAMPLE_BYTES // max(1, math.prod(a.shape[1:])))
             return all(
                 torch.equal(slices[first][row : row + step], slices[second][row : row + step])
                 for row in range(0, a.shape[0], step)
