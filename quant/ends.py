@@ -59,7 +59,7 @@ class Ends:
         entry = len(prepared.walk.chain) + 1  # behind the blocks and the tuning
         if not journal.finished(entry):
             progress.step("packing the embedding and the head")
-            inputs = _inputs(prepared, journal)
+            inputs = _inputs(prepared, journal, sites)
             solved = [_solved(prepared, site, spec, inputs) for site in sites if (spec := specs[site.name]) is not None]
             tensors = {stored_name(s.site, key): part for s in solved for key, part in s.packed.tensors().items()}
             journal.write(entry, tensors, {"ends": [one.record() for one in solved]})
@@ -117,10 +117,10 @@ class Ends:
             fill(self.skeleton.model.get_parameter(site.parameter), site, self.packed[site.name])
 
 
-def _inputs(prepared: Prepared, journal: Journal) -> Statistics | None:
+def _inputs(prepared: Prepared, journal: Journal, sites: Sequence[Site]) -> Statistics | None:
     """What the head is given in the float model; None where there is no head to be packed, or no text."""
     skeleton, chain, settings = prepared.skeleton, prepared.walk.chain, prepared.settings
-    model, heads = skeleton.model, [site for site in prepared.walk.ends if site.end in ("head", "both")]
+    model, heads = skeleton.model, [site for site in sites if site.end in ("head", "both")]
     if prepared.recipe.calibration is None or not heads:
         return None
     module = model.get_output_embeddings()
@@ -156,13 +156,15 @@ def _statistics(site: Site, inputs: Statistics | None, device: str) -> Statistic
     return Statistics(torch.lerp(inputs.hessian / scale, one, 0.5), inputs.tokens)
 
 
-def rehearsed(prepared: Prepared) -> tuple[float, int]:
-    """Seconds that solving the ends will take beside the pass through the model, and the bytes of a float embedding."""
+def rehearsed(prepared: Prepared, through: float) -> tuple[float, int]:
+    """Seconds that solving the ends will take, `through` of them where a head's inputs are to be seen, and the bytes of
+    a float embedding."""
     seconds, held = 0.0, 0
     for site in prepared.walk.ends:
         spec, rows = prepared.plan.specs[site.name], min(site.out, _together(prepared, site))
         if spec is not None:
             seconds += _solved(prepared, site, spec, None, rows).seconds * site.out / rows
+            seconds += 0 if site.end == "embedding" else through
             held += 0 if site.end == "head" else site.out * site.inputs * prepared.skeleton.dtype.itemsize
     return seconds, held
 

@@ -95,7 +95,8 @@ def estimate(prepared: Prepared) -> Estimate:
         _warm(prepared)
         follow = _follow(prepared)
         seen = _rehearse(prepared)
-        ends, embedding = rehearsed(prepared)
+        share = weights / max(1, seen.block_weights)  # in blocks of the rehearsed size
+        ends, embedding = rehearsed(prepared, seen.advance * share * prepared.outline[1])
         opening = _timed(lambda: skeleton_of(prepared.source, prepared.settings))
     batch, batches, halves = prepared.outline
     followed = prepared.recipe.match == "float" or prepared.recipe.recovery is not None
@@ -108,9 +109,6 @@ def estimate(prepared: Prepared) -> Estimate:
     if prepared.measures and not prepared.source.is_diffusion:
         used = len(enough(prepared.samples.batches, prepared.walk.sites))
         measuring = seen.stored * used * kept(len(prepared.walk.chain)) - prepared.settings.spill_bytes
-    share = weights / max(1, seen.block_weights)  # in blocks of the rehearsed size
-    if any(site.end != "embedding" for site in prepared.walk.ends):
-        ends += seen.advance * share * batches
     per_block = seen.load + seen.solve + seen.recover + (seen.collect + seen.advance * paths) * batches
     peak_gpu = torch.cuda.max_memory_allocated() + held if cuda else 0
     peak_rss = peak_bytes() + (0 if cuda else held)
