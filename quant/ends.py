@@ -53,23 +53,19 @@ class Ends:
     def solved(cls, prepared: Prepared, journal: Journal, progress: Progress) -> Ends:
         """Solves them unless the journal has them; from now on the skeleton loads what was solved."""
         specs, skeleton = prepared.plan.specs, prepared.skeleton
-        sites = tuple(site for site in prepared.walk.ends if specs[site.name] is not None)
+        sites = {site: spec for site in prepared.walk.ends if (spec := specs[site.name]) is not None}
         if not sites:
             return cls(skeleton, (), {}, ())
         entry = len(prepared.walk.chain) + 1  # behind the blocks and the tuning
         if not journal.finished(entry):
             progress.step("packing the embedding and the head")
-            inputs = _inputs(prepared, journal, sites)
-            solved = [_solved(prepared, site, spec, inputs) for site in sites if (spec := specs[site.name]) is not None]
+            inputs = _inputs(prepared, journal, [*sites])
+            solved = [_solved(prepared, site, spec, inputs) for site, spec in sites.items()]
             tensors = {stored_name(s.site, key): part for s in solved for key, part in s.packed.tensors().items()}
             journal.write(entry, tensors, {"ends": [one.record() for one in solved]})
         stored, device = journal.load(entry), prepared.settings.device
-        packed = {
-            site.name: stored_weight(site, spec, stored).to(device)
-            for site in sites
-            if (spec := specs[site.name]) is not None
-        }
-        ends = cls(skeleton, sites, packed, journal.record(entry)["ends"])
+        packed = {site.name: stored_weight(site, spec, stored).to(device) for site, spec in sites.items()}
+        ends = cls(skeleton, tuple(sites), packed, journal.record(entry)["ends"])
         skeleton.change = ends._changed
         return ends
 

@@ -119,7 +119,7 @@ def given(settings: Settings, walk: Walk) -> dict[str, Spec | None]:
         if not found:
             raise SettingsError(
                 f"--plan {file}: {pattern} is no site of this model and no pattern of one; --dry-run shows patterns, "
-                "--dry-run --json all names"
+                "--dry-run --json all names, of an embedding and a head where --embedding-bits is given"
             )
         name = pattern
         try:

@@ -78,7 +78,8 @@ class Prepared:
                 if spec is not None:
                     check_tunable(spec)
         if self.recipe.distillation is not None:
-            self.recipe.distillation.check({*plan.specs, *(name for name, _ in self.skeleton.model.named_parameters())})
+            vectors = {name for name, one in self.skeleton.model.named_parameters() if one.dim() == 1}
+            self.recipe.distillation.check({site.name for site in self.walk.sites} | vectors)
         self.folded.packed = frozenset(s.parameter for s in self.walk.sites if plan.specs[s.name] is not None)
         return plan
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import quant
-from quant import ends
+from quant import ends, pipeline
 from quant.budget import sized
 from quant.embedding import PackedEmbedding, PackedHead
-from quant.errors import CheckpointError, ModelError, SettingsError
+from quant.errors import CheckpointError, ModelError, ResumeError, SettingsError
 from quant.estimate import estimate
 from quant.eval.evaluate import evaluate
 from quant.eval.footprint import size_of
@@ -75,6 +75,9 @@ def test_rows_are_those_of_the_whole_weight_in_either_order(bits: int, symmetric
     arranged = order.arrange(packed)
     assert torch.equal(order.plain(arranged.rows(index)).dequantize(), expected)
     assert arranged.rows(index[:0]).shape == (0, 300)
+    for weight in (packed, arranged):  # torch's own embedding takes no -1 for the last row
+        with pytest.raises(IndexError):
+            weight.rows(torch.tensor([-1]))
 
 
 @pytest.mark.parametrize(
@@ -281,6 +284,8 @@ def test_a_plan_may_leave_one_float(llama: Path, words: Path, tmp_path: Path) ->
     assert report["ends"][0]["spec"] == SMALL.to_dict()  # `*` stands for the linears
     assert report["left_float"]["lm_head"] == "the plan keeps it float"
     assert type(quant.load(tmp_path / "out").lm_head) is nn.Linear
+    with pytest.raises(SettingsError, match=r"lm_head is no site .* where --embedding-bits is given"):
+        quant.quantize(str(llama), tmp_path / "none", tiny.recipe(words), settings=Settings(plan=plan))
     plan.write_text(json.dumps({"lm_head": Trellis().to_dict()}))
     with pytest.raises(SettingsError, match="lm_head: the head of a model takes a uniform grid"):
         quant.quantize(str(llama), tmp_path / "none", recipe(words), settings=Settings(plan=plan))
@@ -427,3 +432,25 @@ def test_no_pass_for_a_head_that_stays_float(
     plan.write_text(json.dumps({"lm_head": None}))
     quant.quantize(str(llama), tmp_path / "out", recipe(words), settings=Settings(plan=plan))
     assert not seen
+
+
+def test_an_unfinished_run_counts_its_blocks(
+    llama: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_blocks", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quant.quantize(str(llama), tmp_path, recipe(words))
+    assert (tmp_path / ".bitwright" / "00003.json").exists()
+    with pytest.raises(ResumeError, match="blocks done: 0"):
+        quant.quantize(str(llama), tmp_path, recipe(words))
+
+
+def test_tuning_of_nothing_but_an_end_is_refused_before_any_work(llama: Path, words: Path, tmp_path: Path) -> None:
+    few = [f"calibration.text={words}", "calibration.samples=4", "calibration.sequence_length=32", "mixed=false"]
+    for name in ("lm_head", "lm_head.weight"):
+        made = override(load_recipe("best"), [*few, "spec.base.bits=3", f'distillation.only=["{name}"]'])
+        with pytest.raises(SettingsError, match="matches no linear and no parameter"):
+            prepare(str(llama), replace(made, embeddings=SMALL), Settings(threads=1))

@@ -110,7 +110,7 @@ class Journal:
             )
 
     def _refuse_unfinished(self) -> None:
-        done = len(list(self.folder.glob("[0-9]*.json")))
+        done = sum("block" in read_json(file) for file in self.folder.glob("[0-9]*.json"))  # not of tuning or the ends
         raise ResumeError(
             f"{self.out}: holds an unfinished run (blocks done: {done}); continue it with --resume, or begin anew with "
             '--restart (in Python mode="resume" and mode="restart")'
