@@ -76,9 +76,9 @@ class Arranged:
     def rows(self, index: Tensor) -> Arranged:
         """The weight of the rows `index` int64 `[n]`."""
         places = _places(self.weight.view(tiles(self.shape[1]), -1), self.spec.bits, self.shape[0])
-        weight = torch.cat([place[:, index].flatten(1) for place in places], 1).flatten()
-        zeros = None if self.zeros is None else self.zeros[:, index]
-        return Arranged(self.spec, (len(index), self.shape[1]), weight, self.scales[:, index], zeros)
+        weight = torch.cat([place.index_select(1, index).flatten(1) for place in places], 1).flatten()
+        zeros = None if self.zeros is None else self.zeros.index_select(1, index)
+        return Arranged(self.spec, (len(index), self.shape[1]), weight, self.scales.index_select(1, index), zeros)
 
 
 def tiles(columns: int) -> int:
