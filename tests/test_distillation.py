@@ -91,6 +91,17 @@ def test_codes_of_a_trellis_get_better(demo: Path, tuned: tuple[Any, Any], tmp_p
     assert len(changed) > 20
 
 
+def test_where_moving_codes_hurts_scales_are_tuned_alone(demo: Path, tuned: tuple[Any, Any], tmp_path: Path) -> None:
+    """Codes that move by many levels make it worse: what comes is what a tuning of no codes gives, byte for byte."""
+    plain, scales = tuned
+    alone = recipe_from_dict(scales.report["recipe"]).distillation
+    assert alone is not None
+    recipe = replace(recipe_from_dict(plain.report["recipe"]), distillation=replace(alone, codes=60.0))
+    far = quantize(str(demo), tmp_path / "far", recipe)
+    assert far.report["distillation"]["after"] == scales.report["distillation"]["after"]
+    assert (far.out / "model.safetensors").read_bytes() == (scales.out / "model.safetensors").read_bytes()
+
+
 def test_entries_and_indices_of_codebooks_get_better(demo: Path, tmp_path: Path) -> None:
     plain = override(Recipe(spec=Codebook(length=2, index_bits=4), solver=FAST), SHORT)
     found = [

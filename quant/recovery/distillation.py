@@ -10,7 +10,8 @@ is lowered in what costs no bits: the scales of every tunable layout and the vec
 biases), each rounded to what is stored before it is used (the continuous half of PV-Tuning, arXiv 2405.14852, and the
 second phase of EfficientQAT, arXiv 2407.11062); and the codes, by the sign of the gradient on where a value ought to
 lie, as in block tuning: what is stored is the code nearest to that, and no step moves it further than `codes / steps`
-levels, so that few codes change at a time. The result is kept only if it is better on `judged`.
+levels, so that few codes change at a time. The result is kept only if it is better on `judged`; where it is not, what
+costs no bits is tuned alone.
 
 A diffusion transformer's error differs a hundredfold between its timesteps, and what an error does to the image does
 the opposite. So each sample's is told relative to `usual`, the untuned model's mean at the same timestep: every part
@@ -26,7 +27,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from quant.models.walk import Site
 from quant.recovery.interrupted import keep, restore
 from quant.recovery.placed import as_parameter, oriented, placed
 from quant.recovery.timesteps import divergence, has_vocabulary, row_errors, usual_errors
-from quant.recovery.trainable import Tunable, through
+from quant.recovery.trainable import Tunable, Vector
 from quant.recovery.tunable import tunable
 from quant.recovery.tuning import in_turn
 from quant.rounding import rounding
@@ -121,7 +122,14 @@ class Distillation:
                 )
 
     def tune(self, whole: Whole) -> Tuned:
-        """Same task, same bytes, however often it was interrupted."""
+        """Same task, same bytes, however often it was interrupted. Where moving codes helped nothing, the scales and
+        vectors are tuned alone: codes that errors were fed back to are more easily hurt."""
+        tuned = self._tuned(whole)
+        if tuned.after < tuned.before or not self.codes or not self.rate or whole.times is not None:
+            return tuned
+        return replace(self, codes=0.0)._tuned(replace(whole, state=whole.state.with_stem("scales")))
+
+    def _tuned(self, whole: Whole) -> Tuned:
         student = _Student(whole, self.codes > 0 and whole.times is None, self.only)
         before = student.loss_of_all() if whole.times is None else student.measure()
         vectors = {name: whole.model.get_parameter(name).to(kind) for name, kind in whole.vectors.items()}
@@ -172,7 +180,7 @@ class _Student:
             site = whole.sites[name]
             matrix = oriented(whole.model.get_parameter(site.parameter), site).float().reshape(site.shape)
             self.tunables[name] = tunable(packed, matrix, train_codes, whole.metric(name))
-        self.vectors = {n: _Vector(whole.model.get_parameter(n), kind) for n, kind in whole.vectors.items()}
+        self.vectors = {n: Vector(whole.model.get_parameter(n), kind) for n, kind in whole.vectors.items()}
         self.inside = {
             block: [name for name, site in whole.sites.items() if name in whole.packed and _within(site.name, block)]
             for block in whole.blocks
@@ -277,22 +285,6 @@ class _Student:
             return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
         return block
-
-
-class _Vector:
-    """A float parameter in training: `value()` is what would be stored, in float32."""
-
-    def __init__(self, parameter: Tensor, kind: torch.dtype) -> None:
-        self.start, self.kind = parameter.detach().float(), kind
-        self.unit = float(self.start.square().mean().sqrt())
-        self.change = torch.zeros_like(self.start, requires_grad=True)
-
-    def value(self) -> Tensor:
-        value = self.start + self.unit * self.change
-        return through(value, value.detach().to(self.kind).float())
-
-    def stored(self) -> Tensor:
-        return self.value().detach().to(self.kind)
 
 
 def _within(name: str, block: str) -> bool:

@@ -71,3 +71,19 @@ class _Through(torch.autograd.Function):
 def through(value: Tensor, rounded: Tensor) -> Tensor:
     found: Any = _Through.apply(value, rounded)
     return found
+
+
+class Vector:
+    """A float parameter in training: `value()` is what would be stored, in float32."""
+
+    def __init__(self, parameter: Tensor, kind: torch.dtype) -> None:
+        self.start, self.kind = parameter.detach().float(), kind
+        self.unit = float(self.start.square().mean().sqrt())
+        self.change = torch.zeros_like(self.start, requires_grad=True)
+
+    def value(self) -> Tensor:
+        value = self.start + self.unit * self.change
+        return through(value, value.detach().to(self.kind).float())
+
+    def stored(self) -> Tensor:
+        return self.value().detach().to(self.kind)
