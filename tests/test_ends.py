@@ -123,6 +123,9 @@ def test_they_are_counted_apart(tied: Path, words: Path, tmp_path: Path) -> None
     assert seen["ends"][0]["nbytes"] == end["nbytes"]
     assert size_of(open_subject(tied)).linear_bits == pytest.approx(report["bits"]["measured"])
     assert "embedding and head" in (tied / "README.md").read_text()
+    assert "--embedding-bits 5 " in report["command"]
+    assert "--set embeddings.group_size=24" in report["command"]
+    assert "plan.json" not in report["command"]
     assert end["site"] in (tied / "README.md").read_text()
     config = json.loads((tied / "config.json").read_text())["quantization_config"]
     assert config["format_version"] == 3

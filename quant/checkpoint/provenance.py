@@ -20,6 +20,7 @@ from huggingface_hub import metadata_load
 
 from quant.checkpoint.manifest import FORMAT_VERSION
 from quant.checkpoint.words import code_bits
+from quant.kernels.spec import Uniform
 from quant.machine import machine
 from quant.models.source import Source
 from quant.prepare import Prepared
@@ -63,7 +64,8 @@ def command(run: Mapping[str, Any], plan: str = "plan.json") -> str:
     recipe, compute = run["recipe"], run["compute"]
     if "begun" in run.get("calibration", {}):  # the model was asked, and is again
         recipe = {**recipe, "calibration": {**recipe["calibration"], "bos": None}}
-    name, changes = _nearest(_flat(recipe))
+    ends = recipe.get("embeddings")
+    name, changes = _nearest(_flat({**recipe, "embeddings": None}))
     words = ["quantize", "--model", run["model"]["name"], "--recipe", name]
     words += ["--components", run["model"]["component"]] if "component" in run["model"] else []
     place = next((path for path in changes if re.fullmatch(r"spec(\.base)*\.bits", path)), "")
@@ -71,9 +73,13 @@ def command(run: Mapping[str, Any], plan: str = "plan.json") -> str:
     if bits and not bits % 1:  # said even where it is the recipe's own; a fraction would be an average there
         words += ["--bits", str(int(bits))]
         changes.pop(place, None)
+    if ends:
+        words += ["--embedding-bits", str(ends["bits"])]
+        grid = asdict(Uniform(bits=ends["bits"]))
+        changes |= {f"embeddings.{key}": ends[key] for key in grid if ends[key] != grid[key]}
     for path, value in changes.items():
         words += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
-    if plan and any(spec != recipe["spec"] for spec in run["plan"].values()):
+    if plan and any(spec not in (recipe["spec"], ends or recipe["spec"]) for spec in run["plan"].values()):
         words += ["--plan", plan]
     words += ["--device", compute["device"], "--dtype", compute["dtype"]]
     return shlex.join(words + (["--threads", str(compute["threads"])] if compute["device"] == "cpu" else []))
