@@ -75,7 +75,7 @@ def command(run: Mapping[str, Any], plan: str = "plan.json") -> str:
         changes.pop(place, None)
     if ends:
         words += ["--embedding-bits", str(ends["bits"])]
-        grid = asdict(Uniform(bits=ends["bits"]))
+        grid = asdict(Uniform()) | {"bits": ends["bits"]}
         changes |= {f"embeddings.{key}": ends[key] for key in grid if ends[key] != grid[key]}
     for path, value in changes.items():
         words += ["--set", f"{path}={value if isinstance(value, str) else json.dumps(value)}"]
