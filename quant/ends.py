@@ -20,16 +20,15 @@ from torch import Tensor
 from quant.blocks import TOGETHER, Solved, fill
 from quant.calibration.activations import Activations
 from quant.calibration.capture import Stage
-from quant.calibration.replay import Replay, Stop
+from quant.calibration.replay import Stop
 from quant.calibration.samples import moved
 from quant.calibration.statistics import Statistics
 from quant.checkpoint.journal import Journal
 from quant.kernels.packed import Packed, concatenate
 from quant.kernels.spec import Spec
 from quant.linear import stored_name, stored_weight
-from quant.memory import give_back
 from quant.models.skeleton import Skeleton
-from quant.models.stream import outside_blocks
+from quant.models.stream import streamed
 from quant.models.walk import Site
 from quant.prepare import Prepared
 from quant.progress import Progress
@@ -123,22 +122,11 @@ def _inputs(prepared: Prepared, journal: Journal, sites: Sequence[Site]) -> Stat
     head = replace(heads[0], name=next(name for name, one in model.named_modules() if one is module))
     batches = [moved(batch, settings.device) for batch in prepared.samples.batches]
     store = Activations(len(batches), journal.folder / "activations" / "ends", settings.spill_bytes, settings.device)
-    outside, last = outside_blocks(skeleton, chain)
-    skeleton.load(outside)
-    with Replay(model, chain) as replay:
-        for index, name in enumerate(chain):
-            names = skeleton.names_under(name)
-            skeleton.load(names)
-            for number, batch in enumerate(batches):
-                store[number] = replay.output(index, batch, store[number])
-            skeleton.unload(names)
-            give_back()
-        skeleton.load(last)
+    with streamed(skeleton, chain, batches, store) as replay:
         stage = Stage(model, [head], cross=False)
         for number, batch in enumerate(batches):
             with suppress(Stop), stage.watch(stage.take(None), alone=True):
                 replay.head(batch, store[number])
-    skeleton.unload([*outside, *last])
     return stage.finish()[0]
 
 

@@ -430,7 +430,7 @@ def test_no_pass_for_a_head_that_stays_float(
     llama: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = list[Any]()
-    monkeypatch.setattr(ends, "Replay", lambda *args: seen.append(args))
+    monkeypatch.setattr(ends, "streamed", lambda *args: seen.append(args))
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"lm_head": None}))
     quant.quantize(str(llama), tmp_path / "out", recipe(words), settings=Settings(plan=plan))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,9 +36,18 @@ def stream(skeleton: Skeleton, chain: Sequence[str], batch: Mapping[str, Any]) -
 @torch.no_grad()
 def stream_all(skeleton: Skeleton, chain: Sequence[str], batches: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
     """As `stream` on several batches, each block loaded once for all of them."""
+    outputs: list[Any] = [None] * len(batches)
+    with streamed(skeleton, chain, batches, outputs) as replay:
+        return [first_tensor(replay.head(batch, x)) for batch, x in zip(batches, outputs, strict=True)]
+
+
+@contextmanager
+def streamed(
+    skeleton: Skeleton, chain: Sequence[str], batches: Sequence[Mapping[str, Any]], outputs: Any
+) -> Generator[Replay]:
+    """A context in which all blocks have run and the head is loaded. `outputs[n]`: of the last block on batch n."""
     outside, head = outside_blocks(skeleton, chain)
     skeleton.load(outside)
-    outputs: list[Any] = [None] * len(batches)
     with Replay(skeleton.model, chain) as replay:
         for index, name in enumerate(chain):
             names = skeleton.names_under(name)
@@ -47,9 +57,8 @@ def stream_all(skeleton: Skeleton, chain: Sequence[str], batches: Sequence[Mappi
             skeleton.unload(names)
             give_back()
         skeleton.load(head)
-        results = [first_tensor(replay.head(batch, x)) for batch, x in zip(batches, outputs, strict=True)]
+        yield replay
     skeleton.unload([*outside, *head])
-    return results
 
 
 class Forward:
