@@ -34,6 +34,7 @@ from quant.kernels.spec import Uniform
 from quant.linear import PackedLinear, put_packed
 from quant.machine import check_device
 from quant.models.candidates import is_linear
+from quant.models.conversions import spare
 from quant.models.source import local
 
 
@@ -69,17 +70,22 @@ class BitwrightQuantizer(HfQuantizer):
             stored = stored_tensors(Path(files[0]).parent, [Path(file).name for file in files]).keys()
             untie(model, [to for to, origin in model.all_tied_weights_keys.items() if {to, origin} <= stored])
         config.entries["sites"] = {new: config.entries["sites"][name] for name, new in names.items() if new}
+        self.model = model
         self.made = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         check_values(model)
         as_made(model, self.made)
+        del self.model, self.made
         for module in model.modules():
             if isinstance(module, Holder):
                 module.settle()
         # save_pretrained undoes the renaming and merging of loading; packed stacks cannot be split into files of old
         model._weight_conversions = []
         return model
+
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return spare(super().update_weight_conversions(weight_conversions, *model), self.model)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True

@@ -25,6 +25,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from quant.errors import ModelError
 from quant.models.building import build, model_class, quiet, read_config, refuse_quantized
+from quant.models.conversions import spare
 from quant.models.source import Source
 
 
@@ -77,7 +78,7 @@ class Skeleton:
         split or turned on the way. `tied`: the further names of tied parameters, with the name whose tensor fills them.
         `copies`: parameters without a stored tensor that begin as a copy of another (see `untie`).
         """
-        self.mapping: list[Any] = list(get_model_conversion_mapping(self.model))
+        self.mapping = spare(get_model_conversion_mapping(self.model), self.model)
         renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
