@@ -52,6 +52,20 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
         },
     ),
+    "gemma4": (  # the last two layers read the keys and values of the first two
+        "Gemma4ForCausalLM",
+        {
+            **_LLAMA,
+            "head_dim": 16,
+            "global_head_dim": 24,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 16,
+        },
+    ),
     "phi3": ("Phi3ForCausalLM", _LLAMA),
     "opt": (
         "OPTForCausalLM",

@@ -157,7 +157,7 @@ def test_it_is_told(tuned: tuple[Any, Any]) -> None:
     assert recipe_from_dict(tuned[1].report["recipe"]).distillation == Distillation(steps=24)
 
 
-@pytest.mark.parametrize(("name", "codes"), [("gpt2", 0.0), ("mixtral", 0.2), ("gemma3", 0.2), ("bert", 0.0)])
+@pytest.mark.parametrize(("name", "codes"), [("gpt2", 0.0), ("mixtral", 0.2), ("gemma4", 0.2), ("bert", 0.0)])
 def test_any_model_twice(name: str, codes: float, words: Path, tmp_path: Path) -> None:
     """Transposed weights, stacks of experts, tied embeddings, and a model without a vocabulary."""
     model = tiny.model(name, tmp_path / "model")

@@ -72,7 +72,7 @@ def whole(prepared: Prepared) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return {name: (rows / 2 / tokens, energy[name]) for name, rows in wanted.items()}
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "bert", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "bert", "gemma3", "gemma4"])
 @pytest.mark.parametrize("spill", [0, 1 << 30], ids=["on disk", "in memory"])
 def test_streamed_gradients_are_those_of_the_whole_model(
     name: str, spill: int, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ from tests import tiny
 
 
 @pytest.mark.parametrize("match", ["quantized", "float"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "falcon", "gemma3", "qwen3-moe", "bert"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "falcon", "gemma4", "qwen3-moe", "bert"])
 def test_the_bytes_are_those_of_computing_it_again(
     name: str, match: Literal["quantized", "float"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,14 @@ self_attn.out_proj 64x64 +bias
 fc1 96x64 +bias
 fc2 64x96 +bias
 """
+GEMMA4 = """
+self_attn.q_proj {0}x64{1}
+self_attn.o_proj 64x{0}
+mlp.gate_proj 96x64, mlp.up_proj 96x64
+mlp.down_proj 64x96
+per_layer_input_gate 16x64
+per_layer_projection 64x16
+"""
 STAGES = {
     "llama": LLAMA,
     "llama-tied": LLAMA,
@@ -62,6 +70,12 @@ STAGES = {
         """,
     "mistral": LLAMA,
     "gemma3": LLAMA,
+    "gemma4": [
+        GEMMA4.format(64, ", self_attn.k_proj 32x64, self_attn.v_proj 32x64"),
+        GEMMA4.format(96, ", self_attn.k_proj 48x64, self_attn.v_proj 48x64"),
+        GEMMA4.format(64, ""),
+        GEMMA4.format(96, ""),
+    ],
     "phi3": """
         self_attn.qkv_proj 128x64
         self_attn.o_proj 64x64
@@ -132,6 +146,11 @@ LEFT = {
     "qwen3": TIED_LEFT,
     "mistral": LLAMA_LEFT,
     "gemma3": TIED_LEFT,
+    "gemma4": {
+        **TIED_LEFT,
+        "model.embed_tokens_per_layer.weight": EMBEDDING,
+        "model.per_layer_model_projection.weight": OUTSIDE,
+    },
     "phi3": LLAMA_LEFT,
     "opt": OPT_LEFT,
     "opt-projected": {
@@ -198,11 +217,12 @@ def assert_nothing_is_missing(model: nn.Module, found: Walk) -> None:
 def test_architectures(name: str) -> None:
     model = make(name)
     found = walk(model, batch())
-    depth = 4 if name == "gemma3" else 2
+    depth = 4 if name in ("gemma3", "gemma4") else 2
     assert found.chain == tuple(f"{BLOCKS.get(name, 'model.layers')}.{index}" for index in range(depth))
     assert [block.name for block in found.blocks] == list(found.chain)
-    for block in found.blocks:
-        assert spelled(block) == lines(STAGES[name])
+    stages = STAGES[name]
+    for block, written in zip(found.blocks, [stages] * depth if isinstance(stages, str) else stages, strict=True):
+        assert spelled(block) == lines(written)
     assert found.left == LEFT[name]
     assert_nothing_is_missing(model, found)
     for site in found.sites:

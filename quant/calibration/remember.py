@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from quant.calibration.activations import Activations
+from quant.calibration.notes import before, pin, written
 from quant.calibration.replay import Replay, copy
 
 SHARE = 4
@@ -36,9 +37,12 @@ class Remembered:
             store = stores[replay.path]
             kept = store[number]
             if kept is not None:
-                return copy(kept)
+                result, notes = copy(kept)
+                pin(notes, args, kwargs)
+                return result
+            seen = before(args, kwargs)
             result = forward(*args, **kwargs)
-            store[number] = copy(result)
+            store[number] = copy((result, written(seen, args, kwargs)))
             return result
 
         module.forward = remembered  # pyright: ignore[reportAttributeAccessIssue]

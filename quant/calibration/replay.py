@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from quant.calibration.notes import before, left, merged, parted, pin, written
 from quant.errors import ModelError
 
 
@@ -66,8 +67,10 @@ class Replay:
     def _stand_in(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
         def stand_in(*args: Any, **kwargs: Any) -> Any:
+            output, notes = parted(self._given)
             if index == self._active - 1:
-                return self._given
+                pin(notes, args, kwargs)
+                return output
             if index < self._active:
                 return self._fill(index)
             if index > self._active:
@@ -76,9 +79,13 @@ class Replay:
                     "pass; a model whose order of blocks depends on its input cannot be run block by block"
                 )
             self._reached = True
-            self._result = (args, kwargs) if self._only_arguments else forward(*args, **kwargs)
-            if not self._only_arguments:
-                self._gave[(index, *self._shapes)] = _shapes(self._result)
+            if self._only_arguments:
+                self._result = args, kwargs
+                raise Stop
+            seen = before(args, kwargs)
+            output = forward(*args, **kwargs)
+            self._gave[(index, *self._shapes)] = _shapes(output)
+            self._result = left(output, merged(notes, written(seen, args, kwargs)))
             raise Stop
 
         return stand_in
@@ -134,7 +141,7 @@ class Replay:
         self._active = index
         self._shapes = tuple(x.shape for x in pytree.tree_leaves(dict(batch)) if isinstance(x, torch.Tensor))
         self._given = copy(previous)
-        self._filler = copy(previous) if index > 1 else None
+        self._filler = copy(parted(previous)[0]) if index > 1 else None
         try:
             yield
         finally:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from quant.calibration.batch import Batch, moved
+from quant.calibration.notes import parted
 from quant.calibration.replay import Replay
 from quant.errors import ModelError
 from quant.memory import give_back
@@ -88,6 +89,7 @@ class Forward:
 
 def first_tensor(output: Any) -> torch.Tensor:
     """The main tensor of a model's or block's output: logits, hidden states."""
+    output, _ = parted(output)
     if isinstance(output, torch.Tensor):
         return output
     values = list(output.values()) if hasattr(output, "values") else list(output)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from quant.calibration.notes import Notes, before, left, merged, written
 from quant.calibration.replay import cacheless, copy
 from quant.errors import ModelError
 from quant.models.candidates import candidates, is_linear
@@ -143,6 +144,7 @@ class _Watch(TorchFunctionMode):
         self.recording = True
         self.calls: Counter[str] = Counter()
         self.outputs: dict[str, Any] = {}
+        self.notes, self.noted = Notes(), Notes()  # so far, and as the block began that is running
         self.uses: dict[str, list[Use]] = {}
         self.outside: set[str] = set()
         self.block: str | None = None
@@ -162,16 +164,15 @@ class _Watch(TorchFunctionMode):
         hooks: list[Any] = []
         for name in names:
             module = self.model.get_submodule(name)
-            hooks.append(module.register_forward_pre_hook(self._enter_block(name)))
-            hooks.append(module.register_forward_hook(self._leave_block(name)))
+            hooks.append(module.register_forward_pre_hook(self._enter_block(name), with_kwargs=True))
+            hooks.append(module.register_forward_hook(self._leave_block(name), with_kwargs=True))
             for inside, part in module.named_modules(prefix=name):
                 if inside != name:
                     hooks.append(part.register_forward_pre_hook(self._enter_part(inside)))
         for name, module in self.model.named_modules():
             if is_linear(module) or isinstance(module, nn.Embedding):
-                hooks.append(
-                    module.register_forward_pre_hook(self._enter_linear(f"{name}.weight" if name else "weight"))
-                )
+                weight = f"{name}.weight" if name else "weight"
+                hooks.append(module.register_forward_pre_hook(self._enter_linear(weight)))
                 hooks.append(module.register_forward_hook(self._leave_linear))
         try:
             yield
@@ -180,9 +181,10 @@ class _Watch(TorchFunctionMode):
                 hook.remove()
 
     def _enter_block(self, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any) -> None:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
             self.block = name
             self.calls[name] += 1
+            self.noted = before(args, kwargs)
 
         return hook
 
@@ -194,12 +196,13 @@ class _Watch(TorchFunctionMode):
         return hook
 
     def _leave_block(self, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self.block = None
+            self.notes = merged(self.notes, written(self.noted, args, kwargs))
             self.alive.clear()
             self.routers.clear()
             self.conditioning.clear()
-            self.outputs[name] = copy(output) if self.calls[name] == 1 else None
+            self.outputs[name] = copy(left(output, self.notes)) if self.calls[name] == 1 else None
 
         return hook
 
