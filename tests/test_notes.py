@@ -13,7 +13,6 @@ from torch import nn
 from quant.calibration.activations import Activations
 from quant.calibration.notes import Left, before, left, merged, parted, pin, written
 from quant.calibration.replay import Replay
-from quant.errors import ModelError
 from quant.models.stream import first_tensor
 from quant.models.walk import walk
 
@@ -62,22 +61,6 @@ def test_notes_travel_with_outputs(kind: Any, tmp_path: Path) -> None:
         assert set(store[0].notes) == {1}  # not the tables, which nobody writes
         assert set(store[0].notes[1]) == {"a", "b"}
         torch.testing.assert_close(replay.head(batch, store[0]), whole)
-
-
-class Hidden:
-    def __init__(self) -> None:
-        self.entries = dict[str, Any]()
-
-    def __getitem__(self, name: str) -> Any:
-        return self.entries[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.entries[name] = value
-
-
-def test_what_does_not_arrive_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"layers\.2: reads more than the output of layers\.1 \(KeyError"):
-        walk(Model(Hidden), {"x": torch.randn(2, 16)})
 
 
 def test_only_what_was_written() -> None:

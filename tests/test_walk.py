@@ -761,21 +761,21 @@ def test_a_skip_connection_past_a_block_is_refused(how: str) -> None:
 
 
 def test_a_skip_inside_an_object_is_refused() -> None:
-    """Keys and values of an earlier block, handed on in a cache, are no tensors among the arguments."""
+    """Keys and values of an earlier block, handed on in a list, are neither its output nor in a dict."""
 
     class Keeper(Mlp):
         def __init__(self) -> None:
             super().__init__()
             self.read = nn.Linear(32, 32)
 
-        def forward(self, x: torch.Tensor, kept: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, kept: list[torch.Tensor] | None = None) -> torch.Tensor:
             assert kept is not None
-            kept.setdefault("first", self.read(x))
-            return super().forward(x) + kept["first"]
+            kept.append(self.read(x))
+            return super().forward(x) + kept[0]
 
     class Sharing(Stack):
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            x, kept = self.embedding(input_ids), {}
+            x, kept = self.embedding(input_ids), []
             for block in self.blocks:
                 x = block(x, kept)
             return self.head(x)
