@@ -9,6 +9,8 @@ other. What is done about it stands in `solvers/anchor.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,23 +34,16 @@ def anchored(
         return frozenset()
     seen: dict[str, Tensor | None] = {}  # the token, or None where there is none
 
-    def listen(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            c = _first(args[0].float(), seen.get(name))
-            seen[name] = None if name in seen and seen[name] is None else c
+    def look(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        c = _first(args[0].float(), seen.get(name))
+        seen[name] = None if name in seen and seen[name] is None else c
 
-        return hook
-
-    hooks = [
-        model.get_submodule(site.name).register_forward_pre_hook(listen(site.name))
-        for site in sites
-        if site.kind == "linear"
-    ]
-    try:
+    with ExitStack() as hooks:
+        for site in sites:
+            if site.kind == "linear":
+                module = model.get_submodule(site.name)
+                hooks.enter_context(module.register_forward_pre_hook(partial(look, site.name)))
         forward(batches[:: -(-len(batches) // LOOKED_AT)])
-    finally:
-        for hook in hooks:
-            hook.remove()
     return frozenset(name for name, c in seen.items() if c is not None)
 
 

@@ -8,8 +8,8 @@ architecture routes; one that multiplies a whole stack at once gives each expert
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,8 @@ from quant.calibration.replay import Replay, Stop
 from quant.calibration.samples import Batch
 from quant.calibration.statistics import HessianCollector, Statistics
 from quant.errors import CalibrationError
-from quant.models.walk import Site, product
+from quant.models.products import product
+from quant.models.walk import Site
 
 Outputs = Sequence[Any] | Activations  # a block's outputs, one nest per batch
 Take = Callable[[int, torch.Tensor], None]  # expert (0 for a linear), its tokens [..., in]
@@ -48,7 +49,13 @@ class Stage:
         """A context in which `take(expert, x)` sees the stage's inputs; `alone`: the pass may end once they came."""
         if self.site.kind == "experts":
             return _ExpertInputs(self.model.get_parameter(self.site.parameter), take)
-        return _linear_inputs(self.model.get_submodule(self.site.name), take, alone)
+
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            take(0, args[0])
+            if alone:
+                raise Stop
+
+        return self.model.get_submodule(self.site.name).register_forward_pre_hook(hook)
 
     def take(self, weights: torch.Tensor | None, reference: torch.Tensor | None = None, time: float = 0.0) -> Take:
         """Adds what it is given to the collectors. `weights` `[B, T]`: of the batch's tokens; for linears only, since
@@ -80,20 +87,6 @@ class Stage:
             return found if seen is None else {0: replace(found[0], peaks=seen[0], sample=seen[1])}
         except CalibrationError as error:
             raise CalibrationError(f"{self.site.name}: {error}") from None
-
-
-@contextmanager
-def _linear_inputs(module: nn.Module, take: Take, alone: bool) -> Generator[None]:
-    def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        take(0, args[0])
-        if alone:
-            raise Stop
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 class _ExpertInputs(TorchFunctionMode):

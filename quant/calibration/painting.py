@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -265,17 +265,13 @@ def _present(skeleton: DiffusionSkeleton, chain: Sequence[str], limit: int) -> G
     outside, head = outside_blocks(skeleton, chain)
     there = [*outside, *head] if blocks else skeleton.names_under("")
     skeleton.load(there)
-    hooks: list[Any] = []
-    for name in blocks:
-        names, module = skeleton.names_under(name), skeleton.model.get_submodule(name)
-        hooks.append(module.register_forward_pre_hook(lambda *_, names=names: skeleton.load(names)))
-        hooks.append(module.register_forward_hook(lambda *_, names=names: skeleton.unload(names)))
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(skeleton.unload, there)
+        for name in blocks:
+            names, module = skeleton.names_under(name), skeleton.model.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(lambda *_, names=names: skeleton.load(names)))
+            hooks.enter_context(module.register_forward_hook(lambda *_, names=names: skeleton.unload(names)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        skeleton.unload(there)
 
 
 def _packed(parts: Sequence[Batch], size: int) -> list[Batch]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Container, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,15 +190,13 @@ def _refusal(model: nn.Module, given: Callable[[], Mapping[str, Any]]) -> str | 
     def stop(*_: object) -> None:
         raise Stop
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(stop) for name in candidates(model)]
     try:
-        with torch.no_grad(), weightless(model):
+        with torch.no_grad(), weightless(model), ExitStack() as hooks:
+            for name in candidates(model):
+                hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(stop))
             model(**given())
     except Stop:
         return None
     except Exception as error:  # a model's own code may raise anything
         return f"{type(error).__name__}: {first_line(error)}"
-    finally:
-        for hook in hooks:
-            hook.remove()
     return "it ran no block"

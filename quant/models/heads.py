@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -35,7 +36,7 @@ class Watch:
         self.calls: dict[str, Call] = {}
         self.answers: dict[str, Callable[[Tensor], Tensor]] = {}
         self._hooks = [
-            module.register_forward_hook(self._hook(name))
+            module.register_forward_hook(partial(self._note, name))
             for name, module in model.named_modules()
             if not any(True for _ in module.children())
         ]
@@ -47,15 +48,12 @@ class Watch:
         for hook in self._hooks:
             hook.remove()
 
-    def _hook(self, name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
-                return None
-            output = self.answers[name](output) if name in self.answers else output
-            self.calls[name] = Call(module, args[0], output)
-            return output
-
-        return hook
+    def _note(self, name: str, module: nn.Module, args: Any, output: Any) -> Any:
+        if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+            return None
+        output = self.answers[name](output) if name in self.answers else output
+        self.calls[name] = Call(module, args[0], output)
+        return output
 
     def seen(self, run: Callable[[], Any]) -> tuple[Any, dict[str, Call]]:
         """What `run` gives, and the calls that it made."""

@@ -8,10 +8,10 @@ from the output of the block before it alone, must give what it gave in the whol
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -161,57 +161,42 @@ class _Watch(TorchFunctionMode):
 
     @contextmanager
     def hooked(self, names: Sequence[str]) -> Generator[None]:
-        hooks: list[Any] = []
-        for name in names:
-            module = self.model.get_submodule(name)
-            hooks.append(module.register_forward_pre_hook(self._enter_block(name), with_kwargs=True))
-            hooks.append(module.register_forward_hook(self._leave_block(name), with_kwargs=True))
-            for inside, part in module.named_modules(prefix=name):
-                if inside != name:
-                    hooks.append(part.register_forward_pre_hook(self._enter_part(inside)))
-        for name, module in self.model.named_modules():
-            if is_linear(module) or isinstance(module, nn.Embedding):
-                weight = f"{name}.weight" if name else "weight"
-                hooks.append(module.register_forward_pre_hook(self._enter_linear(weight)))
-                hooks.append(module.register_forward_hook(self._leave_linear))
-        try:
+        with ExitStack() as hooks:
+            enter = lambda part, hook, **how: hooks.enter_context(part.register_forward_pre_hook(hook, **how))  # noqa: E731
+            leave = lambda part, hook, **how: hooks.enter_context(part.register_forward_hook(hook, **how))  # noqa: E731
+            for name in names:
+                module = self.model.get_submodule(name)
+                enter(module, partial(self._enter_block, name), with_kwargs=True)
+                leave(module, partial(self._leave_block, name), with_kwargs=True)
+                for inside, part in module.named_modules(prefix=name):
+                    if inside != name:
+                        enter(part, partial(self._enter_part, inside))
+            for name, module in self.model.named_modules():
+                if is_linear(module) or isinstance(module, nn.Embedding):
+                    enter(module, partial(self._enter_linear, f"{name}.weight" if name else "weight"))
+                    leave(module, self._leave_linear)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def _enter_block(self, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.block = name
-            self.calls[name] += 1
-            self.noted = before(args, kwargs)
+    def _enter_block(self, name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.block = name
+        self.calls[name] += 1
+        self.noted = before(args, kwargs)
 
-        return hook
+    def _enter_part(self, name: str, _module: nn.Module, _args: Any) -> None:
+        if self.block is None:
+            self.lent.add(name)
 
-    def _enter_part(self, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any) -> None:
-            if self.block is None:
-                self.lent.add(name)
+    def _leave_block(self, name: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.block = None
+        self.notes = merged(self.notes, written(self.noted, args, kwargs))
+        self.alive.clear()
+        self.routers.clear()
+        self.conditioning.clear()
+        self.outputs[name] = copy(left(output, self.notes)) if self.calls[name] == 1 else None
 
-        return hook
-
-    def _leave_block(self, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self.block = None
-            self.notes = merged(self.notes, written(self.noted, args, kwargs))
-            self.alive.clear()
-            self.routers.clear()
-            self.conditioning.clear()
-            self.outputs[name] = copy(left(output, self.notes)) if self.calls[name] == 1 else None
-
-        return hook
-
-    def _enter_linear(self, weight: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any) -> None:
-            self.linear = (weight, args[0] if args else None)
-            self.answer = None
-
-        return hook
+    def _enter_linear(self, weight: str, _module: nn.Module, args: Any) -> None:
+        self.linear = (weight, args[0] if args else None)
+        self.answer = None
 
     def _leave_linear(self, module: nn.Module, _args: Any, output: Any) -> None:
         """What a packed linear will compute must be what this one did: `x W^T + b`, no more."""

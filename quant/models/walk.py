@@ -17,7 +17,6 @@ from torch import nn
 
 from quant.errors import ModelError
 from quant.models.candidates import is_linear, matrices
-from quant.models.products import product as product
 from quant.models.trace import Trace, Use, trace
 
 SMALLEST = 8  # fewer outputs than this (a shared expert's gate has one) save nothing
