@@ -9,7 +9,7 @@ straight through.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.calibration.replay import instead
 from quant.kernels.integer import rounded
 from quant.kernels.lowrank import PackedLowRank
 from quant.kernels.packed import Packed
@@ -43,21 +44,16 @@ class Rounding:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._patched: list[tuple[nn.Module, Any]] = []
+        self._changed = ExitStack()
 
     def put(self, site: Site, packed: Packed) -> None:
         """From now on `site` multiplies by the inputs that `packed` will, if it rounds them."""
         if rounds_inputs(packed.spec):
             module = self.model.get_submodule(site.name)
-            self._patched.append((module, module.__dict__.get("forward")))
-            module.forward = _stand_in(module.forward, packed)  # pyright: ignore[reportAttributeAccessIssue]
+            self._changed.enter_context(instead(module, "forward", _stand_in(module.forward, packed)))
 
     def clear(self) -> None:
-        while self._patched:
-            module, own = self._patched.pop()
-            del module.forward
-            if own is not None:
-                module.forward = own
+        self._changed.close()
 
 
 @contextmanager

@@ -69,20 +69,17 @@ def test_all_batches_through_one_block_before_the_next() -> None:
 def test_arguments_are_those_of_the_whole_pass() -> None:
     model = make("gemma3")
     chain = walk(model, BATCHES[2]).chain
-    seen: list[Any] = []
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, *given: seen.append(given), with_kwargs=True)
-        for name in chain
-    ]
+    given: dict[str, Any] = {}
+    for name in chain:
+        note = lambda _, *arguments, name=name: given.update({name: arguments})  # noqa: E731
+        model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
         model(**BATCHES[2], use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    output = None
+    seen, output = dict(given), None
     with torch.no_grad(), Replay(model, chain) as replay:
-        for index in range(len(chain)):
-            assert_equal(replay.arguments(index, BATCHES[2], output), seen[index])
+        for index, name in enumerate(chain):
             output = replay.output(index, BATCHES[2], output)
+            assert_equal(given[name], seen[name])
 
 
 def test_a_hook_may_stop_early() -> None:

@@ -7,8 +7,7 @@ while it runs.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -53,15 +52,3 @@ def stepping(scheduler: Any, ends: list[Tensor]) -> Callable[..., Any]:
         return made
 
     return stepped
-
-
-@contextmanager
-def instead(owner: Any, name: str, value: Any) -> Generator[None]:
-    own = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        delattr(owner, name)
-        if own is not None:
-            setattr(owner, name, own)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from quant.calibration.batch import joined, rows, shapes
 from quant.calibration.effects import SAMPLES, Answer, effects, honest, relative
-from quant.calibration.hearing import Hear, hearing, instead, stepping
+from quant.calibration.hearing import Hear, hearing, stepping
 from quant.calibration.pictures import Pictures, fresh, pictures
 from quant.calibration.prompts import prompts
-from quant.calibration.replay import Stop
+from quant.calibration.replay import Stop, instead
 from quant.calibration.samples import Batch, Samples, moved
 from quant.errors import CalibrationError, ModelError, SettingsError
 from quant.models.diffusion import DiffusionSkeleton, components, named, quiet

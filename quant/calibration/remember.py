@@ -8,6 +8,7 @@ solved earlier: the next pass on either path keeps it, and the passes after that
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from quant.calibration.activations import Activations
 from quant.calibration.notes import before, pin, written
-from quant.calibration.replay import Replay, copy
+from quant.calibration.replay import Replay, copy, instead
 
 SHARE = 4
 """A store of outputs inside a block holds this part in memory of what one between blocks does."""
@@ -26,8 +27,8 @@ class Remembered:
     `stores`, of each path one."""
 
     def __init__(self, name: str, module: nn.Module, replay: Replay, stores: Sequence[Activations]) -> None:
-        self.name, self.module, self.stores = name, module, stores
-        self._own, forward = module.__dict__.get("forward"), module.forward
+        self.name, self.stores = name, stores
+        forward = module.forward
 
         @wraps(forward)
         def remembered(*args: Any, **kwargs: Any) -> Any:
@@ -45,13 +46,11 @@ class Remembered:
             store[number] = copy((result, written(seen, args, kwargs)))
             return result
 
-        module.forward = remembered  # pyright: ignore[reportAttributeAccessIssue]
+        self._changed = ExitStack()
+        self._changed.enter_context(instead(module, "forward", remembered))
 
     def forget(self) -> None:
-        if self._own is None:
-            del self.module.forward
-        else:
-            self.module.forward = self._own
+        self._changed.close()
         for store in self.stores:
             store.clear()
 

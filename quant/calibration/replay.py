@@ -11,7 +11,7 @@ what the whole pass gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -34,8 +34,7 @@ class Replay:
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.model = model
         self.names = tuple(names)
-        self._patched: list[tuple[nn.Module, Any]] = []
-        self._cacheless = cacheless(model)
+        self._changed = ExitStack()
         self.number: int | None = None  # of the batch in the pass under way, and its path, for `remember`
         self.path = 0
         self._active = 0
@@ -45,24 +44,16 @@ class Replay:
         self._shapes: tuple[Any, ...] = ()  # of the batch under way
         self._result: Any = None
         self._reached = False
-        self._only_arguments = False
 
     def __enter__(self) -> Replay:
-        self._cacheless.__enter__()
+        self._changed.enter_context(cacheless(self.model))
         for index, name in enumerate(self.names):
             module = self.model.get_submodule(name)
-            self._patched.append((module, module.__dict__.get("forward")))
-            module.forward = self._stand_in(index, module.forward)  # pyright: ignore[reportAttributeAccessIssue]
+            self._changed.enter_context(instead(module, "forward", self._stand_in(index, module.forward)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._patched:
-            module, own = self._patched.pop()
-            if own is None:
-                del module.forward  # the class's forward shows again
-            else:
-                module.forward = own
-        self._cacheless.__exit__(None, None, None)
+        self._changed.close()
 
     def _stand_in(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
@@ -79,9 +70,6 @@ class Replay:
                     "pass; a model whose order of blocks depends on its input cannot be run block by block"
                 )
             self._reached = True
-            if self._only_arguments:
-                self._result = args, kwargs
-                raise Stop
             seen = before(args, kwargs)
             output = forward(*args, **kwargs)
             self._gave[(index, *self._shapes)] = _shapes(output)
@@ -108,33 +96,24 @@ class Replay:
         Raises:
             ModelError: this batch does not take the model through block `index`.
         """
-        self._only_arguments = False
         self.number, self.path = number, path
+        self._result, self._reached = None, False
         try:
-            return self._run(index, batch, previous)
+            with self._answering(index, batch, previous), suppress(Stop):
+                self.model(**batch)
         finally:
             self.number = None
-
-    def arguments(self, index: int, batch: Mapping[str, Any], previous: Any) -> Any:
-        """The `(args, kwargs)` that block `index` would be called with."""
-        self._only_arguments = True
-        return self._run(index, batch, previous)
-
-    def head(self, batch: Mapping[str, Any], last: Any) -> Any:
-        """The whole model's output, given the output of the last block."""
-        with self._answering(len(self.names), batch, last):
-            return self.model(**batch)
-
-    def _run(self, index: int, batch: Mapping[str, Any], previous: Any) -> Any:
-        self._result, self._reached = None, False
-        with self._answering(index, batch, previous), suppress(Stop):
-            self.model(**batch)
         result, self._result = self._result, None
         if not self._reached:
             raise ModelError(
                 f"{self.names[index] or 'the model'}: not reached by this batch; every batch must take the same way"
             )
         return result
+
+    def head(self, batch: Mapping[str, Any], last: Any) -> Any:
+        """The whole model's output, given the output of the last block."""
+        with self._answering(len(self.names), batch, last):
+            return self.model(**batch)
 
     @contextmanager
     def _answering(self, index: int, batch: Mapping[str, Any], previous: Any) -> Generator[None]:
@@ -164,6 +143,19 @@ def _shapes(tree: Any) -> Any:
 def copy(tree: Any) -> Any:
     """Own memory for every tensor of a nest: models may write into what they are given."""
     return pytree.tree_map_only(torch.Tensor, torch.clone, tree)
+
+
+@contextmanager
+def instead(owner: Any, name: str, value: Any) -> Generator[None]:
+    """`value` in the place of an attribute of `owner`; one of its class's shows again behind it."""
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+        if own is not None:
+            setattr(owner, name, own)
 
 
 @contextmanager

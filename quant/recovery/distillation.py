@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from quant.calibration.replay import instead
 from quant.errors import SettingsError, SolverError
 from quant.kernels.packed import Packed
 from quant.models.walk import Site
@@ -257,20 +258,14 @@ class _Student:
     @contextmanager
     def _in_place(self) -> Generator[None]:
         """The trained weights in the model, block by block as they are run."""
-        patched: list[tuple[nn.Module, Any]] = []
-        try:
+        values = {**self.whole.ends, **{name: one.value() for name, one in self.vectors.items()}}
+        with ExitStack() as changed:
             for block, names in self.inside.items():
                 module = self.model.get_submodule(block)
-                patched.append((module, module.__dict__.get("forward")))
-                module.forward = self._checkpointed(module.forward, names)  # pyright: ignore[reportAttributeAccessIssue]
-            values = {**self.whole.ends, **{name: one.value() for name, one in self.vectors.items()}}
-            with placed(self.model, values), rounding(self.model, self.whole.sites, self.whole.packed):
-                yield
-        finally:
-            for module, own in reversed(patched):
-                del module.forward
-                if own is not None:
-                    module.forward = own
+                changed.enter_context(instead(module, "forward", self._checkpointed(module.forward, names)))
+            changed.enter_context(placed(self.model, values))
+            changed.enter_context(rounding(self.model, self.whole.sites, self.whole.packed))
+            yield
 
     def _checkpointed(self, forward: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
