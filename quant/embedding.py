@@ -20,6 +20,7 @@ from quant.kernels.layouts import PackedUniform
 from quant.kernels.order import Arranged
 from quant.kernels.reference import Weight
 from quant.kernels.spec import Uniform
+from quant.models.names import end_of, name_of, owner_of
 from quant.models.walk import Site
 
 
@@ -98,15 +99,14 @@ def put_embedding(model: Any, site: Site, spec: Uniform) -> None:
     """Turns an embedding of a float model into a packed one, with tensors still to be filled, and for `both` ends the
     head that is tied to it."""
     module: Any = model.get_submodule(site.name)
-    head = model.get_output_embeddings() if site.end == "both" else None
+    head = end_of(model, "head") if site.end == "both" else None
     parameter = module._parameters.pop("weight")
     module.__class__ = mixed(PackedEmbedding, type(module))
     module.spec, module.dtype = spec, parameter.dtype
     register(module, spec, site.shape, "", parameter.device)
     if head is not None:
-        name = next(name for name, one in model.named_modules() if one is head)
-        path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, PackedHead(module).train(head.training))
+        name = name_of(model, head)
+        setattr(*owner_of(model, name), PackedHead(module).train(head.training))
         untie(model, [f"{name}.weight"])
 
 

@@ -27,6 +27,7 @@ from quant.checkpoint.journal import Journal
 from quant.kernels.packed import Packed, concatenate
 from quant.kernels.spec import Spec
 from quant.linear import stored_name, stored_weight
+from quant.models.names import end_of, name_of
 from quant.models.skeleton import Skeleton
 from quant.models.stream import streamed
 from quant.models.walk import Site
@@ -118,8 +119,7 @@ def _inputs(prepared: Prepared, journal: Journal, sites: Sequence[Site]) -> Stat
     model, heads = skeleton.model, [site for site in sites if site.end in ("head", "both")]
     if prepared.recipe.calibration is None or not heads:
         return None
-    module = model.get_output_embeddings()
-    head = replace(heads[0], name=next(name for name, one in model.named_modules() if one is module))
+    head = replace(heads[0], name=name_of(model, end_of(model, "head")))  # which may be the embedding's site
     batches = [moved(batch, settings.device) for batch in prepared.samples.batches]
     store = Activations(len(batches), journal.folder / "activations" / "ends", settings.spill_bytes, settings.device)
     with streamed(skeleton, chain, batches, store) as replay:

@@ -30,6 +30,7 @@ from quant.ends import rehearsed
 from quant.fisher import enough, kept
 from quant.kernels.spec import LowRank, Smoothed, Spec, Trellis
 from quant.memory import enough_memory, peak_bytes
+from quant.models.names import end_of
 from quant.models.stream import Forward, outside_blocks
 from quant.order import threads
 from quant.planning import probes, weighed
@@ -141,7 +142,7 @@ def _distillation(prepared: Prepared, seen: _Rehearsal, weights: int, batches: i
     recipe, model = prepared.recipe, prepared.skeleton.model
     if recipe.distillation is None:
         return 0.0, 0
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = end_of(model, "head")
     logits = 0 if head is None else 3 * prepared.samples.tokens // max(1, batches) * head.weight.shape[0] * 4
     mixed = 1.0  # calibration batches in a step
     if prepared.source.is_diffusion:

@@ -21,6 +21,7 @@ from quant.kernels.layouts import LAYOUTS, Packed, shared_names
 from quant.kernels.packed import concatenate
 from quant.kernels.reference import Weight
 from quant.kernels.spec import DTYPES, Spec
+from quant.models.names import owner_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +141,12 @@ def _moved(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """A buffer moved to where `fn` moves tensors, but never cast: packed tensors are not numbers to round."""
     device = fn(buffer.new_empty(0)).device
     return torch.empty_like(buffer, device=device) if buffer.device.type == "meta" else buffer.to(device)
+
+
+def holds(model: nn.Module, name: str) -> bool:
+    """Whether a tensor of a model is one of a packed weight, which is never cast."""
+    owner, leaf = owner_of(model, name)
+    return isinstance(owner, Holder) and leaf in owner._buffers
 
 
 def names_of(spec: Spec, shape: tuple[int, int], prefix: str) -> dict[str, str]:

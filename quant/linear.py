@@ -22,6 +22,7 @@ from quant.kernels.dispatch import matmul
 from quant.kernels.layouts import LAYOUTS, Packed
 from quant.kernels.reference import Weight
 from quant.kernels.spec import Spec
+from quant.models.names import owner_of
 from quant.models.walk import Site
 
 
@@ -88,8 +89,7 @@ class PackedLinear(Holder):
 
 def put_packed(model: nn.Module, site: Site, spec: Spec) -> None:
     """Replaces one site of a float model by its packed module, with tensors still to be filled."""
-    path, _, leaf = site.name.rpartition(".")
-    owner = model.get_submodule(path)
+    owner, leaf = owner_of(model, site.name)
     if site.kind == "experts":
         pack_experts(owner, leaf, spec, site)
         return

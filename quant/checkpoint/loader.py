@@ -35,6 +35,7 @@ from quant.linear import PackedLinear, put_packed
 from quant.machine import check_device
 from quant.models.candidates import is_linear
 from quant.models.conversions import spare
+from quant.models.names import end_of, owner_of
 from quant.models.source import local
 
 
@@ -119,7 +120,7 @@ def put_site(model: Any, packed: PackedSite) -> str:
                 f"{packed.name}: config.json says {list(packed.shape)}, the model has {list(parameter.shape)}; "
                 "config.json and weights do not belong together"
             )
-        owner = model.get_submodule(site.parameter.rpartition(".")[0])
+        owner, _ = owner_of(model, site.parameter)
         if site.end in ("embedding", "both"):
             if not isinstance(owner, nn.Embedding) or not isinstance(packed.spec, Uniform):
                 raise CheckpointError(f"{packed.name}: not an embedding in the model; config.json is damaged")
@@ -133,7 +134,7 @@ def put_site(model: Any, packed: PackedSite) -> str:
         bias = site.kind == "linear" and getattr(owner, "bias", None) is not None
         put_packed(model, replace(site, bias=bias), packed.spec)
         return name
-    if packed.end == "head" and getattr(model, "get_output_embeddings", lambda: None)() is None:
+    if packed.end == "head" and end_of(model, "head") is None:
         return ""
     raise CheckpointError(f"{packed.name}: config.json lists this site, but the model has no such matrix")
 
@@ -174,8 +175,7 @@ def unpack_model(model: Any, dtype: torch.dtype) -> Any:
     modules = list(model.named_modules())
     for name, module in modules:
         if isinstance(module, PackedLinear | PackedHead):
-            path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, module.unpack(dtype).train(module.training))
+            setattr(*owner_of(model, name), module.unpack(dtype).train(module.training))
         elif isinstance(module, PackedExperts | PackedEmbedding):
             module.unpack(dtype)
     if any(isinstance(module, PackedHead) for _, module in modules):  # its parameter is tied again

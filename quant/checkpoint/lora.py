@@ -14,6 +14,7 @@ from typing import Any
 
 from quant.errors import SettingsError
 from quant.linear import PackedLinear
+from quant.models.names import end_of
 from quant.models.source import first_line
 
 LORA = "peft.tuners.lora.model"
@@ -58,7 +59,7 @@ def register(model: Any) -> None:
 def _all_linear(known: Any, config: Any, model: Any) -> Any:
     """As PEFT resolves "all-linear", packed linears included: all but the head, and those that have an adapter."""
     asked = str(getattr(config, "target_modules", None)).lower() == "all-linear"
-    config, head = known(config, model), getattr(model, "get_output_embeddings", lambda: None)()
+    config, head = known(config, model), end_of(model, "head")
     packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear) and module is not head}
     if asked:
         config.target_modules |= {name for name in packed if not name.endswith(".base_layer")}

@@ -19,8 +19,9 @@ import torch
 
 from quant.checkpoint.manifest import METHOD, VERIFIED, read_config, read_sites, stored_tensors, verify
 from quant.errors import BitwrightError, CheckpointError, ResourceError, out_of_memory
-from quant.held import Holder
+from quant.held import Holder, holds
 from quant.models.diffusion import named, quiet
+from quant.models.names import owner_of
 from quant.models.source import COMPONENT, PIPELINE, first_line
 
 TABLES = "diffusers.quantizers.auto"
@@ -84,11 +85,9 @@ class _Quantizer:
     def check_if_quantized_param(
         self, model: Any, param_value: torch.Tensor, param_name: str, state_dict: Any, **options: Any
     ) -> bool:
-        path, _, leaf = param_name.rpartition(".")
-        owner = model.get_submodule(path)
-        if not isinstance(owner, Holder) or leaf not in owner._buffers:
+        if not holds(model, param_name):
             return False
-        expected, stored = owner.get_buffer(leaf), state_dict[param_name]
+        expected, stored = model.get_buffer(param_name), state_dict[param_name]
         if (stored.shape, stored.dtype) != (expected.shape, expected.dtype):
             raise CheckpointError(
                 f"{param_name} is {stored.dtype} {list(stored.shape)}; {expected.dtype} {list(expected.shape)} was "
@@ -100,8 +99,8 @@ class _Quantizer:
         self, model: Any, param_value: torch.Tensor, param_name: str, target_device: Any, state_dict: Any,
         *rest: Any, **options: Any,
     ) -> None:  # fmt: skip
-        path, _, leaf = param_name.rpartition(".")
-        model.get_submodule(path)._buffers[leaf] = state_dict[param_name].to(target_device)
+        owner, leaf = owner_of(model, param_name)
+        owner._buffers[leaf] = state_dict[param_name].to(target_device)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from quant.checkpoint.loader import check_values

@@ -18,6 +18,7 @@ import torch
 from accelerate import init_empty_weights
 
 from quant.errors import ModelError
+from quant.held import holds
 from quant.models.allocation import LargeOnMeta
 from quant.models.arguments import Form, find_form, translate
 from quant.models.building import refuse_quantized
@@ -106,22 +107,13 @@ class DiffusionSkeleton(Skeleton):
             old, stored = self._get(name), part[...]
             if stored.shape != old.shape:
                 raise self.mismatch(name, stored.shape, old.shape)
-            dtype = self.dtype_of(name) if stored.is_floating_point() and not packed_buffer(self, name) else None
+            dtype = self.dtype_of(name) if stored.is_floating_point() and not holds(self.model, name) else None
             self._put(name, stored.to(self.device, dtype))
 
     def dtype_of(self, name: str) -> torch.dtype:
         """diffusers keeps some parts of some models in float32."""
         kept = getattr(self.model, "_keep_in_fp32_modules", None) or ()
         return torch.float32 if any(part in kept for part in name.split(".")) else self.dtype
-
-
-def packed_buffer(skeleton: Skeleton, name: str) -> bool:
-    """Whether it is a tensor of a packed weight, which is never cast."""
-    from quant.held import Holder
-
-    path, _, leaf = name.rpartition(".")
-    owner = skeleton.model.get_submodule(path)
-    return isinstance(owner, Holder) and leaf in owner._buffers
 
 
 @contextmanager

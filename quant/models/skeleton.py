@@ -26,6 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from quant.errors import ModelError
 from quant.models.building import build, model_class, quiet, read_config, refuse_quantized
 from quant.models.conversions import spare
+from quant.models.names import end_of, owner_of
 from quant.models.source import Source
 
 
@@ -129,11 +130,9 @@ class Skeleton:
 
     def untie(self) -> dict[str, str]:
         """The head gets a tensor of its own. Returns what was tied, with what it was tied to."""
-        head = getattr(self.model, "get_output_embeddings", lambda: None)()
-        owner = lambda name: self.model.get_submodule(name.rpartition(".")[0])  # noqa: E731
-        untied = {
-            name: one for name, one in self.tied.items() if head is not None and head in (owner(name), owner(one))
-        }
+        head = end_of(self.model, "head")
+        of_head = lambda name: owner_of(self.model, name)[0] is head  # noqa: E731
+        untied = {name: one for name, one in self.tied.items() if of_head(name) or of_head(one)}
         stored = {name for targets in self.targets.values() for name in targets}
         for name in untied:
             del self.tied[name]
@@ -211,12 +210,10 @@ class Skeleton:
             self._put(name, torch.empty_like(self._get(name), device="meta") if empty is None else empty)
 
     def _get(self, name: str) -> torch.Tensor:
-        path, _, leaf = name.rpartition(".")
-        return getattr(self.model.get_submodule(path), leaf)
+        return getattr(*owner_of(self.model, name))
 
     def _put(self, name: str, value: torch.Tensor) -> None:
-        path, _, leaf = name.rpartition(".")
-        owner = self.model.get_submodule(path)
+        owner, leaf = owner_of(self.model, name)
         if leaf in owner._buffers:
             owner._buffers[leaf] = value
         else:

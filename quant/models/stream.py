@@ -13,6 +13,7 @@ from quant.calibration.notes import parted
 from quant.calibration.replay import Replay
 from quant.errors import ModelError
 from quant.memory import give_back
+from quant.models.names import end_of, name_of
 from quant.models.skeleton import Skeleton
 
 
@@ -20,10 +21,7 @@ def outside_blocks(skeleton: Skeleton, chain: Sequence[str]) -> tuple[list[str],
     """Names of the state outside all blocks: what is needed from the start, and an untied head, needed at the end."""
     inside = set(skeleton.names_under(*chain))
     outside = [name for name in skeleton.names if name not in inside]
-    module = skeleton.model.get_output_embeddings() if hasattr(skeleton.model, "get_output_embeddings") else None
-    prefix = next(
-        (name for name, part in skeleton.model.named_modules() if module is not None and part is module), None
-    )
+    prefix = name_of(skeleton.model, end_of(skeleton.model, "head"))
     tied = set(skeleton.tied) | set(skeleton.tied.values())
     head = [name for name in outside if prefix and name.startswith(prefix + ".") and name not in tied]
     return [name for name in outside if name not in head], head

@@ -25,6 +25,7 @@ from quant.errors import ModelError
 from quant.models.candidates import candidates, is_linear
 from quant.models.chain import Broken, line, prove
 from quant.models.conditioning import Conditioning
+from quant.models.names import owner_of
 from quant.models.products import SUMS, main, product
 from quant.models.routers import Routers
 from quant.models.weightless import noise, same, weightless
@@ -273,7 +274,7 @@ class _Watch(TorchFunctionMode):
         elif whole.dim() == 3 and weight.dim() == 3 and (x.dim() != 3 or len(x) != len(weight) or len(x) != len(whole)):
             oddity = f"inputs {list(x.shape)} are multiplied by the whole stack, not one input by each matrix"
         elif whole.dim() == 2:
-            owner = self.model.get_submodule(name.rpartition(".")[0])
+            owner, _ = owner_of(self.model, name)
             if not is_linear(owner):
                 oddity = f"a matrix of {type(owner).__name__}, which is no linear layer"
             elif self.linear is None or self.linear[0] != name or self.linear[1] is None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from quant.errors import ModelError
 from quant.models.candidates import is_linear, matrices
+from quant.models.names import end_of, name_of, owner_of
 from quant.models.trace import Trace, Use, trace
 
 SMALLEST = 8  # fewer outputs than this (a shared expert's gate has one) save nothing
@@ -215,12 +216,11 @@ def _unfit(seen: Trace, block: str, site: Site, times: list[Use]) -> str | None:
 
 def _ends(model: nn.Module, seen: Trace, left: dict[str, str], pick: _Pick) -> tuple[Site, ...]:
     """The embedding of the tokens and the head, where a packed one does all that is done with them."""
-    names = {id(module): name for name, module in model.named_modules()}
     found = dict[str, Site]()
     kinds: dict[Literal["embedding", "head"], Any] = {"embedding": nn.Embedding, "head": nn.Linear}
     for end, kind in kinds.items():
-        module: Any = _end(model, "input" if end == "embedding" else "output")
-        name = names.get(id(module), "")
+        module = end_of(model, end)
+        name = name_of(model, module)
         parameter = f"{name}.weight"
         weight = getattr(module, "weight", None)
         if not name or weight is None or seen.tied.get(parameter, parameter) in seen.users:
@@ -246,13 +246,6 @@ def _ends(model: nn.Module, seen: Trace, left: dict[str, str], pick: _Pick) -> t
     return tuple(found.values())
 
 
-def _end(model: nn.Module, side: str) -> nn.Module | None:
-    try:
-        return getattr(model, f"get_{side}_embeddings")()
-    except (AttributeError, NotImplementedError):
-        return None
-
-
 def _not_worth_it(seen: Trace, site: Site) -> str | None:
     if site.parameter in seen.routers:
         return f"a router: its {site.out} outputs choose among as many experts; routers stay float"
@@ -269,7 +262,7 @@ def _explain_the_rest(model: nn.Module, blocks: Sequence[Block], seen: Trace, le
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.dim() < 2 or name in taken or name in left:
             continue
-        owner = model.get_submodule(name.rpartition(".")[0])
+        owner, _ = owner_of(model, name)
         of = next((block for block in seen.apart if name.startswith(block + ".")), None)
         if of is not None and is_linear(owner):
             left[name] = f"{of} comes before the blocks that form a chain"

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from quant.models.names import owner_of
+
 
 @contextmanager
 def weightless(model: nn.Module) -> Generator[dict[str, str]]:
@@ -26,12 +28,17 @@ def weightless(model: nn.Module) -> Generator[dict[str, str]]:
     made: dict[int, nn.Parameter] = {}
     first_name: dict[str, str] = {}
     names: dict[int, str] = {}
+
+    def put(name: str, value: nn.Parameter) -> None:
+        owner, leaf = owner_of(model, name)
+        owner._parameters[leaf] = value
+
     try:
         for name, old in parameters.items():
             first_name[name] = names.setdefault(id(old), name)
             if id(old) not in made:
                 made[id(old)] = nn.Parameter(_row(first_name[name], old).expand(old.shape), requires_grad=False)
-            _put(model, name, made[id(old)])
+            put(name, made[id(old)])
         for part, key, x in buffers:
             part._buffers[key] = torch.zeros_like(x, device="cpu") if x.device.type == "meta" else x.cpu().clone()
         for part in training:
@@ -39,7 +46,7 @@ def weightless(model: nn.Module) -> Generator[dict[str, str]]:
         yield first_name
     finally:
         for name, old in parameters.items():
-            _put(model, name, old)
+            put(name, old)
         for part, key, x in buffers:
             part._buffers[key] = x
         for part in training:
@@ -50,11 +57,6 @@ def _row(name: str, parameter: torch.Tensor) -> torch.Tensor:
     """Numbers from 0.5 to 1.5: a norm or a learned gate of zeros would hide what flows through it."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return (torch.rand(parameter.shape[-1:], generator=generator) + 0.5).to(parameter.dtype)
-
-
-def _put(model: nn.Module, name: str, value: nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    model.get_submodule(path)._parameters[leaf] = value
 
 
 def noise(name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from quant.models.names import owner_of
 from quant.models.walk import Site
 
 
@@ -19,8 +20,7 @@ def placed(model: nn.Module, values: Mapping[str, Tensor]) -> Generator[None]:
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         for name, value in values.items():
-            path, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(path)
+            owner, leaf = owner_of(model, name)
             parameter = owner._parameters[leaf]
             assert parameter is not None
             kept.append((owner, leaf, parameter))

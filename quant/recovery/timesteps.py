@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
+from quant.models.names import end_of
+
 AT_ONCE = 1 << 24  # logits
 
 
@@ -31,7 +33,7 @@ def output_error(model: nn.Module, output: Tensor, target: Tensor) -> float:
 
 def has_vocabulary(model: nn.Module) -> bool:
     """Whether its output are logits of tokens."""
-    return getattr(model, "get_output_embeddings", lambda: None)() is not None
+    return end_of(model, "head") is not None
 
 
 def divergence(output: Tensor, target: Tensor) -> Tensor:
