@@ -12,18 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quant.checkpoint import words
 from quant.checkpoint.shards import write_text
-from quant.checkpoint.words import (
-    Report,
-    by_reason,
-    capped,
-    code_bits,
-    ends_words,
-    notes,
-    plain,
-    provenance_rows,
-    specs_words,
-)
+from quant.checkpoint.words import Report
 from quant.errors import CheckpointError
 
 BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
@@ -41,17 +32,17 @@ FIGURES = (  # label, where it is in an evaluation's report, format
 
 def card(report: Report) -> str:
     """The card for the content of report.json."""
-    bits, name = report["bits"], str(report["model"]["name"]).rstrip("/")
-    troubles = [f"- {_code(text)}: {_code(site)}" for site, text in notes(report)]
+    bits, name, specs = report["bits"], str(report["model"]["name"]).rstrip("/"), words.specs_words(report["sites"])
+    troubles = [f"- {_code(text)}: {_code(site)}" for site, text in words.notes(report)]
     left = [
-        f"- {_code(reason)}: {', '.join(_code(name) for name in capped(names, MOST_NAMES))}"
-        for reason, names in by_reason(report["left_float"]).items()
+        f"- {_code(reason)}: {', '.join(_code(name) for name in words.capped(names, MOST_NAMES))}"
+        for reason, names in words.by_reason(report["left_float"]).items()
     ]
     return f"""{_front_matter(report)}
 
 # {_code(name.rpartition("/")[2])}, {bits["measured"]:.5g} bits per weight
 
-{_code(name)} with {len(report["sites"]):,} weight matrices packed by bitwright: {_code(specs_words(report["sites"]))}.
+{_code(name)} with {len(report["sites"]):,} weight matrices packed by bitwright: {_code(specs)}.
 Everything else is the original, bit for bit{_folded(report)}.
 
 {_table(_sizes(report))}
@@ -63,13 +54,13 @@ Everything else is the original, bit for bit{_folded(report)}.
 ## How it was made
 
 ```bash
-{plain(report["command"], 4000)}
+{words.plain(report["command"], 4000)}
 ```
 
 The same bytes come out on the same kind of machine with the same versions; `recipe.json` and `plan.json` in this folder
 hold every setting.
 
-{_table([(label, _code(value)) for label, value in provenance_rows(report)])}
+{_table([(label, _code(value)) for label, value in words.provenance_rows(report)])}
 
 ## Evaluation
 
@@ -79,11 +70,11 @@ Not evaluated yet: {_code(f"quant-eval {_place(report)} --against")} the origina
 
 ## What did not go as asked
 
-{chr(10).join(capped(troubles, MOST_LINES)) or "Nothing."}
+{chr(10).join(words.capped(troubles, MOST_LINES)) or "Nothing."}
 
 ## Left in float
 
-{chr(10).join(capped(left, MOST_LINES)) or "No weight matrix."}
+{chr(10).join(words.capped(left, MOST_LINES)) or "No weight matrix."}
 
 ## Limits
 
@@ -128,7 +119,7 @@ def _limits(report: Report) -> str:
 
 def _front_matter(report: Report) -> str:
     """YAML, of which JSON is a part: so are names that are not ours."""
-    source, asked = report["source"], code_bits(report["recipe"]["spec"])
+    source, asked = report["source"], words.code_bits(report["recipe"]["spec"])
     lines = [f"{key}: {json.dumps(source[key])}" for key in ("license", "base_model") if source[key]]
     lines += ["base_model_relation: quantized"] if source["base_model"] else []
     tags = ["bitwright", "quantized", *([f"{asked}-bit"] if asked else [])]
@@ -144,7 +135,7 @@ def _front_matter(report: Report) -> str:
 
 def _sizes(report: Report) -> list[tuple[str, str]]:
     bits, source = report["bits"], report["source"]
-    codes = sorted({code for site in report["sites"] if (code := code_bits(site["spec"]))})
+    codes = sorted({code for site in report["sites"] if (code := words.code_bits(site["spec"]))})
     after = sum(report["files"].values())
     smaller = source["bytes"] / max(1, after)
     return [
@@ -152,7 +143,7 @@ def _sizes(report: Report) -> list[tuple[str, str]]:
         ("bits promised", f"{bits['promised']:.5g} per quantized weight, scales and zeros and all else included"),
         ("bits measured on disk", f"{bits['measured']:.5g} per quantized weight"),
         ("quantized", f"{bits['weights']:,} of {source['parameters']:,} weights, {bits['packed_bytes']:,} bytes"),
-        *((("embedding and head", _code(ends_words(report["ends"]))),) if "ends" in report else ()),
+        *((("embedding and head", _code(words.ends_words(report["ends"]))),) if "ends" in report else ()),
         ("all weight files", f"{after:,} bytes, {smaller:.2f} times smaller than the original's {source['bytes']:,}"),
         ("license of the base model", _code(source["license"] or "unknown: its folder does not state one")),
         ("commit of the base model", _code(source["revision"] or "unknown: a local folder")),
@@ -230,4 +221,4 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 
 def _code(value: object) -> str:
     """Untrusted text as code: one line, nothing that ends the code or the table's cell."""
-    return f"`{plain(value, 1000).replace('`', chr(39)).replace('|', '/')}`"
+    return f"`{words.plain(value, 1000).replace('`', chr(39)).replace('|', '/')}`"

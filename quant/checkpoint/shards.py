@@ -136,14 +136,11 @@ def sizes(shards: Sequence[Sequence[Piece]], stem: str) -> dict[str, int]:
     return made
 
 
-def write(path: Path, pieces: Sequence[Piece]) -> str:
-    """Writes one shard, whole or not at all, and returns its sha256."""
-    digest = hashlib.sha256()
+def write(path: Path, pieces: Sequence[Piece]) -> None:
+    """Writes one shard, whole or not at all."""
     with Atomic(path) as out:
         for chunk in _stream(pieces):
-            digest.update(chunk)
             out.write(chunk)
-    return digest.hexdigest()
 
 
 def _stream(pieces: Sequence[Piece]) -> Iterable[bytes]:

@@ -14,31 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quant.checkpoint import shards
 from quant.checkpoint.card import card
 from quant.checkpoint.folded import folded_pieces, promised_folds, untied_config
 from quant.checkpoint.journal import Journal
 from quant.checkpoint.manifest import CHECKSUMS, PEOPLE, quantization_config, seal, stored_tensors
 from quant.checkpoint.report import render
-from quant.checkpoint.shards import (
-    NAMES,
-    STEMS,
-    Piece,
-    disk_error,
-    file_names,
-    group,
-    index_name,
-    index_text,
-    read_pieces,
-    write,
-    write_text,
-)
+from quant.checkpoint.shards import Piece
 from quant.kernels.spec import Spec
 from quant.linear import stored_name
 from quant.models.walk import Site
 from quant.prepare import Prepared
 from quant.version import VERSION
 
-MADE = ("config.json", *map(index_name, STEMS), "recipe.json", "plan.json", "report.json", CHECKSUMS)
+MADE = ("config.json", *map(shards.index_name, shards.STEMS), "recipe.json", "plan.json", "report.json", CHECKSUMS)
 
 
 @dataclass(frozen=True)
@@ -53,9 +42,9 @@ class Written:
         """Writes what is for people."""
         report["bits"]["measured"] = self.measured_bits
         report["files"] = self.files
-        write_text(self.out / "report.json", json.dumps(report, indent=2) + "\n")
-        write_text(self.out / "report.html", render(report))
-        write_text(self.out / "README.md", card(report))
+        shards.write_text(self.out / "report.json", json.dumps(report, indent=2) + "\n")
+        shards.write_text(self.out / "report.html", render(report))
+        shards.write_text(self.out / "README.md", card(report))
 
 
 def quantized_sites(prepared: Prepared) -> dict[str, tuple[Site, Spec]]:
@@ -76,7 +65,7 @@ def promised_pieces(prepared: Prepared) -> dict[str, Piece]:
     for site, spec in packed_sites(prepared).values():
         for key, tensor in spec.tensors(site.shape).items():
             name = stored_name(site, key)
-            pieces[name] = Piece(name, NAMES[tensor.dtype], tensor.shape, tensor.nbytes)
+            pieces[name] = Piece(name, shards.NAMES[tensor.dtype], tensor.shape, tensor.nbytes)
     return pieces
 
 
@@ -92,14 +81,14 @@ def arrangement(prepared: Prepared, packed: Mapping[str, Piece]) -> list[list[Pi
         return next((number for block, number in rank.items() if name.startswith(block + ".")), -1)
 
     ranked = [(place(name), piece) for name, piece in packed.items()]
-    stored = {name: piece for file in source.files for name, piece in read_pieces(source.folder / file).items()}
+    stored = {name: piece for file in source.files for name, piece in shards.read_pieces(source.folder / file).items()}
     for name, piece in stored.items():
         targets = skeleton.targets[name]
         if name not in packed and not replaced.intersection(targets):
             ranked.append((place(targets[0]) if targets else -1, piece))
     limit = max((source.folder / file).stat().st_size for file in source.files)
     ordered = [piece for _, piece in sorted(ranked, key=lambda item: (item[0], item[1].name))]
-    return group(ordered, limit)
+    return shards.group(ordered, limit)
 
 
 def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any]) -> Written:
@@ -108,36 +97,34 @@ def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any
     packed = folded_pieces(prepared, journal.folder)  # tuning may have changed some of them further
     for index in range(len(prepared.walk.chain) + 2):  # the tuning's and the ends' too
         packed |= journal.pieces(index) if journal.finished(index) else {}
-    shards = arrangement(prepared, packed)
+    arranged = arrangement(prepared, packed)
     stem = prepared.source.stem
-    names, index = file_names(len(shards), stem), index_name(stem)
+    names, index = shards.file_names(len(arranged), stem), [shards.index_name(stem)] if len(arranged) > 1 else []
     copied = {name: path for name, path in prepared.source.copied.items() if name not in MADE}
-    sealed_names = [*names, *copied, "recipe.json", "plan.json"]
-    if len(shards) > 1:
-        sealed_names.append(index)
+    sealed_names = [*names, *index, *copied, "recipe.json", "plan.json"]
     journal.claim([*sealed_names, "config.json", *PEOPLE])
-    for name, shard in zip(names, shards, strict=True):
-        write(out / name, shard)
-    if len(shards) > 1:
-        write_text(out / index, index_text(shards, stem))
+    for name, shard in zip(names, arranged, strict=True):
+        shards.write(out / name, shard)
+    for name in index:
+        shards.write_text(out / name, shards.index_text(arranged, stem))
     try:
         for name, path in copied.items():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, out / name)
     except OSError as error:
-        raise disk_error(out, error) from None
-    write_text(out / "recipe.json", json.dumps(prepared.decided.to_dict(), indent=2) + "\n")
-    write_text(out / "plan.json", json.dumps(prepared.plan.to_dict(), indent=2) + "\n")
+        raise shards.disk_error(out, error) from None
+    shards.write_text(out / "recipe.json", json.dumps(prepared.decided.to_dict(), indent=2) + "\n")
+    shards.write_text(out / "plan.json", json.dumps(prepared.plan.to_dict(), indent=2) + "\n")
     sites = quantized_sites(prepared)
     packing = quantization_config(packed_sites(prepared), VERSION)
     config = {**untied_config(prepared), "quantization_config": packing}
     manifest, sealed = seal(out, config, sealed_names)
-    write_text(out / CHECKSUMS, manifest)
-    write_text(out / "config.json", sealed)
+    shards.write_text(out / CHECKSUMS, manifest)
+    shards.write_text(out / "config.json", sealed)
     stored = stored_tensors(out)
     packed_bytes = sum(
         stored[stored_name(s, key)].nbytes for s, spec in sites.values() for key in spec.tensors(s.shape)
     )
     weights = sum(site.shape[0] * site.shape[1] for site, _ in sites.values())
-    files = {name: (out / name).stat().st_size for name in [*names, *([index] if len(shards) > 1 else [])]}
+    files = {name: (out / name).stat().st_size for name in (*names, *index)}
     return Written(out, files, 8 * packed_bytes / max(1, weights))
