@@ -20,7 +20,7 @@ from quant.kernels.layouts import PackedUniform
 from quant.kernels.order import Arranged
 from quant.kernels.reference import Weight
 from quant.kernels.spec import Uniform
-from quant.models.names import end_of, name_of, owner_of
+from quant.models.structure import end_of, name_of, owner_of
 from quant.models.walk import Site
 
 

@@ -27,9 +27,9 @@ from quant.checkpoint.journal import Journal
 from quant.kernels.packed import Packed, concatenate
 from quant.kernels.spec import Spec
 from quant.linear import stored_name, stored_weight
-from quant.models.names import end_of, name_of
 from quant.models.skeleton import Skeleton
 from quant.models.stream import streamed
+from quant.models.structure import end_of, name_of
 from quant.models.walk import Site
 from quant.prepare import Prepared
 from quant.progress import Progress

@@ -30,8 +30,8 @@ from quant.ends import rehearsed
 from quant.fisher import enough, kept
 from quant.kernels.spec import LowRank, Smoothed, Spec, Trellis
 from quant.memory import enough_memory, peak_bytes
-from quant.models.names import end_of
 from quant.models.stream import Forward, outside_blocks
+from quant.models.structure import end_of
 from quant.order import threads
 from quant.planning import probes, weighed
 from quant.prepare import Prepared, skeleton_of

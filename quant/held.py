@@ -21,7 +21,7 @@ from quant.kernels.layouts import LAYOUTS, Packed, shared_names
 from quant.kernels.packed import concatenate
 from quant.kernels.reference import Weight
 from quant.kernels.spec import DTYPES, Spec
-from quant.models.names import owner_of
+from quant.models.structure import owner_of
 
 
 @dataclass(frozen=True, eq=False)

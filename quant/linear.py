@@ -22,7 +22,7 @@ from quant.kernels.dispatch import matmul
 from quant.kernels.layouts import LAYOUTS, Packed
 from quant.kernels.reference import Weight
 from quant.kernels.spec import Spec
-from quant.models.names import owner_of
+from quant.models.structure import owner_of
 from quant.models.walk import Site
 
 

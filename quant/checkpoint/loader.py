@@ -33,10 +33,9 @@ from quant.kernels.layouts import LayoutError
 from quant.kernels.spec import Uniform
 from quant.linear import PackedLinear, put_packed
 from quant.machine import check_device
-from quant.models.candidates import is_linear
 from quant.models.conversions import spare
-from quant.models.names import end_of, owner_of
 from quant.models.source import local
+from quant.models.structure import end_of, is_linear, owner_of
 
 
 @register_quantization_config(METHOD)

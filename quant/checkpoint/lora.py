@@ -14,8 +14,8 @@ from typing import Any
 
 from quant.errors import SettingsError
 from quant.linear import PackedLinear
-from quant.models.names import end_of
 from quant.models.source import first_line
+from quant.models.structure import end_of
 
 LORA = "peft.tuners.lora.model"
 FLOAT = "load the model with dequantize=True"

@@ -21,8 +21,8 @@ from quant.checkpoint.manifest import METHOD, VERIFIED, read_config, read_sites,
 from quant.errors import BitwrightError, CheckpointError, ResourceError, out_of_memory
 from quant.held import Holder, holds
 from quant.models.diffusion import named, quiet
-from quant.models.names import owner_of
 from quant.models.source import COMPONENT, PIPELINE, first_line
+from quant.models.structure import owner_of
 
 TABLES = "diffusers.quantizers.auto"
 

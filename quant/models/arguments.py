@@ -20,8 +20,8 @@ from torch import nn
 
 from quant.calibration.replay import Stop
 from quant.errors import ModelError
-from quant.models.candidates import candidates
 from quant.models.source import first_line
+from quant.models.structure import candidates
 from quant.models.weightless import weightless
 
 SPOKEN = {"x": "hidden_states", "t": "timestep", "cap_feats": "encoder_hidden_states"}  # by some, with lists of rows

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 
 from quant.errors import ModelError
-from quant.models.allocation import LargeOnMeta
 from quant.models.source import Source, first_line
+
+LARGEST_BUFFER = 2**24  # elements; the largest in use are tables of positions, [131072, 128]
 
 
 def read_config(source: Source) -> Any:
@@ -61,6 +63,21 @@ def refuse_quantized(source: Source, config: Any) -> None:
         return
     method = config.get("quant_method", "?") if isinstance(config, dict) else getattr(config, "quant_method", "?")
     raise ModelError(f"{source.name}: already quantized ({method}); give the float model that it was made from")
+
+
+class LargeOnMeta(TorchFunctionMode):
+    """Nothing larger than any buffer is ever allocated: `init_empty_weights` moves a parameter to meta only once it is
+    made, and one stack of experts may be larger than the machine's memory."""
+
+    factories = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.factories:
+            probe = func(*args, **{**kwargs, "device": "meta"})
+            if probe.numel() > LARGEST_BUFFER:
+                return probe
+        return func(*args, **kwargs)
 
 
 class quiet:

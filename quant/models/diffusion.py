@@ -19,9 +19,8 @@ from accelerate import init_empty_weights
 
 from quant.errors import ModelError
 from quant.held import holds
-from quant.models.allocation import LargeOnMeta
 from quant.models.arguments import Form, find_form, translate
-from quant.models.building import refuse_quantized
+from quant.models.building import LargeOnMeta, refuse_quantized
 from quant.models.skeleton import Skeleton
 from quant.models.source import PIPELINE, Source, first_line, is_plain, read_json
 

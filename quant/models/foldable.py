@@ -23,13 +23,13 @@ from torch import Tensor
 
 from quant.calibration.batch import moved
 from quant.calibration.replay import Replay
-from quant.models.candidates import is_linear
 from quant.models.folding import Change, Folded, Folding, exactly, rotation
 from quant.models.heads import Call, Heads, Watch, heads
 from quant.models.residual import TOLERANCE, Stream, off
 from quant.models.skeleton import Skeleton
 from quant.models.source import STORED
 from quant.models.stream import first_tensor, outside_blocks
+from quant.models.structure import is_linear
 
 STREAM = "the stream"
 LEAST = 16  # block of a rotation that may stand for one at run time: smaller ones spread little

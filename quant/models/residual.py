@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from quant.models.candidates import is_linear
 from quant.models.folding import Change, Constant, Turn, rotation
 from quant.models.heads import Call, inputs_of
+from quant.models.structure import is_linear
 
 TOLERANCE = 1e-4  # of the largest value: what a change may change
 LARGEST_BIAS = 4.0  # root mean square; what it is added to has 1. A small OPT is then 1.5 % off in bfloat16

@@ -26,8 +26,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from quant.errors import ModelError
 from quant.models.building import build, model_class, quiet, read_config, refuse_quantized
 from quant.models.conversions import spare
-from quant.models.names import end_of, owner_of
 from quant.models.source import Source
+from quant.models.structure import end_of, owner_of
 
 
 class Skeleton:

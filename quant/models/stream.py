@@ -13,8 +13,8 @@ from quant.calibration.notes import parted
 from quant.calibration.replay import Replay
 from quant.errors import ModelError
 from quant.memory import give_back
-from quant.models.names import end_of, name_of
 from quant.models.skeleton import Skeleton
+from quant.models.structure import end_of, name_of
 
 
 def outside_blocks(skeleton: Skeleton, chain: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -22,12 +22,10 @@ from torch.utils import _pytree as pytree
 from quant.calibration.notes import Notes, before, left, merged, written
 from quant.calibration.replay import cacheless, copy
 from quant.errors import ModelError
-from quant.models.candidates import candidates, is_linear
 from quant.models.chain import Broken, line, prove
-from quant.models.conditioning import Conditioning
-from quant.models.names import owner_of
+from quant.models.lineage import Conditioning, Routers
 from quant.models.products import SUMS, main, product
-from quant.models.routers import Routers
+from quant.models.structure import candidates, is_linear, owner_of
 from quant.models.weightless import noise, same, weightless
 
 DTYPE: Any = torch.Tensor.dtype
@@ -55,8 +53,8 @@ class Trace:
     tied parameters, with the first name, which stands for them everywhere else; `routers`: weights of linears whose
     outputs choose experts; `read`: weights of linears that code around them looks at (`x.to(linear.weight.dtype)`);
     `odd`: matrices that are used outside all blocks otherwise than by an embedding's or a linear's own plain forward;
-    `modulations`, `embedders`: weights that see what the tokens are conditioned on (see `conditioning`), or come before
-    all blocks; `lent`: modules in blocks that are called from outside too; `attends`: see `conditioning`;
+    `modulations`, `embedders`: weights that see what the tokens are conditioned on (see `lineage`), or come before
+    all blocks; `lent`: modules in blocks that are called from outside too; `attends`: see `lineage`;
     `texts`: how many rows the texts of the batch have; `apart`: blocks before the chain that are none of it."""
 
     chain: tuple[str, ...]

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from quant.errors import ModelError
-from quant.models.candidates import is_linear, matrices
-from quant.models.names import end_of, name_of, owner_of
+from quant.models.structure import end_of, is_linear, matrices, name_of, owner_of
 from quant.models.trace import Trace, Use, trace
 
 SMALLEST = 8  # fewer outputs than this (a shared expert's gate has one) save nothing

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from quant.models.names import owner_of
+from quant.models.structure import owner_of
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from quant.models.names import owner_of
+from quant.models.structure import owner_of
 from quant.models.walk import Site
 
 

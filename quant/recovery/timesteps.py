@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from quant.models.names import end_of
+from quant.models.structure import end_of
 
 AT_ONCE = 1 << 24  # logits
 

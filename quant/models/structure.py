@@ -1,8 +1,10 @@
-"""What a model's structure alone says: which modules may be blocks, which parameters may be sites, how many experts."""
+"""What a model's structure alone says: which modules may be blocks, which parameters may be sites, how many experts,
+which modules are the ends, and whose a name is."""
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -51,3 +53,22 @@ def expert_counts(model: nn.Module) -> dict[str, set[int]]:
         for holder in (path, path.rpartition(".")[0]) if sizes else ():
             counts.setdefault(holder, set()).update(sizes)
     return counts
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[Any, str]:
+    """The module in which a parameter, a buffer or a module of this name lies, and its name there."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def name_of(model: nn.Module, module: nn.Module | None) -> str:
+    """What a module of the model is called; "" for any other."""
+    return next((name for name, one in model.named_modules() if one is module), "")
+
+
+def end_of(model: Any, end: Literal["embedding", "head"]) -> Any:
+    """The embedding of a model's tokens, or its head; None where there is none."""
+    try:
+        return model.get_input_embeddings() if end == "embedding" else model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
