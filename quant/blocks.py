@@ -34,8 +34,7 @@ from quant.recipe import Recipe
 from quant.recovery.placed import oriented
 from quant.rounding import Rounding, unrounded
 from quant.solvers.lockstep import goes, stackable
-from quant.solvers.several import solve_named
-from quant.solvers.solution import Problem
+from quant.solvers.solution import Problem, solve_named
 
 TOGETHER = 1 << 26
 """Weights up to which uniform sites are solved as one matrix. Larger ones keep a processor busy alone and only take

@@ -33,8 +33,7 @@ from quant.models.structure import end_of, name_of
 from quant.models.walk import Site
 from quant.prepare import Prepared
 from quant.progress import Progress
-from quant.solvers.several import solve_named
-from quant.solvers.solution import Problem
+from quant.solvers.solution import Problem, solve_named
 
 CHUNK = 1 << 22
 """Weights that are solved together on a CPU; the dry run solves as many."""

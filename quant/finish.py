@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quant.blocks import fill
-from quant.calibration.mixing import Mixed
+from quant.calibration.batch import Mixed
 from quant.calibration.samples import moved
 from quant.checkpoint.journal import Journal
 from quant.ends import Ends

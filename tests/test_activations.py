@@ -13,10 +13,10 @@ from torch import Tensor
 
 import quant
 from quant import Recipe
+from quant.calibration.batch import timestep
 from quant.calibration.capture import Stage, collect
-from quant.calibration.ranges import KEPT, RANGES, RangeCollector, timestep
 from quant.calibration.replay import Replay
-from quant.calibration.statistics import Statistics
+from quant.calibration.statistics import KEPT, RANGES, RangeCollector, Statistics
 from quant.checkpoint.manifest import verify
 from quant.errors import SettingsError, SolverError
 from quant.kernels import dispatch, integer

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import quant
 from quant.calibration import effects as measure
 from quant.calibration import painting
+from quant.calibration.batch import Mixed
 from quant.calibration.capture import Stage
 from quant.calibration.effects import Answer, effects, relative
-from quant.calibration.mixing import Mixed
 from quant.calibration.trajectory import passes
 from quant.decoupled import SPLITS
 from quant.errors import CalibrationError

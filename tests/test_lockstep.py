@@ -18,8 +18,7 @@ from quant.recipe import override
 from quant.solvers import lockstep
 from quant.solvers.feedback import Feedback
 from quant.solvers.lockstep import stackable, stacks
-from quant.solvers.several import solve_named
-from quant.solvers.solution import Problem, Solution
+from quant.solvers.solution import Problem, Solution, solve_named
 from quant.solvers.trellis import TrellisRounder
 from tests import tiny
 

@@ -18,10 +18,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from quant.calibration.activations import Activations
-from quant.calibration.ranges import RangeCollector, timestep
+from quant.calibration.batch import timestep
 from quant.calibration.replay import Replay, Stop
 from quant.calibration.samples import Batch
-from quant.calibration.statistics import HessianCollector, Statistics
+from quant.calibration.statistics import HessianCollector, RangeCollector, Statistics
 from quant.errors import CalibrationError
 from quant.models.products import product
 from quant.models.walk import Site

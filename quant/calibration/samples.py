@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from quant.calibration.batch import Batch as Batch
 from quant.calibration.batch import moved as moved
-from quant.calibration.ranges import timestep
+from quant.calibration.batch import timestep
 from quant.calibration.texts import Text, encode, resolve
 from quant.errors import CalibrationError, ModelError, SettingsError
 from quant.models.source import Source

@@ -15,7 +15,7 @@ costs no bits is tuned alone.
 
 A diffusion transformer's error differs a hundredfold between its timesteps, and what an error does to the image does
 the opposite. So each sample's is told relative to `usual`, the untuned model's mean at the same timestep: every part
-of the way counts alike. Batches mix timesteps (`calibration/mixing.py`), else steps would pull in turn.
+of the way counts alike. Batches mix timesteps (`calibration/batch.py`), else steps would pull in turn.
 
 The float model lies in memory whole, for the teacher; a block's quantized weights are made when it runs and again for
 its gradient (activation checkpointing), so activations cost one block's, the outputs between them and three logits.

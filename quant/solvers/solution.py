@@ -25,8 +25,8 @@ from torch import Tensor
 
 from quant.calibration.statistics import Statistics
 from quant.errors import SolverError
-from quant.kernels.layouts import Packed
-from quant.kernels.spec import Spec
+from quant.kernels.layouts import Packed, PackedUniform
+from quant.kernels.spec import Spec, Uniform
 from quant.solvers.metric import weighed
 from quant.solvers.rounding import noise_energy
 
@@ -67,6 +67,31 @@ class Solver(Protocol):
     def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, metric: Tensor | None = None) -> Solution:
         """One problem's solution."""
         return self.solve_all([Problem(weight, statistics, metric)], spec)[0]
+
+
+def solve_named(solver: Solver, names: Sequence[str], problems: Sequence[Problem], spec: Spec) -> list[Solution]:
+    """`solver`'s solutions; uniform weights, which share their statistics then, as one weight of more rows. Raises
+    `SolverError` with the name of the first that it cannot solve."""
+    try:
+        if len(problems) > 1 and isinstance(spec, Uniform):
+            return _as_one(solver, problems, spec)
+        return solver.solve_all(problems, spec)
+    except SolverError as error:
+        if len(problems) == 1:
+            raise SolverError(f"{names[0]}: {error}") from None
+        return [solve_named(solver, [name], [one], spec)[0] for name, one in zip(names, problems, strict=True)]
+
+
+def _as_one(solver: Solver, problems: Sequence[Problem], spec: Uniform) -> list[Solution]:
+    statistics, found, stop = problems[0].statistics, list[Solution](), 0
+    assert all(one.statistics is statistics for one in problems)
+    whole = solver.solve(torch.cat([one.weight for one in problems]), statistics, spec)
+    assert isinstance(whole.packed, PackedUniform)
+    for one in problems:
+        start, stop = stop, stop + one.weight.shape[0]
+        rows = whole.packed.rows(torch.arange(start, stop, device=whole.packed.device))
+        found.append(solution(rows, one.weight, statistics, whole.notes))
+    return found
 
 
 def solution(
