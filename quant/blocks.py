@@ -76,8 +76,8 @@ class BlockSolver:
 
     def __init__(
         self, replay: Replay, recipe: Recipe, plan: Plan, batches: Sequence[Batch], store: Outputs,
-        float_store: Outputs | None, on_site: Callable[[Solved], None],
-        room: Callable[[str], Activations] | None = None, weights: Sequence[float] | None = None,
+        float_store: Outputs | None, on_site: Callable[[Solved], None], room: Callable[[str], Activations],
+        weights: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
         """`room`: makes a store for the outputs of a submodule that later passes need no more compute. `weights`: how
         much each batch counts, of mean 1 over tokens."""
@@ -118,7 +118,7 @@ class BlockSolver:
 
     def _remember(self, block: Block, sites: set[str], solved: set[str]) -> None:
         """From now on the outputs of what is finished inside the block are computed once."""
-        if self.room is None or self.recipe.calibration is None or not self.recipe.sequential:
+        if self.recipe.calibration is None or not self.recipe.sequential:
             return
         known = {one.name for one in self.remembered}
         for name in finished(self.model.get_submodule(block.name), block.name, sites, solved):

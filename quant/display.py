@@ -129,12 +129,6 @@ def human(count: float) -> str:
     """Bytes for people: powers of 1024, three digits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
-            return (
-                f"{count:.0f} {unit}"
-                if unit == "B"
-                else f"{count:.3g} {unit}"
-                if count < 100
-                else f"{count:.0f} {unit}"
-            )
+            return f"{count:.3g} {unit}" if count < 100 and unit != "B" else f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.3g} TiB"

@@ -95,22 +95,9 @@ def _packed(prepared: Prepared, tensors: dict[str, Tensor]) -> dict[str, Packed]
 
 def _vectors(skeleton: Skeleton, taken: set[str]) -> dict[str, str]:
     """The float parameters of one dimension that are one stored tensor each: its name, by the parameter's."""
-    entries = skeleton.source.entries
-    sources: dict[str, list[str]] = {}
-    for key, targets in skeleton.targets.items():
-        for target in targets:
-            sources.setdefault(target, []).append(key)
     tied = {*skeleton.tied, *skeleton.tied.values()}
-    found: dict[str, str] = {}
-    for name, parameter in skeleton.model.named_parameters():
-        keys = sources.get(name, [])
-        if parameter.dim() != 1 or len(keys) != 1 or name in tied:
-            continue
-        key = keys[0]
-        alone = key not in skeleton.converted and len(skeleton.targets[key]) == 1
-        if alone and key not in taken and entries[key].dtype in STORED:
-            found[name] = key
-    return found
+    flat = [name for name, x in skeleton.model.named_parameters() if x.dim() == 1 and name not in tied]
+    return {name: key for name in flat if (key := skeleton.alone(name)) is not None and key not in taken}
 
 
 def _changed(prepared: Prepared, before: dict[str, Tensor], tuned: Tuned, vectors: dict[str, str]) -> dict[str, Tensor]:

@@ -67,10 +67,7 @@ def _show_estimate(prepared: Prepared, predicted: Estimate, console: Console) ->
         if spec is not None:
             console.print(f"{spec_words(spec.to_dict())}: {count} sites", highlight=False)
     _show_modulations([prepared.plan.specs[site.name] for site in prepared.walk.sites if site.modulation], console)
-    for (name, reason), count in Counter((_starred(n), why) for n, why in prepared.walk.left.items()).items():
-        times = f" ({count})" if count > 1 else ""
-        console.print(f"float: {escape(name)}{times}: {escape(reason)}", highlight=False)
-    for word, told in prepared.folded.to_dict().items():
+    for word, told in {"float": prepared.walk.left, **prepared.folded.to_dict()}.items():
         for (name, how), count in Counter((_starred(n), how) for n, how in told.items()).items():
             times = f" ({count})" if count > 1 else ""
             console.print(f"{word}: {escape(name)}{times}: {escape(how)}", highlight=False)

@@ -57,21 +57,6 @@ def test_attention_is_seen_in_every_architecture(name: str, plain: bool) -> None
         assert torch.equal(received.seen, (probabilities > 0).sum((1, 2)).float())
 
 
-def test_padding_neither_asks_nor_counts() -> None:
-    model, inputs = make("llama"), batch(2, 10, padded=True)
-    keep = inputs["attention_mask"].bool()
-    chain = walk(model, inputs).chain
-    with torch.no_grad(), Replay(model, chain) as replay:
-        (weights,) = Attention().weights(replay, 0, [inputs], [None])
-    assert bool((weights[~keep] == 0).all())
-    assert not bool(keep.all())
-    for row in range(2):
-        alone = {"input_ids": inputs["input_ids"][row, keep[row]][None]}
-        with torch.no_grad(), Replay(model, chain) as replay:
-            (expected,) = Attention().weights(replay, 0, [alone], [None])
-        assert torch.allclose(weights[row, keep[row]], expected[0], atol=1e-4)
-
-
 def test_weights_have_mean_one_a_floor_and_no_sink() -> None:
     received = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) + 0.1
     received[:, 0] = 1000
@@ -89,11 +74,10 @@ def test_weights_have_mean_one_a_floor_and_no_sink() -> None:
 def test_the_collector_means_are_weighted() -> None:
     generator = torch.Generator().manual_seed(0)
     x, reference = torch.randn(2, 3, 9, 8, generator=generator)
-    weights, mask = torch.rand(3, 9, generator=generator), torch.rand(3, 9, generator=generator) > 0.3
-    x[~mask] = torch.nan
+    weights = torch.rand(3, 9, generator=generator)
     collector = HessianCollector(8, cross=True)
-    collector.update(x, mask, reference, weights)
-    rows, others, r = x[mask].double(), reference[mask].double(), weights[mask].double()
+    collector.update(x, reference, weights)
+    rows, others, r = (part.flatten(0, 1).double() for part in (x, reference, weights[..., None]))
     found = collector.finish()
     assert found.tokens == len(rows)
     naive = torch.stack([w * row.outer(row) for w, row in zip(r, rows, strict=True)]).mean(0)

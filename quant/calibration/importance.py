@@ -58,42 +58,34 @@ class Attention:
         found: list[Tensor] = []
         for number, batch in enumerate(batches):
             shape = next(iter(batch.values())).shape
-            padding = batch.get("attention_mask")
-            keep = None if padding is None else padding.bool()
-            with Received(shape[0], shape[1], keep) as received:
+            with Received(shape[0], shape[1]) as received:
                 replay.output(index, batch, previous[number])
             if received.total is None or received.seen is None:
                 raise CalibrationError(
                     f"{replay.names[index]}: no attention among its {shape[1]} tokens was seen (it has none, or a "
                     "fused kernel hides it), and the recipe weighs tokens by it; set importance to null in the recipe"
                 )
-            found.append(self.scaled(received.total / received.seen.clamp_min(1), keep))
+            found.append(self.scaled(received.total / received.seen.clamp_min(1)))
         return found
 
-    def scaled(self, attention: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Weights `[B, T]` from the attention that each token receives, window by window: mean 1 over the tokens where
-        `keep` is true, 0 elsewhere."""
-        weights = torch.zeros_like(attention)
-        for row, (received, out) in enumerate(zip(attention, weights, strict=True)):
-            used = slice(None) if keep is None else keep[row]
-            part = received[used]
-            if not len(part):
-                continue
+    def scaled(self, attention: Tensor) -> Tensor:
+        """Weights `[B, T]` of mean 1 from the attention that each token receives, window by window."""
+        weights = list[Tensor]()
+        for part in attention:
             part = part.clamp_max(part.sort().values[max(0, math.ceil(self.clip * len(part)) - 1)])
             low, high = part.min(), part.max()
             scaled = self.floor + (1 - self.floor) * (part - low) / (high - low) if high > low else part * 0 + 1
-            out[used] = scaled / scaled.mean()
-        return weights
+            weights.append(scaled / scaled.mean())
+        return torch.stack(weights)
 
 
 class Received(TorchFunctionMode):
     """Sums, over heads and queries, the attention paid to each of the `tokens` tokens of `rows` windows: `total`
-    float32 `[rows, tokens]`, and `seen`, by how many of these each could be seen; None until there was any. `keep` bool
-    `[rows, tokens]`: queries that count."""
+    float32 `[rows, tokens]`, and `seen`, by how many of these each could be seen; None until there was any."""
 
-    def __init__(self, rows: int, tokens: int, keep: Tensor | None = None) -> None:
+    def __init__(self, rows: int, tokens: int) -> None:
         super().__init__()
-        self.rows, self.tokens, self.keep = rows, tokens, keep
+        self.rows, self.tokens = rows, tokens
         self.total: Tensor | None = None
         self.seen: Tensor | None = None
 
@@ -138,7 +130,5 @@ class Received(TorchFunctionMode):
         if self.total is None or self.seen is None:
             self.total = torch.zeros((self.rows, self.tokens), device=probabilities.device)
             self.seen = torch.zeros_like(self.total)
-        if self.keep is not None:
-            probabilities = probabilities[:, self.keep[row].to(probabilities.device)]
         self.total[row] += probabilities.sum((0, 1))
         self.seen[row] += (probabilities > 0).sum((0, 1))

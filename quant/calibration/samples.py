@@ -21,7 +21,7 @@ from quant.calibration.batch import moved as moved
 from quant.calibration.batch import timestep
 from quant.calibration.texts import Text, encode, resolve
 from quant.errors import CalibrationError, ModelError, SettingsError
-from quant.models.source import Source
+from quant.models.source import Source, first_line
 from quant.recipe import Calibration
 
 UNBOUNDED = 2**31
@@ -64,10 +64,10 @@ def load_tokenizer(source: Source) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=False)
     except Exception as error:  # tokenizers raise of every kind, down to a bare Exception
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error).rstrip(": ")
         raise ModelError(
-            f"{source.name}: its tokenizer cannot be loaded ({reason.rstrip(': ')}); calibration needs one: add "
-            "tokenizer.json, or use --recipe rtn, which reads no text"
+            f"{source.name}: its tokenizer cannot be loaded ({reason}); calibration needs one: add tokenizer.json, or "
+            "use --recipe rtn, which reads no text"
         ) from None
 
 

@@ -57,14 +57,12 @@ class Statistics:
         """`[in]`: mean square of each input."""
         return self.hessian.diagonal()
 
-    def with_prior(self, prior_hessian: Tensor, strength: float, name: str = "a prior") -> Statistics:
+    def with_prior(self, prior_hessian: Tensor, strength: float, name: str) -> Statistics:
         """As if `strength` more tokens had come whose mean `x xT` is `prior_hessian` `[in, in]`.
 
         For experts that saw few tokens: with the Hessian of all the layer's tokens as prior, many own tokens drown it
         and none leave it alone. The prior's float and quantized inputs count as equal.
         """
-        if strength <= 0:
-            raise CalibrationError(f"a prior counted as {strength} tokens; give a positive number")
         share = strength / (self.tokens + strength)
         prior = prior_hessian.to(self.hessian)
         return replace(
@@ -94,10 +92,8 @@ class HessianCollector:
         self._sum = torch.zeros((features, features), device=device)
         self._cross = torch.zeros_like(self._sum) if cross else None
 
-    def update(
-        self, x: Tensor, mask: Tensor | None = None, reference: Tensor | None = None, weights: Tensor | None = None
-    ) -> None:
-        """Adds the tokens of `x` `[..., in]` where `mask` bool `[...]` is true (everywhere without a mask).
+    def update(self, x: Tensor, reference: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Adds the tokens of `x` `[..., in]`.
 
         `reference` `[..., in]`: the same tokens in the float path; required exactly when the collector was made with
         `cross`. `weights` `[...]`: how much each token counts, of mean 1 over those added, so that sums stay means.
@@ -106,11 +102,11 @@ class HessianCollector:
             raise CalibrationError(
                 "reference inputs and a collector with cross=True need each other; one of them is missing"
             )
-        rows = self._rows(x, mask, weights)
+        rows = self._rows(x, weights)
         self.tokens += rows.shape[0]
         self._sum.addmm_(rows.T, rows)
         if reference is not None and self._cross is not None:
-            self._cross.addmm_(self._rows(reference, mask, weights).T, rows)
+            self._cross.addmm_(self._rows(reference, weights).T, rows)
 
     def finish(self) -> Statistics:
         """The means. With no token seen the Hessian is zero and `tokens` 0: the caller decides on a prior.
@@ -128,18 +124,12 @@ class HessianCollector:
         count = max(1, self.tokens)
         return Statistics(self._sum / count, self.tokens, None if self._cross is None else self._cross / count)
 
-    def _rows(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
+    def _rows(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """`x sqrt(r)` `[tokens, in]`."""
         if x.shape[-1] != self.features:
             raise CalibrationError(f"inputs have {x.shape[-1]} channels; the layer takes {self.features}")
-        rows = x.reshape(-1, self.features)
-        if mask is not None:
-            rows = rows[mask.reshape(-1).to(rows.device)]  # selected, not multiplied: padding may hold NaN
-        rows = rows.to(self._sum.device, torch.float32)
-        if weights is None:
-            return rows
-        counts = weights.reshape(-1) if mask is None else weights.reshape(-1)[mask.reshape(-1).to(weights.device)]
-        return rows * counts.to(rows).sqrt()[:, None]
+        rows = x.reshape(-1, self.features).to(self._sum.device, torch.float32)
+        return rows if weights is None else rows * weights.reshape(-1).to(rows).sqrt()[:, None]
 
 
 class RangeCollector:

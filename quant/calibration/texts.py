@@ -26,6 +26,7 @@ import torch
 
 from quant.calibration.python_docs import python_docs
 from quant.errors import SettingsError
+from quant.models.source import first_line
 
 PIECE = 200_000  # characters handed to a tokenizer at once
 _LOCAL = "Give the path of a local UTF-8 file instead."
@@ -124,8 +125,8 @@ def _wikitext2(split: str) -> str:
         rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
         return "\n\n".join(row["text"] for row in rows)  # pyright: ignore
     except Exception as error:  # datasets raises a dozen kinds for "not here, not reachable"
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise SettingsError(f"text wikitext2:{split}: it could not be downloaded ({reason}). {_LOCAL}") from error
+        why = f"it could not be downloaded ({first_line(error)}). {_LOCAL}"
+        raise SettingsError(f"text wikitext2:{split}: {why}") from error
 
 
 # name -> reader, and its splits, the default first

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save
 
 from quant.checkpoint.manifest import CHECKSUMS, JOURNAL, METHOD, PEOPLE, listed_files, plain_name, verify, weight_files
 from quant.checkpoint.same import compare
-from quant.checkpoint.shards import STEMS, Atomic, Piece, disk_error, index_name, read_pieces, write_text
+from quant.checkpoint.shards import STEMS, Atomic, Piece, disk_error, index_name, read_pieces, sha256, write_text
 from quant.errors import CheckpointError, ResourceError, ResumeError
 
 FOLDER = JOURNAL
@@ -187,8 +187,7 @@ def check_block(tensors: Path) -> None:
     """Raises `ResumeError` where a finished block's file is not what its record says."""
     record = read_json(tensors.with_suffix(".json"))
     try:
-        with tensors.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = sha256(tensors)
     except OSError as error:
         raise unreadable(tensors, error) from None
     if found != record.get("sha256"):

@@ -21,7 +21,7 @@ from quant.checkpoint.manifest import METHOD, VERIFIED, read_config, read_sites,
 from quant.errors import BitwrightError, CheckpointError, ResourceError, out_of_memory
 from quant.held import Holder, holds
 from quant.models.diffusion import named, quiet
-from quant.models.source import COMPONENT, PIPELINE, first_line
+from quant.models.source import COMPONENT, PIPELINE, STORED, first_line
 from quant.models.structure import owner_of
 
 TABLES = "diffusers.quantizers.auto"
@@ -163,11 +163,10 @@ def reading(folder: Path, library: str) -> Generator[None]:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Of the float tensors, that which holds most of their bytes."""
-    sizes = {"F32": 0, "F16": 0, "BF16": 0}
+    sizes = dict.fromkeys(STORED, 0)  # of equal ones the first
     sites = read_sites(read_config(folder).get("quantization_config"), str(folder)).values()
     packed = {name for site in sites for name in site.stored()}
     for name, piece in stored_tensors(folder).items():
         if name not in packed and piece.dtype in sizes:
             sizes[piece.dtype] += piece.nbytes
-    most = max(sizes, key=sizes.__getitem__)
-    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[most]
+    return STORED[max(sizes, key=sizes.__getitem__)]

@@ -129,13 +129,11 @@ def core(spec: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def spec_words(spec: Mapping[str, Any]) -> str:
     """`3-bit, groups of 64, asymmetric`; for other layouts, their fields."""
-    if spec["layout"] == "rotated":
-        return f"{spec_words(spec['base'])}, rotated"
+    if spec["layout"] in ("rotated", "smoothed"):
+        return f"{spec_words(spec['base'])}, {spec['layout']}"
     if spec["layout"] == "lowrank":
         anchor = ", first token in float" if spec.get("anchor") else ""
         return f"{spec_words(spec['base'])}, branch of rank {spec['rank']}{anchor}"
-    if spec["layout"] == "smoothed":
-        return f"{spec_words(spec['base'])}, smoothed"
     if spec["layout"] == "trellis":
         return f"{spec['bits']}-bit trellis, window {spec['window']}, code {spec['code']}, {spec['length']} rows"
     if spec["layout"] != "uniform":

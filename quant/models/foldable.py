@@ -177,11 +177,8 @@ class _Search:
 
     def dtype(self, name: str) -> torch.dtype | None:
         """What a parameter is stored in; None if it is not one stored tensor of floats."""
-        skeleton = self.skeleton
-        name = skeleton.copies.get(name, name)
-        keys = [key for key, targets in skeleton.targets.items() if name in targets]
-        plain = len(keys) == 1 and keys[0] not in skeleton.converted and len(skeleton.targets[keys[0]]) == 1
-        return STORED.get(skeleton.source.entries[keys[0]].dtype) if plain else None
+        key = self.skeleton.alone(self.skeleton.copies.get(name, name))
+        return None if key is None else STORED[self.skeleton.source.entries[key].dtype]
 
 
 def _merged(first: Mapping[str, list[Change]], second: Mapping[str, list[Change]]) -> dict[str, list[Change]]:

@@ -1,4 +1,4 @@
-"""What counts as a matrix product, and which of a pass's results it is run for."""
+"""What counts as a matrix product."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 PRODUCTS = (
     *(getattr(place, name) for place in (torch, torch.Tensor) for name in ("matmul", "bmm", "mm")),
@@ -24,11 +23,3 @@ def product(func: Any, args: Any) -> tuple[torch.Tensor, torch.Tensor, bool] | N
     if func in PRODUCTS and all(isinstance(arg, torch.Tensor) for arg in args[:2]):
         return args[0], args[1], True
     return None
-
-
-def main(output: Any) -> torch.Tensor:
-    """What a pass is run for: the first floating tensor of its output (logits, hidden states)."""
-    for x in pytree.tree_leaves(output):
-        if isinstance(x, torch.Tensor) and x.is_floating_point():
-            return x
-    raise ValueError("its output holds no floating-point tensor")

@@ -26,7 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from quant.errors import ModelError
 from quant.models.building import build, model_class, quiet, read_config, refuse_quantized
 from quant.models.conversions import spare
-from quant.models.source import Source
+from quant.models.source import STORED, Source
 from quant.models.structure import end_of, owner_of
 
 
@@ -127,6 +127,12 @@ class Skeleton:
                     tied[name] = origin
                     self._put(name, self._get(origin))
         return tied
+
+    def alone(self, name: str) -> str | None:
+        """The stored tensor of floats that is this parameter as it is, and no other; None where there is none."""
+        keys = [key for key, targets in self.targets.items() if name in targets]
+        plain = len(keys) == 1 and keys[0] not in self.converted and len(self.targets[keys[0]]) == 1
+        return keys[0] if plain and self.source.entries[keys[0]].dtype in STORED else None
 
     def untie(self) -> dict[str, str]:
         """The head gets a tensor of its own. Returns what was tied, with what it was tied to."""

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from quant.errors import ModelError
 
 SAMPLE_BYTES = 64 * 1024
-STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIPELINE = "model_index.json"  # what makes a folder a diffusers pipeline
 NEEDED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")  # the last for its licence
 MODULES, TEMPLATES = "modules.json", "additional_chat_templates"  # of sentence-transformers, of a tokenizer

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from quant.calibration.batch import Batch, moved
-from quant.calibration.notes import parted
 from quant.calibration.replay import Replay
 from quant.errors import ModelError
 from quant.memory import give_back
@@ -86,12 +86,11 @@ class Forward:
 
 
 def first_tensor(output: Any) -> torch.Tensor:
-    """The main tensor of a model's or block's output: logits, hidden states."""
-    output, _ = parted(output)
-    if isinstance(output, torch.Tensor):
-        return output
-    values = list(output.values()) if hasattr(output, "values") else list(output)
-    return next(v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
+    """What a pass is run for: the first floating tensor of its output (logits, hidden states)."""
+    for x in pytree.tree_leaves(output):
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            return x
+    raise ValueError("its output holds no floating-point tensor")
 
 
 def finite(output: Any, name: str) -> Any:

@@ -24,7 +24,8 @@ from quant.calibration.replay import cacheless, copy
 from quant.errors import ModelError
 from quant.models.chain import Broken, line, prove
 from quant.models.lineage import Conditioning, Routers
-from quant.models.products import SUMS, main, product
+from quant.models.products import SUMS, product
+from quant.models.stream import first_tensor
 from quant.models.structure import candidates, is_linear, owner_of
 from quant.models.weightless import noise, same, weightless
 
@@ -104,7 +105,7 @@ def _trace(model: nn.Module, batch: Mapping[str, Any], names: Sequence[str], apa
         watch = _Watch(model, first_name, samples(batch))
         try:
             with watch.hooked(names), watch:
-                whole = main(model(**batch)).clone()
+                whole = first_tensor(model(**batch)).clone()
         except Exception as error:  # a model's own code may raise anything
             raise ModelError(
                 f"{type(model).__name__}: the forward pass that finds its layers failed, given "

@@ -26,7 +26,7 @@ from quant.errors import SettingsError, SolverError
 from quant.kernels.codebook import PackedCodebook
 from quant.kernels.packed import Packed
 from quant.recovery.trainable import through
-from quant.recovery.tuning import Recovered, Task, distance, in_turn, losses, rehearsed
+from quant.recovery.tuning import Recovered, Task, distance, improved, in_turn, rehearsed
 from quant.solvers.codebook import CodebookRounder
 from quant.solvers.kmeans import nearest
 
@@ -125,22 +125,20 @@ class Assignments:
             raise SettingsError(
                 f"{task.name}: {known} has no assignments to learn, codebooks have; set recovery to null"
             )
-        hard = {name: packed.dequantize() for name, packed in task.packed.items()}
-        before, energy = losses(task, hard)
-        share = before / energy if energy > 0 else 0.0
-        if not before > 0:
-            return Recovered(task.packed, share, share)
-        with torch.enable_grad():
-            self._train(task, soft, hard, before / task.batches)
-        packed = dict(task.packed) | {name: one.pack() for name, one in soft.items()}
-        after, _ = losses(task, {name: one.dequantize() for name, one in packed.items()})
-        return Recovered(packed, share, after / energy) if after < before else Recovered(task.packed, share, share)
+
+        def trained(usual: float) -> dict[str, Packed]:
+            with torch.enable_grad():
+                self._train(task, soft, usual)
+            return {**task.packed, **{name: one.pack() for name, one in soft.items()}}
+
+        return improved(task, trained)
 
     def rehearse(self, task: Task, batches: int) -> float:
         return rehearsed(self, task, batches)
 
-    def _train(self, task: Task, soft: Mapping[str, Candidates], hard: Mapping[str, Tensor], usual: float) -> None:
-        """`hard`: the solved weights, which sites of other layouts keep; `usual`: a batch's loss before training."""
+    def _train(self, task: Task, soft: Mapping[str, Candidates], usual: float) -> None:
+        """`usual`: a batch's loss before training."""
+        others = {name: packed.dequantize() for name, packed in task.packed.items() if name not in soft}
         ends = int(self.steps * (1 - LAST)) if self.ratios else 0  # from there on all vectors are frozen
         ratios = torch.optim.RMSprop([one.logits for one in soft.values()], lr=self.ratios, alpha=0.9)
         tables = torch.optim.RMSprop(
@@ -150,7 +148,7 @@ class Assignments:
             if step == ends:
                 for one in soft.values():
                     one.freeze(1.0)
-            weights = {**hard, **{name: one.weight() for name, one in soft.items()}}
+            weights = {**others, **{name: one.weight() for name, one in soft.items()}}
             loss = distance(task, weights, batch)[0] / usual
             if not bool(torch.isfinite(loss)):
                 raise SolverError(

@@ -70,14 +70,23 @@ class Recovered:
     after: float
 
 
+def improved(task: Task, train: Callable[[float], Mapping[str, Packed]]) -> Recovered:
+    """The block as `train` makes it, which is told a batch's loss before; as it was solved where that is no better."""
+    before, energy = losses(task, {name: packed.dequantize() for name, packed in task.packed.items()})
+    share = before / energy if energy > 0 else 0.0
+    if not before > 0:
+        return Recovered(task.packed, share, share)
+    packed = train(before / task.batches)
+    after, _ = losses(task, {name: one.dequantize() for name, one in packed.items()})
+    return Recovered(packed, share, after / energy) if after < before else Recovered(task.packed, share, share)
+
+
 class Recovery(Protocol):
     def recover(self, task: Task) -> Recovered:
         """A better block: never one of more error than `task` came with. Same task, same bytes."""
-        ...
 
     def rehearse(self, task: Task, batches: int) -> float:
         """Seconds that `recover` would take on a task like this one with so many batches."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -104,22 +113,7 @@ class BlockTuning:
             raise SettingsError("recovery: saliency pulls scales, which scales=0 leaves; set saliency to 0, or scales")
 
     def recover(self, task: Task) -> Recovered:
-        before, energy = losses(task, {name: packed.dequantize() for name, packed in task.packed.items()})
-        share = before / energy if energy > 0 else 0.0
-        if not before > 0:
-            return Recovered(task.packed, share, share)
-        tunables = {
-            name: tunable(packed, task.weights[name], self.codes > 0, task.metric(name))
-            for name, packed in task.packed.items()
-        }
-        with torch.enable_grad():
-            pull = saliencies(task) if self.saliency else {}
-            self._train(task, tunables, before / task.batches, pull)
-        packed = {name: one.pack() for name, one in tunables.items()}
-        after, _ = losses(task, {name: one.dequantize() for name, one in packed.items()})
-        if not after < before:
-            return Recovered(task.packed, share, share)
-        return Recovered(packed, share, after / energy)
+        return improved(task, lambda usual: self._trained(task, usual))
 
     def rehearse(self, task: Task, batches: int) -> float:
         seconds = rehearsed(replace(self, saliency=0.0), task, batches)
@@ -129,6 +123,15 @@ class BlockTuning:
         with torch.enable_grad():
             saliencies(task)
         return seconds + (time.perf_counter() - began) * batches / task.batches
+
+    def _trained(self, task: Task, usual: float) -> dict[str, Packed]:
+        tunables = {
+            name: tunable(packed, task.weights[name], self.codes > 0, task.metric(name))
+            for name, packed in task.packed.items()
+        }
+        with torch.enable_grad():
+            self._train(task, tunables, usual, saliencies(task) if self.saliency else {})
+        return {name: one.pack() for name, one in tunables.items()}
 
     def _train(self, task: Task, tunables: Mapping[str, Tunable], usual: float, pull: Mapping[str, Tensor]) -> None:
         """`usual`: a batch's loss before training; `pull`: see `saliencies`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from quant.kernels.binary import Binary, PackedBinary
 from quant.kernels.packed import Packed
 from quant.kernels.scales import scale_codes, scale_values
-from quant.solvers.rounder import Rehearsal
+from quant.solvers.rounder import Rehearsal, refitted
 
 STEP = 0.335  # of the best 4-bit grid for a Gaussian of deviation 1
 HEADROOM = 2**0.5  # what `refit` may add to the largest scale
@@ -79,11 +79,8 @@ class BinaryRounder:
             A = torch.where(chosen, self.levels.T * self._columns()[self.group], 0.0)
             pulled = A @ hessian
             gain, curve = (pulled * (weight - values)).sum(1), (pulled * A).sum(1)
-            now, peaks = self._rows()[:, kind], self.peaks[self.group, kind]
-            best = now + gain / torch.where(curve > 0, curve, torch.inf)
-            codes = scale_codes(best, peaks)
-            nearer = (scale_values(codes, peaks) - best).abs() < (now - best).abs()
-            self.row_codes[:, kind] = torch.where(nearer & (best > 0), codes, self.row_codes[:, kind])
+            best = self._rows()[:, kind] + gain / torch.where(curve > 0, curve, torch.inf)
+            self.row_codes[:, kind] = refitted(self.row_codes[:, kind], best, self.peaks[self.group, kind])
         before, kept = _lost(weight - self._values(), hessian), self.column_codes.clone()
         for group in range(self.groups):
             self._fit_columns(group, weight, hessian)

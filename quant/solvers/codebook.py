@@ -21,7 +21,7 @@ from quant.kernels.codebook import Codebook, PackedCodebook, codebook_for
 from quant.kernels.packed import Packed
 from quant.kernels.scales import scale_codes, scale_values
 from quant.solvers.kmeans import kmeans, nearest, nearest_pair
-from quant.solvers.rounder import Rehearsal
+from quant.solvers.rounder import Rehearsal, refitted
 
 STEPS = 4  # of conjugate gradients; more change nothing
 WIDER = 1.15  # feedback adds to what a column holds
@@ -110,10 +110,8 @@ class CodebookRounder:
         A = self.levels(self.tables)
         pulled = A @ hessian
         gain, curve = (pulled * weight).sum(1), (pulled * A).sum(1)
-        best, peaks = gain / torch.where(curve > 0, curve, torch.inf), self.peaks[self.group]
-        codes = scale_codes(best, peaks)
-        nearer = (scale_values(codes, peaks) - best).abs() < (self.scales - best).abs()
-        self._scale(torch.where(nearer & (best > 0), codes, self.codes))
+        best = gain / torch.where(curve > 0, curve, torch.inf)
+        self._scale(refitted(self.codes, best, self.peaks[self.group]))
         return A * self.scales[:, None]
 
     def pack(self) -> Packed:

@@ -16,6 +16,7 @@ from torch import Tensor
 from quant.errors import SolverError
 from quant.kernels.available import runs_triton
 from quant.kernels.layouts import Packed, PackedUniform
+from quant.kernels.scales import scale_codes, scale_values
 from quant.kernels.spec import DTYPES, Binary, Codebook, Spec, Uniform
 from quant.solvers.grid import Search, at_once, encode, fit, storable
 
@@ -59,22 +60,18 @@ class Rounder(Protocol):
     def fit(self, start: int, weight: Tensor, importance: Tensor, rehearsal: Rehearsal | None = None) -> None:
         """Chooses the parameters of the columns from `start` on, for `weight` `[out, k]` and `importance` `[k]`: one
         whole group, perhaps with a rehearsal; or (`start` 0) all of them."""
-        ...
 
     def round(self, columns: Tensor, values: Tensor) -> Tensor:
         """Representable values `[out, k]` nearest to `values`, for the columns numbered `columns` `[k]` (on the CPU).
         The codes are kept, in place of those of an earlier call."""
-        ...
 
     def refit(self, weight: Tensor, hessian: Tensor) -> Tensor:
         """After every column was rounded: may improve the parameters, codes fixed, so that `tr(D H DT)` falls. Returns
         the representable matrix `[out, in]`; of a stack (`lockstep.py`) all is `[S, ...]`.
         """
-        ...
 
     def pack(self) -> Packed:
         """After every column was rounded."""
-        ...
 
 
 def rounder_for(spec: Spec, shape: tuple[int, int], device: torch.device, search: Search) -> Rounder:
@@ -91,6 +88,13 @@ def rounder_for(spec: Spec, shape: tuple[int, int], device: torch.device, search
 
         return BinaryRounder(spec, shape, device)
     raise SolverError(f"no rounder for {type(spec).__name__}; uniform grids, trellises, codebooks and signs have one")
+
+
+def refitted(codes: Tensor, best: Tensor, peaks: Tensor) -> Tensor:
+    """The scale codes nearest to the scales `best`, each where it is nearer than the one in `codes` and positive."""
+    found = scale_codes(best, peaks)
+    nearer = (scale_values(found, peaks) - best).abs() < (scale_values(codes, peaks) - best).abs()
+    return torch.where(nearer & (best > 0), found, codes)
 
 
 def in_one_kernel(rounder: Rounder, work: Tensor) -> UniformRounder | None:
