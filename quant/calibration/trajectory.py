@@ -35,15 +35,80 @@ from quant.recipe import Calibration, Recipe, Trajectory
 
 @dataclass
 class Way:
-    """Samples on their way: `given`, the arguments that stay; `x` float32, the latents; `steps` to go; `null`: the
-    arguments of the unconditional half under guidance, or None; `seen`: real images, which noise is added to instead of
-    taking any steps."""
+    """Samples on their way through the model as `forward` runs it: `given`, the arguments that stay; `x` float32, the
+    latents; `schedule`, or None; `null`: the arguments of the unconditional half under guidance, or None; `seen`: real
+    images, which noise is added to instead of taking any steps."""
 
+    forward: Callable[[Sequence[Batch]], list[Tensor]]
+    calibration: Calibration
+    trajectory: Trajectory
+    dtype: torch.dtype
     given: dict[str, Any]
     x: Tensor
     schedule: Any
     null: dict[str, Any] | None
     seen: Pictures | None = None
+
+    @property
+    def times(self) -> Tensor:
+        if self.schedule is None:
+            return torch.linspace(999, 1, self.trajectory.steps).round()
+        return self.schedule.timesteps
+
+    def walk(self) -> tuple[list[Batch], list[int]]:
+        """All samples together, a step at a time; returns what was kept, and the number of each batch's step."""
+        batches, steps = list[Batch](), list[int]()
+        count, schedule, times, seed = len(self.x), self.schedule, self.times, self.calibration.seed
+        for number, time in enumerate(times):
+            if self.seen is not None:
+                schedule = fresh(self.schedule)
+                self.x = self.seen.at(schedule, time)
+            given, null = self._given(schedule, time, self.x)
+            kept = [n for n in range(count) if number in self.trajectory.kept(n, len(times))]
+            for some in torch.tensor(kept, dtype=torch.int64).split(self.calibration.batch_size) if kept else ():
+                part = rows(given, some)
+                batches.append(part if null is None else joined(part, rows(null, some)))
+                steps.append(number)
+            if schedule is None:
+                self.x = torch.randn(self.x.shape, generator=torch.Generator().manual_seed(seed + 1 + number))
+            elif number + 1 < len(times) and self.seen is None:
+                self.x = _step(schedule, self._said(given, null), time, self.x, seed)
+            if not bool(self.x.isfinite().all()):
+                raise CalibrationError(f"the latents are not finite after step {number + 1}; try --dtype float32")
+        return batches, steps
+
+    def few(self) -> Draw:
+        """Takes the first samples from noise to image."""
+        first, start = torch.arange(min(SAMPLES, len(self.x))), {"hidden_states": self.x}
+        null = None if self.null is None else rows({**start, **self.null}, first)
+        given = {key: value for key, value in rows({**start, **self.given}, first).items() if key not in start}
+        some = replace(self, given=given, x=self.x[first], null=null, seen=None)
+
+        def draw(answer: Answer) -> Tensor:
+            schedule, x = deepcopy(self.schedule), some.x
+            for number, time in enumerate(self.times):
+                given, null = some._given(schedule, time, x)
+                said = answer(number, lambda given=given, null=null: some._said(given, null))
+                x = _step(schedule, said, time, x, self.calibration.seed)
+            return x
+
+        return draw
+
+    def _given(self, schedule: Any, time: Tensor, x: Tensor) -> tuple[Batch, Batch | None]:
+        """The model's arguments at one step, and under guidance those of the unconditional half."""
+        seen = schedule.scale_model_input(x, time) if hasattr(schedule, "scale_model_input") else x
+        share = float(self.given["timestep"].max()) <= 1  # as `build` has told the model
+        when = (time.float() / 1000 if share else time).expand(len(x)).clone()
+        given = cast({"hidden_states": seen, **self.given, "timestep": when}, self.dtype)
+        return given, None if self.null is None else {**given, "class_labels": self.null["class_labels"]}
+
+    def _said(self, given: Batch, null: Batch | None) -> Tensor:
+        parts = torch.arange(len(given["hidden_states"])).split(self.calibration.batch_size)
+        said = torch.cat(self.forward([rows(given, part) for part in parts])).float().cpu()
+        if null is not None:
+            free = torch.cat(self.forward([rows(null, part) for part in parts])).float().cpu()
+            said = free + (self.trajectory.guidance or 1) * (said - free)
+        return said
 
 
 def follow(skeleton: DiffusionSkeleton, forward: Forward, recipe: Recipe, weighed: bool) -> Samples:
@@ -57,13 +122,11 @@ def follow(skeleton: DiffusionSkeleton, forward: Forward, recipe: Recipe, weighe
     if recipe.importance is not None:
         raise SettingsError("importance weighs the tokens of a text; set it to null for a diffusion transformer")
     schedule = scheduler(skeleton.source)
-    way, name, digest = _start(skeleton, calibration, trajectory, schedule)
-    where = (calibration, trajectory, getattr(torch, str(skeleton.dtype).partition(".")[2]))
+    way, name, digest = _start(skeleton, forward, calibration, trajectory, schedule)
     found = None
     if weighed:  # all alike where there is no schedule
-        alike = [1.0] * len(_times(way, trajectory))
-        found = alike if schedule is None else effects([_few(forward, way, *where)], calibration.seed)
-    batches, numbers = _walk(forward, way, *where)
+        found = [1.0] * len(way.times) if schedule is None else effects([way.few()], calibration.seed)
+    batches, numbers = way.walk()
     steps = f"{trajectory.steps} steps of {type(schedule).__name__}" if schedule else "noise at all timesteps"
     kept = f"{min(trajectory.keep, trajectory.steps)} kept of each sample"
     text = f"{name}; {steps}, {kept}, guidance {trajectory.guidance or 1:g}, seed {calibration.seed}"
@@ -102,8 +165,9 @@ def noise(skeleton: DiffusionSkeleton) -> Samples:
 
 
 def _start(
-    skeleton: DiffusionSkeleton, calibration: Calibration, trajectory: Trajectory, schedule: Any
-) -> tuple[Way, str, str]:
+    skeleton: DiffusionSkeleton, forward: Callable[[Sequence[Batch]], list[Tensor]], calibration: Calibration,
+    trajectory: Trajectory, schedule: Any,
+) -> tuple[Way, str, str]:  # fmt: skip
     if trajectory.size:
         raise SettingsError("trajectory.height, width and frames are a pipeline's; a transformer alone has its own")
     generator = torch.Generator().manual_seed(calibration.seed)
@@ -126,8 +190,8 @@ def _start(
         null = {**given, "class_labels": torch.full_like(given["class_labels"], skeleton.config["num_embeds_ada_norm"])}
     if schedule is not None:
         _set(schedule, trajectory.steps)
-    x = given.pop("hidden_states").float()
-    return Way(given, x * getattr(schedule, "init_noise_sigma", 1.0), schedule, null, seen), name, digest
+    x = given.pop("hidden_states").float() * getattr(schedule, "init_noise_sigma", 1.0)
+    return Way(forward, calibration, trajectory, skeleton.dtype, given, x, schedule, null, seen), name, digest
 
 
 def _told(calibration: Calibration, given: Mapping[str, Any]) -> tuple[dict[str, Any], str, str]:
@@ -162,55 +226,6 @@ def _told(calibration: Calibration, given: Mapping[str, Any]) -> tuple[dict[str,
     return repeated, f"tensors of {path.name}", digest
 
 
-def _walk(
-    forward: Forward, way: Way, calibration: Calibration, trajectory: Trajectory, dtype: torch.dtype
-) -> tuple[list[Batch], list[int]]:
-    """All samples together, a step at a time; returns what was kept, and the number of each batch's step."""
-    batches, steps = list[Batch](), list[int]()
-    count, schedule, times = len(way.x), way.schedule, _times(way, trajectory)
-    for number, time in enumerate(times):
-        if way.seen is not None:
-            schedule = fresh(way.schedule)
-            way.x = way.seen.at(schedule, time)
-        given, null = _given(way, schedule, time, way.x, dtype)
-        kept = torch.tensor([n for n in range(count) if number in trajectory.kept(n, len(times))], dtype=torch.int64)
-        for some in kept.split(calibration.batch_size) if len(kept) else ():
-            part = rows(given, some)
-            batches.append(part if null is None else joined(part, rows(null, some)))
-            steps.append(number)
-        if schedule is None:
-            generator = torch.Generator().manual_seed(calibration.seed + 1 + number)
-            way.x = torch.randn(way.x.shape, generator=generator)
-        elif number + 1 < len(times) and way.seen is None:
-            said = _said(forward, given, null, calibration.batch_size, trajectory.guidance or 1)
-            way.x = _step(schedule, said, time, way.x, calibration.seed)
-        if not bool(way.x.isfinite().all()):
-            raise CalibrationError(f"the latents are not finite after step {number + 1}; try --dtype float32")
-    return batches, steps
-
-
-def _few(
-    forward: Callable[[Sequence[Batch]], list[Tensor]], way: Way, calibration: Calibration, trajectory: Trajectory,
-    dtype: torch.dtype,
-) -> Draw:  # fmt: skip
-    """Takes the first samples from noise to image."""
-    times, size = _times(way, trajectory), calibration.batch_size
-    few = torch.arange(min(SAMPLES, len(way.x)))
-    null = None if way.null is None else rows({"hidden_states": way.x, **way.null}, few)
-    some = Way(rows({"hidden_states": way.x, **way.given}, few), way.x[few], way.schedule, null)
-    some.given.pop("hidden_states")
-
-    def draw(answer: Answer) -> Tensor:
-        schedule, x = deepcopy(way.schedule), some.x
-        for number, time in enumerate(times):
-            given, free = _given(some, schedule, time, x, dtype)
-            ask = lambda given=given, free=free: _said(forward, given, free, size, trajectory.guidance or 1)  # noqa: E731
-            x = _step(schedule, answer(number, ask), time, x, calibration.seed)
-        return x
-
-    return draw
-
-
 def drawer(
     skeleton: DiffusionSkeleton, forward: Callable[[Sequence[Batch]], list[Tensor]], recipe: Recipe
 ) -> Callable[[], Tensor]:
@@ -221,32 +236,9 @@ def drawer(
             f"{skeleton.source.name}: sensitivity=image draws images; that takes a scheduler beside the model, and "
             "latents that are no packed tokens; leave it at output"
         )
-    way, _, _ = _start(skeleton, calibration, trajectory, schedule)
-    draw = _few(forward, way, calibration, trajectory, skeleton.dtype)
+    way, _, _ = _start(skeleton, forward, calibration, trajectory, schedule)
+    draw = way.few()
     return lambda: draw(honest)
-
-
-def _times(way: Way, trajectory: Trajectory) -> Tensor:
-    return way.schedule.timesteps if way.schedule is not None else torch.linspace(999, 1, trajectory.steps).round()
-
-
-def _given(way: Way, schedule: Any, time: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Batch, Batch | None]:
-    """The model's arguments at one step, and under guidance those of the unconditional half."""
-    seen = schedule.scale_model_input(x, time) if hasattr(schedule, "scale_model_input") else x
-    when = _time(time, way.given).expand(len(x)).clone()
-    given = cast({"hidden_states": seen, **way.given, "timestep": when}, dtype)
-    return given, None if way.null is None else {**given, "class_labels": way.null["class_labels"]}
-
-
-def _said(
-    forward: Callable[[Sequence[Batch]], list[Tensor]], given: Batch, null: Batch | None, size: int, guidance: float
-) -> Tensor:
-    parts = torch.arange(len(given["hidden_states"])).split(size)
-    said = torch.cat(forward([rows(given, part) for part in parts])).float().cpu()
-    if null is not None:
-        free = torch.cat(forward([rows(null, part) for part in parts])).float().cpu()
-        said = free + guidance * (said - free)
-    return said
 
 
 def _step(schedule: Any, said: Tensor, time: Tensor, x: Tensor, seed: int) -> Tensor:
@@ -267,7 +259,3 @@ def _step(schedule: Any, said: Tensor, time: Tensor, x: Tensor, seed: int) -> Te
 def _set(schedule: Any, steps: int) -> None:
     dynamic = bool(schedule.config.get("use_dynamic_shifting"))
     schedule.set_timesteps(steps, **({"mu": 1.0} if dynamic else {}))
-
-
-def _time(time: Tensor, given: Mapping[str, Any]) -> Tensor:
-    return time.float() / 1000 if float(given["timestep"].max()) <= 1 else time  # as `build` has told the model
