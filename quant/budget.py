@@ -158,4 +158,4 @@ def _promised(planned: Prepared) -> tuple[int, int, int]:
     packed = sum(spec.nbytes(site.shape) for site, spec in sites)
     floats = sum(piece.nbytes for shard in shards for piece in shard) - packed
     files = sizes(shards, planned.source.stem)
-    return sum(files.values()), floats, sum(site.shape[0] * site.shape[1] for site, _ in sites)
+    return sum(files.values()), floats, sum(site.weights for site, _ in sites)

@@ -64,7 +64,7 @@ class Display(Progress):
 
     def site(self, solved: Solved) -> None:
         self.errors.append(solved.error)
-        done = self.bars.tasks[0].completed + solved.site.shape[0] * solved.site.shape[1]
+        done = self.bars.tasks[0].completed + solved.site.weights
         name = solved.site.name
         eta = self._eta(done) if self.done_weights > self.before else ""  # a block begins with what its sites share
         site = name.removeprefix(f"{self.name}.")

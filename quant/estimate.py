@@ -8,7 +8,6 @@ activations, which are counted; the times scale with the number of batches and w
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -85,7 +84,7 @@ def estimate(prepared: Prepared) -> Estimate:
     began = time.perf_counter()
     sites = quantized_sites(prepared)  # where errors are measured that is as much work as in the run
     planning = time.perf_counter() - began
-    weights = sum(site.shape[0] * site.shape[1] for site, _ in sites.values())
+    weights = sum(site.weights for site, _ in sites.values())
     packed = sum(spec.nbytes(site.shape) for site, spec in sites.values())
     files = sizes(arrangement(prepared, promised_pieces(prepared)), prepared.source.stem)
     cuda = prepared.settings.device.startswith("cuda")
@@ -153,9 +152,7 @@ def _distillation(prepared: Prepared, seen: _Rehearsal, weights: int, batches: i
     parameters = sum(parameter.numel() for parameter in model.parameters())
     width = getattr(torch, prepared.settings.dtype).itemsize
     trained = recipe.distillation.codes > 0 and not prepared.source.is_diffusion
-    held = sum(
-        training_bytes(spec, trained) * math.prod(site.shape) for site, spec in quantized_sites(prepared).values()
-    )
+    held = sum(training_bytes(spec, trained) * site.weights for site, spec in quantized_sites(prepared).values())
     held += sum(4 * known.numel() for known in prepared.plan.pairs.values()) if trained else 0  # couplings, float32
     more = parameters * width + int(held) + int(seen.stored * mixed) * len(prepared.walk.chain) + logits
     return recipe.distillation.steps * step + passes, more
@@ -188,7 +185,7 @@ def _follow(prepared: Prepared) -> float | None:
 def _rehearse(prepared: Prepared) -> _Rehearsal:
     skeleton, chain = prepared.skeleton, prepared.walk.chain
     blocks = {block.name: block for block in prepared.walk.blocks}
-    largest = max(prepared.walk.blocks, key=lambda block: sum(s.shape[0] * s.shape[1] for s in block.sites))
+    largest = max(prepared.walk.blocks, key=lambda block: sum(s.weights for s in block.sites))
     outside, _ = outside_blocks(skeleton, chain)
     skeleton.load(outside)
     device = prepared.settings.device
@@ -242,7 +239,7 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
         solver.rounding.clear()
         skeleton.unload([*names, *outside])
     solve = sum(s.seconds for s in solved)
-    weights = sum(s.site.shape[0] * s.site.shape[1] for s in solved)
+    weights = sum(s.site.weights for s in solved)
     return _Rehearsal(weights, load, max(0.0, whole - solve), advance, solve, recover, step, stored, remembered)
 
 

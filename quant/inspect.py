@@ -118,7 +118,7 @@ def _made(folder: Path) -> bool:
 
 def _packed(folder: Path, quantization: dict[str, Any], check: bool) -> dict[str, Any]:
     every = read_sites(quantization, str(folder))
-    sites, ends = ({n: s for n, s in every.items() if bool(s.end) is outer} for outer in (False, True))
+    sites, ends = ({n: s for n, s in every.items() if bool(s.site.end) is outer} for outer in (False, True))
     sealed = "every file is what was written" if "checksums" in quantization else "no checksums; tensors as promised"
     state, damage = sealed if check else "not checked", None
     stored: dict[str, Piece] = {}
@@ -128,10 +128,10 @@ def _packed(folder: Path, quantization: dict[str, Any], check: bool) -> dict[str
             verify(folder)
     except CheckpointError as error:
         state, damage = "DAMAGED", str(error)
-    weights = sum(math.prod(site.shape) for site in sites.values())
+    weights = sum(one.site.weights for one in sites.values())
     inner, names = ({name for site in some.values() for name in site.stored()} for some in (sites, every))
     packed = sum(stored[name].nbytes for name in inner) if stored.keys() >= names else None
-    promised = sum(site.spec.nbytes(site.shape) for site in sites.values())
+    promised = sum(one.spec.nbytes(one.site.shape) for one in sites.values())
     report, told = _told(folder)
     solved = told.pop("sites", {})
     return {
@@ -147,19 +147,20 @@ def _packed(folder: Path, quantization: dict[str, Any], check: bool) -> dict[str
         "damage": damage,
         "report": report,
         **told,
-        "sites": [_site(site, solved.get(site.name, {})) for site in sites.values()],
-        **({"ends": [_site(site, solved.get(site.name, {})) for site in ends.values()]} if ends else {}),
+        "sites": [_site(one, solved.get(name, {})) for name, one in sites.items()],
+        **({"ends": [_site(one, solved.get(name, {})) for name, one in ends.items()]} if ends else {}),
     }
 
 
-def _site(site: PackedSite, told: Mapping[str, Any]) -> dict[str, Any]:
+def _site(packed: PackedSite, told: Mapping[str, Any]) -> dict[str, Any]:
+    site, spec = packed.site, packed.spec
     return {
         "site": site.name,
         "shape": list(site.shape),
         "experts": site.experts,
-        "spec": site.spec.to_dict(),
-        "bits_per_weight": site.spec.bits_per_weight(site.shape),
-        "nbytes": site.spec.nbytes(site.shape),
+        "spec": spec.to_dict(),
+        "bits_per_weight": spec.bits_per_weight(site.shape),
+        "nbytes": spec.nbytes(site.shape),
         "error": None,
         "tokens": [],
         "notes": [],

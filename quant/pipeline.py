@@ -156,7 +156,7 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress, ends: Ends
     blocks = {block.name: block for block in prepared.walk.blocks}
     outside, head = outside_blocks(skeleton, chain)
     skeleton.load(outside)
-    weights = {name: sum(s.shape[0] * s.shape[1] for s in block.sites) for name, block in blocks.items()}
+    weights = {name: sum(s.weights for s in block.sites) for name, block in blocks.items()}
     progress.begin(len(chain), sum(weights.values()), sum(journal.finished(i) for i in range(len(chain))))
     with Replay(model, chain) as replay:
         room = lambda name: _activations(prepared, journal.folder, name, len(batches), SHARE)  # noqa: E731

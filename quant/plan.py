@@ -91,9 +91,7 @@ def make_plan(
     if bits is not None:
         own = {name: of_width(recipe.spec, bits[name], site) for name, site in free.items()}
     elif recipe.average is not None and free:
-        own = spread(
-            recipe, [*free.values()], left(recipe, walk, told) / sum(math.prod(s.shape) for s in free.values())
-        )
+        own = spread(recipe, [*free.values()], left(recipe, walk, told) / sum(s.weights for s in free.values()))
     else:
         own = {name: raised(recipe, recipe.spec, site) for name, site in free.items()}
     own = {name: with_anchor(spec) if name in anchors else spec for name, spec in own.items()}
@@ -106,7 +104,7 @@ def left(recipe: Recipe, walk: Walk, told: Mapping[str, Spec | None]) -> float:
     assert recipe.average is not None
     packed = [site for site in walk.sites if told.get(site.name, recipe.spec) is not None]
     taken = sum(8 * spec.nbytes(site.shape) for site in packed if (spec := told.get(site.name)) is not None)
-    return recipe.average * sum(math.prod(site.shape) for site in packed) - taken
+    return recipe.average * sum(site.weights for site in packed) - taken
 
 
 def given(settings: Settings, walk: Walk) -> dict[str, Spec | None]:
@@ -141,7 +139,7 @@ def spread(recipe: Recipe, sites: Sequence[Site], average: float) -> dict[str, S
     low = recipe.spec
     bits: int = low.core.to_dict()["bits"]
     pairs = {s.name: (s, raised(recipe, low, s), raised(recipe, respec(low, bits=bits + 1), s)) for s in sites}
-    weights = sum(math.prod(site.shape) for site, _, _ in pairs.values())
+    weights = sum(site.weights for site, _, _ in pairs.values())
     least = sum(8 * spec.nbytes(site.shape) for site, spec, _ in pairs.values())
     if least > average * weights and bits > 1 and isinstance(low.core, Trellis):
         return spread(replace(recipe, spec=respec(low, bits=bits - 1)), sites, average)
@@ -151,7 +149,7 @@ def spread(recipe: Recipe, sites: Sequence[Site], average: float) -> dict[str, S
     chosen, room = dict[str, Spec](), 0.0  # bits that the sites so far left over
     for name, (site, small, large) in pairs.items():
         extra = 8 * (large.nbytes(site.shape) - small.nbytes(site.shape))
-        room += (average - least / weights) * math.prod(site.shape)
+        room += (average - least / weights) * site.weights
         chosen[name], room = (large, room - extra) if extra <= room else (small, room)
     return chosen
 

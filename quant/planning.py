@@ -104,7 +104,7 @@ def allowance(recipe: Recipe, found: Walk, settings: Settings) -> tuple[list[Sit
         budget = float(sum(spec.nbytes(site.shape) for site in free if (spec := even[site.name]) is not None))
     else:
         budget = left(recipe, found, told) / 8
-    weights, narrow = sum(site.shape[0] * site.shape[1] for site in free), widths(recipe)[0]
+    weights, narrow = sum(site.weights for site in free), widths(recipe)[0]
     least = sum(of_width(recipe.spec, narrow, site).nbytes(site.shape) for site in free)
     if free and least > budget:
         average = 8 * budget / weights
@@ -184,7 +184,7 @@ def _by_words(
     budget: float,
 ) -> dict[str, int]:  # fmt: skip
     """Bits of each site of a language model that no plan file names."""
-    among, weights = widths(recipe), {site.name: site.shape[0] * site.shape[1] for site in found.sites}
+    among, weights = widths(recipe), {site.name: site.weights for site in found.sites}
     least = LEAST * sum(cost.zero for cost in costs.values()) / sum(weights.values())
     # rounded: sums differ in their last bits from machine to machine, choices should not
     zero = {name: float(f"{max(cost.zero, least * weights[name]):.3g}") for name, cost in costs.items()}

@@ -173,7 +173,8 @@ def test_packed_weights_stay_packed_in_memory(packed_llama: Path, packed_moe: Pa
     for folder in (packed_llama, packed_moe):
         model = quant.load(folder)
         promised = sum(
-            site.spec.nbytes(site.shape) for site in read_sites(read_config(folder)["quantization_config"], "").values()
+            one.spec.nbytes(one.site.shape)
+            for one in read_sites(read_config(folder)["quantization_config"], "").values()
         )
         kept = {name: b.nbytes for name, b in model.named_buffers() if name in tensors(folder)}
         assert sum(kept.values()) == promised

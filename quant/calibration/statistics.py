@@ -72,6 +72,18 @@ class Statistics:
             prior=f"{name} counted as {strength:g} tokens beside {self.tokens} seen",
         )
 
+    def mapped(self, both: Callable[[Tensor], Tensor], each: Callable[[Tensor], Tensor]) -> Statistics:
+        """Of a linear map of the inputs: `both` takes a mean of `x yT` through it, `each` tokens `[..., in]`."""
+        some = lambda part, through: None if part is None else through(part)  # noqa: E731
+        return replace(
+            self,
+            hessian=both(self.hessian),
+            cross=some(self.cross, both),
+            sample=some(self.sample, each),
+            anchor=some(self.anchor, each),
+            peaks=None,
+        )
+
     def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """`compute()`, once per key for as long as these statistics live: sites that share them share it."""
         if key not in self._cache:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from quant.checkpoint.manifest import verify, weight_files
+from quant.checkpoint.manifest import PackedSite, verify, weight_files
 from quant.errors import CheckpointError, ResourceError, SettingsError
 from quant.held import Holder
 from quant.kernels.spec import LowRank, Smoothed, Spec
 from quant.linear import stored_name
 from quant.models.source import first_line
+
+FACTORS = ("lora_a", "lora_b", "smooth")
 
 
 def save_adapter(checkpoint: str | Path, out: str | Path) -> int:
@@ -43,26 +46,16 @@ def save_adapter(checkpoint: str | Path, out: str | Path) -> int:
         raise CheckpointError(f"{folder}: no site has a low-rank branch; quantize with a LowRank spec to have some")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingsError(f"{out}: not an empty folder; choose another one for the adapter")
-    wanted = {stored_name(one.site(), f"lora_{k}"): (name, k) for name, one in sites.items() for k in "ab"}
-    wanted |= {
-        stored_name(one.site(), "smooth"): (name, "") for name, one in sites.items() if isinstance(one.spec, Smoothed)
-    }
+    stored, ranks = _branches(folder, sites.values()), dict[str, int]()
     tensors: dict[str, torch.Tensor] = {}
-    smooth: dict[str, torch.Tensor] = {}
-    for file in weight_files(folder):
-        with safe_open(folder / file, "pt") as stored:
-            for key in wanted.keys() & set(stored.keys()):
-                name, factor = wanted[key]
-                if not factor:
-                    smooth[name] = stored.get_tensor(key)
-                    continue
-                tensors[f"base_model.model.{name}.lora_{factor.upper()}.weight"] = stored.get_tensor(key)
-    for name, factors in smooth.items():  # an adapter reads the inputs as they are
-        key = f"base_model.model.{name}.lora_A.weight"
-        tensors[key] = tensors[key].float() * factors.float()
-    ranks = {name: tensors[f"base_model.model.{name}.lora_A.weight"].shape[0] for name in sites}
-    turned = {site.transposed for site in sites.values()}
-    config = adapter_config(ranks, turned == {True})
+    for name, one in sites.items():
+        lora_a, lora_b = (stored[stored_name(one.site, f"lora_{factor}")] for factor in "ab")
+        if isinstance(one.spec, Smoothed):  # an adapter reads the inputs as they are
+            lora_a = lora_a.float() * stored[stored_name(one.site, "smooth")].float()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
+        ranks[name] = lora_a.shape[0]
+    config = adapter_config(ranks, all(one.site.transposed for one in sites.values()))
     try:
         out.mkdir(parents=True, exist_ok=True)
         save_file(dict(sorted(tensors.items())), out / "adapter_model.safetensors", {"format": "pt"})
@@ -70,6 +63,15 @@ def save_adapter(checkpoint: str | Path, out: str | Path) -> int:
     except (OSError, SafetensorError) as error:
         raise ResourceError(f"{out}: the adapter cannot be written ({first_line(error)})") from None
     return len(sites)
+
+
+def _branches(folder: Path, sites: Iterable[PackedSite]) -> dict[str, torch.Tensor]:
+    """The stored factors of the branches, and of the inputs."""
+    wanted, found = {stored_name(one.site, key) for one in sites for key in FACTORS}, dict[str, torch.Tensor]()
+    for file in weight_files(folder):
+        with safe_open(folder / file, "pt") as stored:
+            found |= {key: stored.get_tensor(key) for key in wanted.intersection(stored.keys())}
+    return found
 
 
 def _has_branch(spec: Spec) -> bool:

@@ -66,7 +66,7 @@ class BitwrightQuantizer(HfQuantizer):
         where = getattr(model.config, "name_or_path", "") or "checkpoint"
         sites = read_sites(config.to_dict(), where)
         names = {name: put_site(model, packed) for name, packed in sites.items()}
-        if any(packed.end for packed in sites.values()) and files:
+        if any(packed.site.end for packed in sites.values()) and files:
             stored = stored_tensors(Path(files[0]).parent, [Path(file).name for file in files]).keys()
             untie(model, [to for to, origin in model.all_tied_weights_keys.items() if {to, origin} <= stored])
         config.entries["sites"] = {new: config.entries["sites"][name] for name, new in names.items() if new}
@@ -107,8 +107,9 @@ def put_site(model: Any, packed: PackedSite) -> str:
         CheckpointError: the model has no such matrix.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for name in (packed.name, packed.name.removeprefix(prefix), prefix + packed.name):
-        site = replace(packed, name=name).site()
+    told = packed.site
+    for name in (told.name, told.name.removeprefix(prefix), prefix + told.name):
+        site = replace(told, name=name)
         try:
             parameter = model.get_parameter(site.parameter)
         except AttributeError:
@@ -116,26 +117,26 @@ def put_site(model: Any, packed: PackedSite) -> str:
         rows, columns = (site.inputs, site.out) if site.transposed else (site.out, site.inputs)
         if tuple(parameter.shape) != ((site.experts, rows, columns) if site.experts else (rows, columns)):
             raise CheckpointError(
-                f"{packed.name}: config.json says {list(packed.shape)}, the model has {list(parameter.shape)}; "
+                f"{told.name}: config.json says {list(told.shape)}, the model has {list(parameter.shape)}; "
                 "config.json and weights do not belong together"
             )
         owner, _ = owner_of(model, site.parameter)
         if site.end in ("embedding", "both"):
             if not isinstance(owner, nn.Embedding) or not isinstance(packed.spec, Uniform):
-                raise CheckpointError(f"{packed.name}: not an embedding in the model; config.json is damaged")
+                raise CheckpointError(f"{told.name}: not an embedding in the model; config.json is damaged")
             put_embedding(model, site, packed.spec)
             return name
         if site.kind == "linear" and (not is_linear(owner) or isinstance(owner, Conv1D) != site.transposed):
             raise CheckpointError(
-                f"{packed.name}: config.json lists this {type(owner).__name__} as a "
+                f"{told.name}: config.json lists this {type(owner).__name__} as a "
                 f"{'transposed' if site.transposed else 'plain'} linear layer; config.json is damaged, copy it again"
             )
         bias = site.kind == "linear" and getattr(owner, "bias", None) is not None
         put_packed(model, replace(site, bias=bias), packed.spec)
         return name
-    if packed.end == "head" and end_of(model, "head") is None:
+    if told.end == "head" and end_of(model, "head") is None:
         return ""
-    raise CheckpointError(f"{packed.name}: config.json lists this site, but the model has no such matrix")
+    raise CheckpointError(f"{told.name}: config.json lists this site, but the model has no such matrix")
 
 
 def check_values(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from quant.checkpoint.hub import fetch
 from quant.checkpoint.shards import NAMES, STEMS, Piece, index_name, read_pieces, sha256
@@ -52,22 +52,13 @@ ENDS = ("", "embedding", "head", "both")
 class PackedSite:
     """One entry of `sites`."""
 
-    name: str
-    shape: tuple[int, int]
+    site: Site
     spec: Spec
-    experts: int = 0
-    transposed: bool = False
-    end: Literal["", "embedding", "head", "both"] = ""
-
-    def site(self, bias: bool = False) -> Site:
-        kind = "experts" if self.experts else "linear"
-        rows = self.shape[0] // max(1, self.experts)
-        return Site(self.name, kind, rows, self.shape[1], self.transposed, self.experts, bias, end=self.end)
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Stored tensor name -> (safetensors dtype, shape)."""
-        tensors = self.spec.tensors(self.shape)
-        return {stored_name(self.site(), key): (NAMES[t.dtype], t.shape) for key, t in tensors.items()}
+        tensors = self.spec.tensors(self.site.shape)
+        return {stored_name(self.site, key): (NAMES[t.dtype], t.shape) for key, t in tensors.items()}
 
 
 def quantization_config(sites: Mapping[str, tuple[Site, Spec]], version: str) -> dict[str, Any]:
@@ -102,10 +93,10 @@ def read_sites(config: Any, where: str) -> dict[str, PackedSite]:
     if unknown or not isinstance(config.get("sites"), dict):
         raise CheckpointError(f"{where}: quantization_config is damaged ({unknown or 'no sites'}); copy it again")
     sites = {str(name): _read_site(str(name), entry, where) for name, entry in config["sites"].items()}
-    for site in sites.values():
-        if version == 1 and isinstance(site.spec.core, Trellis) and site.spec.core.code == "mac":
+    for name, one in sites.items():
+        if version == 1 and isinstance(one.spec.core, Trellis) and one.spec.core.code == "mac":
             raise CheckpointError(
-                f"{where}: {site.name} has the trellis code mac of format version 1, whose numbers are others since; "
+                f"{where}: {name} has the trellis code mac of format version 1, whose numbers are others since; "
                 "quantize the original model again"
             )
     return sites
@@ -125,7 +116,8 @@ def _read_site(name: str, entry: Any, where: str) -> PackedSite:
         spec = spec_from_dict(entry["spec"])
         if end not in ENDS or (end and (experts or transposed or not isinstance(spec, Uniform))):
             raise ValueError(f"end {end!r} of {spec}, experts {experts}, transposed {transposed}")
-        return PackedSite(name, (rows, columns), spec, experts, transposed, end)
+        kind = "experts" if experts else "linear"
+        return PackedSite(Site(name, kind, rows // max(1, experts), columns, transposed, experts, end=end), spec)
     except (ValueError, TypeError, KeyError, AttributeError, SpecError) as error:
         raise CheckpointError(
             f"{where}: the entry of site {name} is damaged ({error}); copy config.json again"
@@ -180,11 +172,11 @@ def verify(folder: Path, files: Iterable[Path | str] = ()) -> dict[str, PackedSi
     if "checksums" in config["quantization_config"]:
         _verify_files(folder, config)
     stored = stored_tensors(folder, [Path(file).name for file in files])
-    for site in sites.values():
-        for name, (dtype, shape) in site.stored().items():
+    for site, packed in sites.items():
+        for name, (dtype, shape) in packed.stored().items():
             piece = stored.get(name)
             if piece is None:
-                raise CheckpointError(f"{folder}: {name} is missing; {site.spec} of {site.name} needs it")
+                raise CheckpointError(f"{folder}: {name} is missing; {packed.spec} of {site} needs it")
             if (piece.dtype, piece.shape) != (dtype, shape):
                 raise CheckpointError(
                     f"{folder}: {name} is {piece.dtype} {list(piece.shape)}; {dtype} {list(shape)} was expected"

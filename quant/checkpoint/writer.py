@@ -125,6 +125,6 @@ def write_checkpoint(prepared: Prepared, journal: Journal, report: dict[str, Any
     packed_bytes = sum(
         stored[stored_name(s, key)].nbytes for s, spec in sites.values() for key in spec.tensors(s.shape)
     )
-    weights = sum(site.shape[0] * site.shape[1] for site, _ in sites.values())
+    weights = sum(site.weights for site, _ in sites.values())
     files = {name: (out / name).stat().st_size for name in (*names, *index)}
     return Written(out, files, 8 * packed_bytes / max(1, weights))

@@ -8,6 +8,7 @@ they become blocks, stages and sites, and every weight matrix that stays float i
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -56,6 +57,11 @@ class Site:
     def shape(self) -> tuple[int, int]:
         """`[rows, in]` as stored: the experts of a stack lie under one another."""
         return (self.out * max(self.experts, 1), self.inputs)
+
+    @property
+    def weights(self) -> int:
+        """How many there are."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,9 @@ class Candidates:
 
     def __init__(self, packed: PackedCodebook, weight: Tensor, count: int) -> None:
         self.packed, self.rounder = packed, (rounder := CodebookRounder.of(packed))
-        self.second = rounder.fine.nonzero()[:, 0] if len(rounder.tables) > 1 else None
         wanted = rounder.vectors(weight * rounder.inverse[:, None])
-        if self.second is not None:
-            index = (rounder.index[1] + rounder.offsets[1])[:, self.second]
-            wanted[:, self.second] -= embedding(index, rounder.tables[1].flatten(0, 1))
+        if len(rounder.tables) > 1:
+            wanted[:, rounder.fine] -= rounder.second(rounder.tables)
         energy = rounder.vectors(rounder.energy[:, None].expand_as(weight))
         solved = rounder.index[0]
         count = min(count, rounder.tables[0].shape[1])
@@ -67,13 +65,10 @@ class Candidates:
         """The mixture, float32 `[out, in]`; what would be stored once every ratio is 0 or 1."""
         rounder = self.rounder
         tables = [table + move for table, move in zip(rounder.tables, self.moves, strict=True)]
-        tables = [through(table, table.detach().half().float()).flatten(0, 1) for table in tables]
-        levels = embedding(self.choices + rounder.offsets[0][..., None], tables[0])
-        levels = (levels * self.ratios()[..., None]).sum(-2)
-        if self.second is not None:
-            index = (rounder.index[1] + rounder.offsets[1])[:, self.second]
-            levels = levels.index_add(1, self.second, embedding(index, tables[1]))
-        return levels.transpose(1, 2).flatten(0, 1)[rounder.place] * rounder.scales[:, None]
+        tables = [through(table, table.detach().half().float()) for table in tables]
+        levels = embedding(self.choices + rounder.offsets[0][..., None], tables[0].flatten(0, 1))
+        mixture = (levels * self.ratios()[..., None]).sum(-2)
+        return rounder.completed(mixture, tables) * rounder.scales[:, None]
 
     def ratios(self) -> Tensor:
         return self.logits.softmax(-1)

@@ -84,9 +84,11 @@ def improved(task: Task, train: Callable[[float], Mapping[str, Packed]]) -> Reco
 class Recovery(Protocol):
     def recover(self, task: Task) -> Recovered:
         """A better block: never one of more error than `task` came with. Same task, same bytes."""
+        ...
 
     def rehearse(self, task: Task, batches: int) -> float:
         """Seconds that `recover` would take on a task like this one with so many batches."""
+        ...
 
 
 @dataclass(frozen=True)

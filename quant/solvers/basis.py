@@ -9,7 +9,6 @@ basis would have kept. So each weight is solved in every basis that its spec all
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -58,11 +57,4 @@ def rotate(statistics: Statistics, inputs: Rotation) -> Statistics:
     if inputs.signs is None:
         return statistics
     both = lambda m: inputs.apply(inputs.apply(m.double()).T).T.float()  # noqa: E731
-    turned = lambda: replace(  # noqa: E731
-        statistics,
-        hessian=both(statistics.hessian),
-        cross=None if statistics.cross is None else both(statistics.cross),
-        sample=None if statistics.sample is None else inputs.apply(statistics.sample),
-        peaks=None,
-    )
-    return statistics.cached(("rotated", inputs.block), turned)
+    return statistics.cached(("rotated", inputs.block), lambda: statistics.mapped(both, inputs.apply))

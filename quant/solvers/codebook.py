@@ -150,12 +150,19 @@ class CodebookRounder:
 
     def levels(self, tables: list[Tensor]) -> Tensor:
         """Unscaled rows `[out, in]` that the indices stand for, differentiable in the tables."""
-        levels = embedding(self.index[0] + self.offsets[0], tables[0].flatten(0, 1))
+        return self.completed(embedding(self.index[0] + self.offsets[0], tables[0].flatten(0, 1)), tables)
+
+    def completed(self, levels: Tensor, tables: list[Tensor]) -> Tensor:
+        """Unscaled rows `[out, in]`, of what vectors take of the first table `[vector rows, in, length]`."""
         if len(tables) > 1:
             fine = self.fine.nonzero()[:, 0]
-            index = (self.index[1] + self.offsets[1])[:, fine]
-            levels = levels.index_add(1, fine, embedding(index, tables[1].flatten(0, 1)))
+            levels = levels.index_add(1, fine, self.second(tables))
         return levels.transpose(1, 2).flatten(0, 1)[self.place]
+
+    def second(self, tables: list[Tensor]) -> Tensor:
+        """What vectors take of the second table, `[vector rows, columns that have a second index, length]`."""
+        index = (self.index[1] + self.offsets[1])[:, self.fine.nonzero()[:, 0]]
+        return embedding(index, tables[1].flatten(0, 1))
 
     def _gathered(self, matrix: Tensor) -> list[Tensor]:
         """What each entry of the tables gathers of `matrix` `[out, in]`: the transpose of the scaled `levels`."""

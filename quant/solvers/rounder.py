@@ -60,18 +60,22 @@ class Rounder(Protocol):
     def fit(self, start: int, weight: Tensor, importance: Tensor, rehearsal: Rehearsal | None = None) -> None:
         """Chooses the parameters of the columns from `start` on, for `weight` `[out, k]` and `importance` `[k]`: one
         whole group, perhaps with a rehearsal; or (`start` 0) all of them."""
+        ...
 
     def round(self, columns: Tensor, values: Tensor) -> Tensor:
         """Representable values `[out, k]` nearest to `values`, for the columns numbered `columns` `[k]` (on the CPU).
         The codes are kept, in place of those of an earlier call."""
+        ...
 
     def refit(self, weight: Tensor, hessian: Tensor) -> Tensor:
         """After every column was rounded: may improve the parameters, codes fixed, so that `tr(D H DT)` falls. Returns
         the representable matrix `[out, in]`; of a stack (`lockstep.py`) all is `[S, ...]`.
         """
+        ...
 
     def pack(self) -> Packed:
         """After every column was rounded."""
+        ...
 
 
 def rounder_for(spec: Spec, shape: tuple[int, int], device: torch.device, search: Search) -> Rounder:

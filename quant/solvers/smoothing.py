@@ -15,8 +15,6 @@ earnest, and the better one stays.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -68,11 +66,4 @@ def _solve(solver: Solver, problem: Problem, spec: Smoothed, m: Tensor) -> Solut
 def smoothed(statistics: Statistics, m: Tensor) -> Statistics:
     """The statistics of `m x`."""
     both = m[:, None] * m
-    return replace(
-        statistics,
-        hessian=statistics.hessian * both,
-        cross=None if statistics.cross is None else statistics.cross * both,
-        sample=None if statistics.sample is None else statistics.sample * m,
-        peaks=None,
-        anchor=None if statistics.anchor is None else statistics.anchor * m,
-    )
+    return statistics.mapped(lambda moment: moment * both, lambda tokens: tokens * m)

@@ -62,6 +62,7 @@ class Solver(Protocol):
         spec no row's result depends on another row: sites that share statistics are solved as one weight. Raises
         `SolverError` where the numbers do not allow it, naming what is wrong.
         """
+        ...
 
     def solve(self, weight: Tensor, statistics: Statistics, spec: Spec, metric: Tensor | None = None) -> Solution:
         """One problem's solution."""
