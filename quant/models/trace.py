@@ -54,6 +54,7 @@ class Trace:
     tied parameters, with the first name, which stands for them everywhere else; `routers`: weights of linears whose
     outputs choose experts; `read`: weights of linears that code around them looks at (`x.to(linear.weight.dtype)`);
     `odd`: matrices that are used outside all blocks otherwise than by an embedding's or a linear's own plain forward;
+    `looked`: weights of embeddings outside all blocks that were given the tokens, or the like of them;
     `modulations`, `embedders`: weights that see what the tokens are conditioned on (see `lineage`), or come before
     all blocks; `lent`: modules in blocks that are called from outside too; `attends`: see `lineage`;
     `texts`: how many rows the texts of the batch have; `apart`: blocks before the chain that are none of it."""
@@ -66,6 +67,7 @@ class Trace:
     routers: Set[str]
     read: Set[str]
     odd: Set[str]
+    looked: Set[str]
     modulations: Set[str]
     embedders: Set[str]
     lent: Set[str]
@@ -102,7 +104,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
 def _trace(model: nn.Module, batch: Mapping[str, Any], names: Sequence[str], apart: Set[str]) -> Trace:
     """`names`: the blocks; `apart`: those that are none."""
     with torch.no_grad(), cacheless(model), weightless(model) as first_name:
-        watch = _Watch(model, first_name, samples(batch))
+        watch = _Watch(model, first_name, batch)
         try:
             with watch.hooked(names), watch:
                 whole = first_tensor(model(**batch)).clone()
@@ -120,7 +122,7 @@ def _trace(model: nn.Module, batch: Mapping[str, Any], names: Sequence[str], apa
     seen, texts = watch.conditioning, [x for name, x in batch.items() if name != "hidden_states"]
     return Trace(
         chain, repeated, watch.uses, watch.outside, tied, watch.routers.found, watch.read, watch.odd,
-        seen.modulations, seen.embedders | watch.before, watch.lent, seen.attends,
+        watch.looked, seen.modulations, seen.embedders | watch.before, watch.lent, seen.attends,
         {x.shape[:2].numel() for x in texts if getattr(x, "ndim", 0) == 3}, apart,
     )  # fmt: skip
 
@@ -133,7 +135,7 @@ def samples(batch: Mapping[str, Any]) -> int:
 class _Watch(TorchFunctionMode):
     """Records blocks and products, and answers each product with noise."""
 
-    def __init__(self, model: nn.Module, first_name: Mapping[str, str], rows: int) -> None:
+    def __init__(self, model: nn.Module, first_name: Mapping[str, str], batch: Mapping[str, Any]) -> None:
         super().__init__()
         self.model, self.first_name = model, first_name
         self.parameters = {  # by the address of the one row that each keeps
@@ -151,11 +153,12 @@ class _Watch(TorchFunctionMode):
         self.linear: tuple[str, torch.Tensor | None] | None = None  # the one running: its weight's name, its input
         self.answer: torch.Tensor | None = None
         self.routers = Routers(model)
-        self.conditioning = Conditioning(rows)
+        self.conditioning = Conditioning(samples(batch))
         self.before: set[str] = set()  # multiplied by outside all blocks, before the first of them
         self.lent: set[str] = set()
         self.read: set[str] = set()
         self.odd: set[str] = set()
+        self.tokens, self.looked = batch.get("input_ids"), set[str]()
         self.asked: int | None = None  # the matrix that was just asked whether it is of floating-point numbers
         self.alive: list[torch.Tensor] = []  # a block's inputs are kept until it ends, so that no two share an address
 
@@ -197,6 +200,8 @@ class _Watch(TorchFunctionMode):
     def _enter_linear(self, weight: str, _module: nn.Module, args: Any) -> None:
         self.linear = (weight, args[0] if args else None)
         self.answer = None
+        if self.block is None and self.tokens is not None and same(args[:1], self.tokens):
+            self.looked.add(weight)
 
     def _leave_linear(self, module: nn.Module, _args: Any, output: Any) -> None:
         """What a packed linear will compute must be what this one did: `x W^T + b`, no more."""

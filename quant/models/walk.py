@@ -220,12 +220,16 @@ def _unfit(seen: Trace, block: str, site: Site, times: list[Use]) -> str | None:
 
 
 def _ends(model: nn.Module, seen: Trace, left: dict[str, str], pick: _Pick) -> tuple[Site, ...]:
-    """The embedding of the tokens and the head, where a packed one does all that is done with them."""
+    """The embedding of the tokens, others as large that they are looked up in (Gemma 3n's for its layers) and the head,
+    where a packed one does all that is done with them."""
     found = dict[str, Site]()
-    kinds: dict[Literal["embedding", "head"], Any] = {"embedding": nn.Embedding, "head": nn.Linear}
-    for end, kind in kinds.items():
-        module = end_of(model, end)
-        name = name_of(model, module)
+    tokens, head = end_of(model, "embedding"), end_of(model, "head")
+    tables = [owner_of(model, name)[0] for name in sorted(seen.looked - seen.tied.keys() - {*seen.tied.values()})]
+    more = [one for one in tables if one is not tokens and one.weight.numel() >= tokens.weight.numel()]
+    ends: list[tuple[Any, Literal["embedding", "head"]]] = [(one, "embedding") for one in (tokens, *more)]
+    ends.append((head, "head"))
+    for module, end in ends:
+        name, kind = name_of(model, module), nn.Linear if end == "head" else nn.Embedding
         parameter = f"{name}.weight"
         weight = getattr(module, "weight", None)
         if not name or weight is None or seen.tied.get(parameter, parameter) in seen.users:
@@ -243,11 +247,13 @@ def _ends(model: nn.Module, seen: Trace, left: dict[str, str], pick: _Pick) -> t
     first = lambda name: seen.tied.get(name, name)  # noqa: E731
     for parameter in [*found]:
         alike = {name for name in (*seen.tied, *seen.tied.values()) if first(name) == first(parameter)} - {parameter}
-        if alike and alike == found.keys() - {parameter} and not any(site.bias for site in found.values()):
-            return (replace(found[min(found, key=lambda name: found[name].end)], end="both"),)
-        if alike:
+        pair = [found[name] for name in (parameter, *alike) if name in found]
+        if len(pair) == 2 == 1 + len(alike) and not any(site.bias for site in pair):
+            embedding, other = sorted(pair, key=lambda site: site.end)
+            found[embedding.parameter] = replace(embedding, end="both")
+            del found[other.parameter]
+        elif alike and found.pop(parameter, None) is not None:
             left[parameter] = f"tied to {min(alike)}"
-            del found[parameter]
     return tuple(found.values())
 
 
