@@ -130,7 +130,7 @@ class BlockSolver:
     def forget(self) -> None:
         """The block is done with: its outputs are stored."""
         while self.remembered:
-            self.remembered.pop().forget()
+            self.remembered.pop().close()
 
     def _statistics_at_once(self, index: int, stages: Sequence[Sequence[Site]]) -> list[dict[int, Statistics]]:
         if self.recipe.calibration is None:

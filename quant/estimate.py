@@ -236,7 +236,7 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
                 recover = prepared.recipe.recovery.rehearse(work, count)
             if prepared.recipe.distillation is not None:
                 step = BlockTuning(steps=REHEARSED).rehearse(_weighed(work, prepared), 0) / REHEARSED
-        solver.rounding.clear()
+        solver.rounding.close()
         skeleton.unload([*names, *outside])
     solve = sum(s.seconds for s in solved)
     weights = sum(s.site.weights for s in solved)

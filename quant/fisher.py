@@ -210,7 +210,7 @@ def _sweep(
     places = {site.parameter: parameters[site.name] for site in block.sites}
     sums = [Pairs(site, sequences.get(site.name, 1), parameters[site.name].device) for site in block.sites]
     for site in block.sites:
-        matrices = _matrices(site, oriented(parameters[site.name], site))
+        matrices = oriented(parameters[site.name], site).reshape(-1, site.out, site.inputs)  # float32 one by one
         costs[site.name].energy = torch.cat([W.float().square().mean(1).cpu() for W in matrices])
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -256,11 +256,6 @@ def _factors(
             statistics.forget()
         factors |= {site.name: own for site in sites}
     return factors
-
-
-def _matrices(site: Site, parameter: Tensor) -> Tensor:
-    """`[experts or 1, out, in]`, so that one at a time is made float32."""
-    return parameter.reshape(max(1, site.experts), site.out, site.inputs)
 
 
 def _leaves(tree: Any) -> Any:

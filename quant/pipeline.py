@@ -191,7 +191,7 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress, ends: Ends
                 journal.write(index, _stored(solved, prepared, names), record)
             _advance(replay, index, batches, wanted, store)
             solver.forget()
-            solver.rounding.clear()
+            solver.rounding.close()
             skeleton.unload(names)
             give_back()
             progress.advanced(index, weights.get(name, 0))

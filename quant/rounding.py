@@ -39,33 +39,27 @@ def unrounded() -> Generator[None]:
         _as_they_are.reset(token)
 
 
-class Rounding:
-    """The modules of `model` whose inputs are rounded, until `clear`."""
+class Rounding(ExitStack):
+    """The modules of `model` whose inputs are rounded, until it is closed."""
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self.model = model
-        self._changed = ExitStack()
 
     def put(self, site: Site, packed: Packed) -> None:
         """From now on `site` multiplies by the inputs that `packed` will, if it rounds them."""
         if rounds_inputs(packed.spec):
             module = self.model.get_submodule(site.name)
-            self._changed.enter_context(instead(module, "forward", _stand_in(module.forward, packed)))
-
-    def clear(self) -> None:
-        self._changed.close()
+            self.enter_context(instead(module, "forward", _stand_in(module.forward, packed)))
 
 
 @contextmanager
 def rounding(model: nn.Module, sites: Mapping[str, Site], packed: Mapping[str, Packed]) -> Generator[None]:
     """`model` with the inputs of all these sites rounded."""
-    put = Rounding(model)
-    try:
+    with Rounding(model) as rounded_inputs:
         for name, one in packed.items():
-            put.put(sites[name], one)
+            rounded_inputs.put(sites[name], one)
         yield
-    finally:
-        put.clear()
 
 
 def _stand_in(forward: Callable[..., Any], packed: Packed) -> Callable[..., Any]:

@@ -65,5 +65,5 @@ def test_what_is_kept_is_not_written_into(tmp_path: Path) -> None:
         replay.path = 1
         assert torch.equal(module(2 * x), nn.functional.linear(2 * x, module.weight, module.bias))  # has its own
         assert torch.equal(module(3 * x), nn.functional.linear(2 * x, module.weight, module.bias))
-        kept.forget()
+        kept.close()
     assert torch.equal(module(x), expected)

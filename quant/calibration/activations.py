@@ -91,9 +91,6 @@ class Activations:
     def __len__(self) -> int:
         return len(self._items)
 
-    def __delitem__(self, index: int) -> None:
-        self._drop(index)
-
     def clear(self) -> None:
         for index in range(len(self)):
             self._drop(index)

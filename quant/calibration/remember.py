@@ -22,11 +22,12 @@ SHARE = 4
 """A store of outputs inside a block holds this part in memory of what one between blocks does."""
 
 
-class Remembered:
-    """Stands in for `module`'s forward until `forget`. Only passes that `replay` was given a batch's number for use
+class Remembered(ExitStack):
+    """Stands in for `module`'s forward until it is closed. Only passes that `replay` was given a batch's number for use
     `stores`, of each path one."""
 
     def __init__(self, name: str, module: nn.Module, replay: Replay, stores: Sequence[Activations]) -> None:
+        super().__init__()
         self.name, self.stores = name, stores
         forward = module.forward
 
@@ -46,13 +47,9 @@ class Remembered:
             store[number] = copy((result, written(seen, args, kwargs)))
             return result
 
-        self._changed = ExitStack()
-        self._changed.enter_context(instead(module, "forward", remembered))
-
-    def forget(self) -> None:
-        self._changed.close()
-        for store in self.stores:
-            store.clear()
+        self.enter_context(instead(module, "forward", remembered))
+        for store in stores:
+            self.callback(store.clear)
 
 
 def finished(block: nn.Module, prefix: str, sites: Iterable[str], solved: set[str]) -> list[str]:

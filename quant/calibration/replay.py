@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -28,13 +28,13 @@ class Stop(BaseException):
     """Ends a forward pass early. A BaseException, so that no `except Exception` in a model swallows it."""
 
 
-class Replay:
+class Replay(ExitStack):
     """A context in which `model` can be run block by block. `names`: all blocks of the chain in call order."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
         self.model = model
         self.names = tuple(names)
-        self._changed = ExitStack()
         self.number: int | None = None  # of the batch in the pass under way, and its path, for `remember`
         self.path = 0
         self._active = 0
@@ -45,15 +45,12 @@ class Replay:
         self._result: Any = None
         self._reached = False
 
-    def __enter__(self) -> Replay:
-        self._changed.enter_context(cacheless(self.model))
+    def __enter__(self) -> Self:
+        self.enter_context(cacheless(self.model))
         for index, name in enumerate(self.names):
             module = self.model.get_submodule(name)
-            self._changed.enter_context(instead(module, "forward", self._stand_in(index, module.forward)))
+            self.enter_context(instead(module, "forward", self._stand_in(index, module.forward)))
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._changed.close()
 
     def _stand_in(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)

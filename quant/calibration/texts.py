@@ -114,10 +114,6 @@ def _pieces(text: str) -> Iterator[tuple[int, str]]:
         start = stop
 
 
-def _python_docs(split: str) -> str:
-    return python_docs(split)  # pyright: ignore[reportArgumentType]: checked against _NAMED before
-
-
 def _wikitext2(split: str) -> str:
     try:
         from datasets import load_dataset  # slow to import, and needed for this one text only
@@ -130,8 +126,8 @@ def _wikitext2(split: str) -> str:
 
 
 # name -> reader, and its splits, the default first
-_NAMED: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
-    "python-docs": (_python_docs, ("heldout", "calibration", "train")),
+_NAMED: dict[str, tuple[Callable[[Any], str], tuple[str, ...]]] = {
+    "python-docs": (python_docs, ("heldout", "calibration", "train")),
     "wikitext2": (_wikitext2, ("test", "validation", "train")),
 }
 

@@ -39,17 +39,10 @@ from quant.models.structure import end_of, is_linear, owner_of
 
 
 @register_quantization_config(METHOD)
-class BitwrightConfig(QuantizationConfigMixin):
-    """`quantization_config` as read from config.json; see `manifest` for the keys."""
+class BitwrightConfig(pipelines.Entries, QuantizationConfigMixin):
+    """For transformers."""
 
-    def __init__(self, **entries: Any) -> None:
-        self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
-        entries.pop("quant_method", None)
-        self.entries = entries
-
-    def to_dict(self) -> dict[str, Any]:
-        kept = {key: value for key, value in self.entries.items() if key != "checksums"}  # a new folder, a new seal
-        return {"quant_method": METHOD, **kept}
+    method = METHOD
 
 
 @register_quantizer(METHOD)

@@ -38,16 +38,18 @@ def register(tables: Any) -> None:
     if METHOD in tables.AUTO_QUANTIZER_MAPPING:
         return
     base = sys.modules["diffusers.quantizers.base"].DiffusersQuantizer
-    config = type("BitwrightDiffusersConfig", (_Config, tables.QuantizationConfigMixin), {})
+    config = type("BitwrightDiffusersConfig", (Entries, tables.QuantizationConfigMixin), {})
     tables.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = config
     tables.AUTO_QUANTIZER_MAPPING[METHOD] = type("BitwrightDiffusersQuantizer", (_Quantizer, base), {})
 
 
-class _Config:
-    """`quantization_config` as read from config.json; see `manifest` for the keys."""
+class Entries:
+    """`quantization_config` as read from config.json; see `manifest` for the keys. `method`: as a library names it."""
+
+    method: Any = Method.BITWRIGHT
 
     def __init__(self, **entries: Any) -> None:
-        self.quant_method = Method.BITWRIGHT
+        self.quant_method = self.method
         entries.pop("quant_method", None)
         self.entries = entries
 

@@ -17,7 +17,7 @@ from quant.checkpoint.manifest import verify
 from quant.errors import CheckpointError
 from quant.kernels.spec import rounds_inputs
 from quant.models.source import Source
-from quant.models.stream import stream
+from quant.models.stream import stream_all
 from quant.prepare import Prepared, skeleton_of
 
 # relative to the largest logit. The weights are the same numbers; only the order of a sum may differ (a packed matrix
@@ -37,7 +37,7 @@ def compare_logits(out: Path, prepared: Prepared, expected: torch.Tensor) -> dic
     settings = prepared.settings
     dtype = getattr(torch, settings.dtype)
     skeleton = skeleton_of(Source(out, str(out)), settings, put, prepared.skeleton.lent)
-    got = stream(skeleton, prepared.walk.chain, prepared.probe())
+    (got,) = stream_all(skeleton, prepared.walk.chain, [prepared.probe()])
     worst = float((got - expected).abs().max())
     scale = float(expected.abs().max())
     allowed = scale * max(TOLERANCE[dtype], ROUNDED * any(rounds_inputs(site.spec) for site in sites.values()))

@@ -6,6 +6,7 @@ Two probes of a block in memory tell, whatever the attention around it looks lik
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -29,24 +30,16 @@ class Call:
     wrote: Tensor
 
 
-class Watch:
+class Watch(ExitStack):
     """A context that notes the calls of modules without children, in order. `answers`: what linears write instead."""
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self.calls: dict[str, Call] = {}
         self.answers: dict[str, Callable[[Tensor], Tensor]] = {}
-        self._hooks = [
-            module.register_forward_hook(partial(self._note, name))
-            for name, module in model.named_modules()
-            if not any(True for _ in module.children())
-        ]
-
-    def __enter__(self) -> Watch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        for name, module in model.named_modules():
+            if not any(True for _ in module.children()):
+                self.enter_context(module.register_forward_hook(partial(self._note, name)))
 
     def _note(self, name: str, module: nn.Module, args: Any, output: Any) -> Any:
         if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):

@@ -27,14 +27,9 @@ def outside_blocks(skeleton: Skeleton, chain: Sequence[str]) -> tuple[list[str],
     return [name for name in outside if name not in head], head
 
 
-def stream(skeleton: Skeleton, chain: Sequence[str], batch: Mapping[str, Any]) -> torch.Tensor:
-    """The model's logits (or hidden states) on one batch, each block loaded for its turn."""
-    return stream_all(skeleton, chain, [batch])[0]
-
-
 @torch.no_grad()
 def stream_all(skeleton: Skeleton, chain: Sequence[str], batches: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
-    """As `stream` on several batches, each block loaded once for all of them."""
+    """The model's logits (or hidden states) on some batches, each block loaded once for all of them."""
     outputs: list[Any] = [None] * len(batches)
     with streamed(skeleton, chain, batches, outputs) as replay:
         return [first_tensor(replay.head(batch, x)) for batch, x in zip(batches, outputs, strict=True)]

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from quant.calibration.replay import instead
 from quant.models.structure import owner_of
 
 
 @contextmanager
 def weightless(model: nn.Module) -> Generator[dict[str, str]]:
     """On the CPU, in eval mode, each parameter one row of seeded numbers, repeated. Yields each one's first name."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = [(part, key, x) for part in model.modules() for key, x in part._buffers.items() if x is not None]
-    training = [part for part in model.modules() if part.training]
     made: dict[int, nn.Parameter] = {}
     first_name: dict[str, str] = {}
     names: dict[int, str] = {}
@@ -33,24 +31,23 @@ def weightless(model: nn.Module) -> Generator[dict[str, str]]:
         owner, leaf = owner_of(model, name)
         owner._parameters[leaf] = value
 
-    try:
-        for name, old in parameters.items():
+    with ExitStack() as back:
+        for name, old in dict(model.named_parameters(remove_duplicate=False)).items():
             first_name[name] = names.setdefault(id(old), name)
             if id(old) not in made:
                 made[id(old)] = nn.Parameter(_row(first_name[name], old).expand(old.shape), requires_grad=False)
+            back.callback(put, name, old)
             put(name, made[id(old)])
-        for part, key, x in buffers:
-            part._buffers[key] = torch.zeros_like(x, device="cpu") if x.device.type == "meta" else x.cpu().clone()
-        for part in training:
-            part.training = False
+        for part in model.modules():
+            for key, x in part._buffers.items():
+                if x is not None:
+                    back.callback(part._buffers.__setitem__, key, x)
+                    part._buffers[key] = (
+                        torch.zeros_like(x, device="cpu") if x.device.type == "meta" else x.cpu().clone()
+                    )
+            if part.training:
+                back.enter_context(instead(part, "training", False))
         yield first_name
-    finally:
-        for name, old in parameters.items():
-            put(name, old)
-        for part, key, x in buffers:
-            part._buffers[key] = x
-        for part in training:
-            part.training = True
 
 
 def _row(name: str, parameter: torch.Tensor) -> torch.Tensor:
