@@ -99,8 +99,7 @@ def estimate(prepared: Prepared) -> Estimate:
         ends, embedding = rehearsed(prepared, seen.advance * share * prepared.outline[1])
         opening = _timed(lambda: skeleton_of(prepared.source, prepared.settings))
     batch, batches, halves = prepared.outline
-    followed = prepared.recipe.match == "float" or prepared.recipe.recovery is not None
-    paths = 2 if followed and batches else 1
+    paths = 2 if prepared.recipe.followed and batches else 1
     spill = prepared.settings.spill_bytes
     between, inside = (size * (batches + 1) for size in (seen.stored, seen.remembered))
     activations = (between + inside) * paths
@@ -212,12 +211,9 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
         names = skeleton.names_under(largest.name)
         load = _timed(lambda: skeleton.load(names))
         room = lambda name: Activations(1, folder / name, prepared.settings.spill_bytes, device)  # noqa: E731
-        matched = prepared.recipe.match == "float" and prepared.recipe.calibration is not None
-        recipe = prepared.recipe
+        recipe, aim = prepared.recipe, store if prepared.recipe.matched else None
         recipe = replace(recipe, recovery=BlockTuning()) if recipe.trains else recipe  # keeps float weights
-        solver = BlockSolver(
-            replay, recipe, prepared.plan, [batch], store, store if matched else None, solved.append, room
-        )
+        solver = BlockSolver(replay, recipe, prepared.plan, [batch], store, aim, solved.append, room)
         originals: dict[str, torch.Tensor] = {}
         whole = _timed(lambda: solver.solve(index, blocks[largest.name], originals))
         output: list[Any] = []

@@ -150,9 +150,7 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress, ends: Ends
     batches = [*(moved(batch, prepared.settings.device) for batch in used), prepared.probe()]
     calibration = batches[:-1]  # the last one, the probe, is carried along for the verification and seen by no solver
     store = _activations(prepared, journal.folder, "quantized", len(batches))
-    matched = recipe.match == "float" and recipe.calibration is not None
-    followed = matched or recipe.recovery is not None  # the float path
-    float_store = _activations(prepared, journal.folder, "float", len(batches)) if followed else None
+    float_store = _activations(prepared, journal.folder, "float", len(batches)) if recipe.followed else None
     blocks = {block.name: block for block in prepared.walk.blocks}
     outside, head = outside_blocks(skeleton, chain)
     skeleton.load(outside)
@@ -160,7 +158,7 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress, ends: Ends
     progress.begin(len(chain), sum(weights.values()), sum(journal.finished(i) for i in range(len(chain))))
     with Replay(model, chain) as replay:
         room = lambda name: _activations(prepared, journal.folder, name, len(batches), SHARE)  # noqa: E731
-        aim = float_store if matched else None
+        aim = float_store if recipe.matched else None
         counts = prepared.samples.weights if recipe.trajectory.weighting == "image" else None
         solver = BlockSolver(replay, recipe, prepared.plan, calibration, store, aim, progress.site, room, counts)
         for index, name in enumerate(chain):
@@ -168,10 +166,10 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress, ends: Ends
             progress.block(index, name)
             names = skeleton.names_under(name)
             skeleton.load(names)
-            originals = ends.floats() if index == 0 and followed else {}
+            originals = ends.floats() if index == 0 and recipe.followed else {}
             wanted = range(len(batches)) if index + 1 < len(chain) else [len(batches) - 1]  # only the probe has a head
             if journal.finished(index):
-                kept = originals if followed else None
+                kept = originals if recipe.followed else None
                 _restore(prepared, journal, index, blocks.get(name), kept, solver.rounding)
                 _advance_float(replay, index, batches, wanted, float_store, originals)
             else:

@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from quant.calibration.importance import Attention
 from quant.calibration.settings import Calibration as Calibration
+from quant.calibration.settings import Experts as Experts
 from quant.calibration.settings import Trajectory as Trajectory
 from quant.errors import SettingsError
 from quant.kernels.spec import WRAPPERS, Spec, SpecError, Uniform, spec_from_dict
@@ -35,14 +36,6 @@ CHOICES: dict[str, tuple[type[Any], ...]] = {
     "importance": (Attention,),
 }
 OPTIONAL = ("recovery", "importance", "distillation", "folding", "calibration", "embeddings")
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Experts that saw fewer than `minimum_tokens` get the Hessian of all experts of their stack as a prior, counted as
-    that many tokens. Each such expert is named in the report."""
-
-    minimum_tokens: int = 256
 
 
 @dataclass(frozen=True)
@@ -107,22 +100,28 @@ class Recipe:
             raise SettingsError(f"widths are {list(self.widths or ())}; give numbers of bits from 1 to 8")
 
     @property
+    def matched(self) -> bool:
+        """Whether solvers aim at the float path's outputs."""
+        return self.match == "float" and self.calibration is not None
+
+    @property
+    def followed(self) -> bool:
+        """Whether the float path is run beside the quantized one."""
+        return self.matched or self.recovery is not None
+
+    @property
     def trains(self) -> bool:
         """Whether gradients are taken."""
         return self.recovery is not None or self.distillation is not None
 
     def to_dict(self) -> dict[str, Any]:
         data = {item.name: getattr(self, item.name) for item in fields(self)}
-        data["spec"] = self.spec.to_dict()
-        data["solver"] = {"kind": type(self.solver).__name__, **asdict(self.solver)}
-        for name in ("recovery", "importance"):
-            data[name] = data[name] and {"kind": type(data[name]).__name__, **asdict(data[name])}
-        data["calibration"] = None if self.calibration is None else asdict(self.calibration)
-        data["distillation"] = self.distillation and asdict(self.distillation)
-        data["folding"] = self.folding and asdict(self.folding)
-        data["embeddings"] = self.embeddings and self.embeddings.to_dict()
-        data["trajectory"] = asdict(self.trajectory)
-        data["experts"] = asdict(self.experts)
+        for name, part in data.items():
+            if isinstance(part, Spec):
+                data[name] = part.to_dict()
+            elif is_dataclass(part) and not isinstance(part, type):
+                kind = {"kind": type(part).__name__} if name in CHOICES else {}
+                data[name] = {**kind, **asdict(part)}
         return json.loads(json.dumps(data))
 
 

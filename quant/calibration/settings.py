@@ -1,4 +1,4 @@
-"""What a recipe says about calibration inputs: of a text, and of a diffusion transformer's own way."""
+"""What a recipe says about calibration inputs: of a text, of experts, and of a diffusion transformer's own way."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ class Calibration:
             raise SettingsError(f"calibration.samples is {self.samples:,}; at most {MOST_SAMPLES:,} windows are cut")
         if abs(self.seed) > MOST_SEED:
             raise SettingsError(f"calibration.seed is {self.seed}; give at most {MOST_SEED}")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts that saw fewer than `minimum_tokens` get the Hessian of all experts of their stack as a prior, counted as
+    that many tokens. Each such expert is named in the report."""
+
+    minimum_tokens: int = 256
 
 
 @dataclass(frozen=True)

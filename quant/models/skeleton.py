@@ -9,7 +9,7 @@ the meta device after use. Tied parameters follow their source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -207,11 +207,8 @@ class Skeleton:
         """Returns parameters to the meta device. The memory of tied ones is free once all their names are."""
         for name in names:
             origin = self.tied.get(name, name)
-            others = [
-                self._get(other)
-                for other in (origin, *(k for k, v in self.tied.items() if v == origin))
-                if other != name
-            ]
+            alike = (origin, *(other for other, of in self.tied.items() if of == origin))
+            others = (self._get(other) for other in alike if other != name)
             empty = next((other for other in others if other.device.type == "meta"), None)
             self._put(name, torch.empty_like(self._get(name), device="meta") if empty is None else empty)
 
@@ -223,23 +220,18 @@ class Skeleton:
         if leaf in owner._buffers:
             owner._buffers[leaf] = value
         else:
-            owner._parameters[leaf] = (
-                value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
-            )
+            kept = isinstance(value, nn.Parameter)
+            owner._parameters[leaf] = value if kept else nn.Parameter(value, requires_grad=False)
 
     def names_under(self, *prefixes: str) -> list[str]:
         """State names inside the modules of these names (`""` is the whole model), but for what is `lent`: parts of
         blocks that the model calls from outside them, which come and go with what is outside."""
         lent = () if prefixes == ("",) else self.lent
-        return [
-            name
-            for name in self.names
-            if any(_inside(name, prefix) for prefix in prefixes) and not any(_inside(name, part) for part in lent)
-        ]
+        return [name for name in self.names if _inside(name, prefixes) and not _inside(name, lent)]
 
 
-def _inside(name: str, prefix: str) -> bool:
-    return not prefix or name == prefix or name.startswith(prefix + ".")
+def _inside(name: str, prefixes: Collection[str]) -> bool:
+    return any(not prefix or name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
 def _finite(tensor: torch.Tensor) -> bool:
