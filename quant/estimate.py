@@ -67,7 +67,7 @@ class Estimate:
 
 @dataclass
 class _Rehearsal:
-    block_weights: int
+    block_weights: int  # quantized, or all where none is
     load: float  # seconds for the block
     collect: float  # seconds for one batch
     advance: float  # seconds for one batch
@@ -95,7 +95,7 @@ def estimate(prepared: Prepared) -> Estimate:
         _warm(prepared)
         follow = _follow(prepared)
         seen = _rehearse(prepared)
-        share = weights / max(1, seen.block_weights)  # in blocks of the rehearsed size
+        share = weights / seen.block_weights or len(prepared.walk.chain)  # in blocks of the rehearsed size
         ends, embedding = rehearsed(prepared, seen.advance * share * prepared.outline[1])
         opening = _timed(lambda: skeleton_of(prepared.source, prepared.settings))
     batch, batches, halves = prepared.outline
@@ -119,7 +119,7 @@ def estimate(prepared: Prepared) -> Estimate:
         samples = passes(calibration, recipe.trajectory, weighed(recipe, source), piped)
         verification += samples * halves / len(batch["hidden_states"]) * whole
         verification += probes(recipe, source, len(prepared.walk.sites), batches) * whole
-    distillation, more = _distillation(prepared, seen, weights, batches)
+    distillation, more = _distillation(prepared, seen, share, batches)
     return Estimate(
         sites=len(sites),
         weights=weights,
@@ -134,7 +134,7 @@ def estimate(prepared: Prepared) -> Estimate:
     )
 
 
-def _distillation(prepared: Prepared, seen: _Rehearsal, weights: int, batches: int) -> tuple[float, int]:
+def _distillation(prepared: Prepared, seen: _Rehearsal, share: float, batches: int) -> tuple[float, int]:
     """Seconds of the end-to-end tuning, and the bytes it adds to the peak of solving: the whole float model, what is
     trained of the codes, the outputs between the blocks, and the logits with their gradients."""
     recipe, model = prepared.recipe, prepared.skeleton.model
@@ -145,7 +145,7 @@ def _distillation(prepared: Prepared, seen: _Rehearsal, weights: int, batches: i
     mixed = 1.0  # calibration batches in a step
     if prepared.source.is_diffusion:
         mixed = max(1.0, recipe.trajectory.mix / len(prepared.outline[0]["hidden_states"]))
-    share = (weights + (0 if head is None else head.weight.numel())) / max(1, seen.block_weights)
+    share += (0 if head is None else head.weight.numel()) / seen.block_weights
     step = (seen.step + 2 * seen.advance) * share * mixed  # with the teacher's pass, and what checkpointing does twice
     passes = 4 * batches * seen.advance * share  # teacher and student, before and after
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -236,6 +236,7 @@ def _rehearse(prepared: Prepared) -> _Rehearsal:
         skeleton.unload([*names, *outside])
     solve = sum(s.seconds for s in solved)
     weights = sum(s.site.weights for s in solved)
+    weights = weights or sum(one.numel() for one in skeleton.model.get_submodule(largest.name).parameters())
     return _Rehearsal(weights, load, max(0.0, whole - solve), advance, solve, recover, step, stored, remembered)
 
 

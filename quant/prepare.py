@@ -86,7 +86,8 @@ class Prepared:
     @property
     def measures(self) -> bool:
         """Whether the plan is made by what errors cost."""
-        return measured(self.recipe, self.source) or weighed_rows(self.recipe, self.source, self.walk, self.settings)
+        costs = measured(self.recipe, self.source)
+        return bool(self.walk.sites) and (costs or weighed_rows(self.recipe, self.source, self.walk, self.settings))
 
     @cached_property
     def outline(self) -> tuple[Batch, int, int]:

@@ -295,6 +295,27 @@ def test_a_plan_may_leave_one_float(llama: Path, words: Path, tmp_path: Path) ->
         quant.quantize(str(llama), tmp_path / "none", recipe(words), settings=Settings(plan=plan))
 
 
+@pytest.mark.parametrize("name", ["rtn", "gptq", "balanced", "best"])
+@pytest.mark.parametrize("by_plan", [False, True])
+def test_they_alone(llama: Path, words: Path, tmp_path: Path, name: str, by_plan: bool) -> None:
+    """Every linear is skipped, or a plan keeps it float; the dry run knows what that takes, whatever the recipe."""
+    made = replace(load_recipe(name), embeddings=SMALL, skip=() if by_plan else ("model.layers*",))
+    if made.calibration is not None:
+        few = ["calibration.samples=4", "calibration.sequence_length=32", f"calibration.text={words}"]
+        made = override(made, [*few, *(["distillation.steps=1", "distillation.samples=4"] if name == "best" else [])])
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"*": None} if by_plan else {}))
+    place = Settings(threads=1, plan=plan)
+    predicted = estimate(prepare(str(llama), made, place))
+    report = quant.quantize(str(llama), tmp_path / "out", made, settings=place).report
+    assert [end["site"] for end in report["ends"]] == ["model.embed_tokens", "lm_head"]
+    assert (report["sites"], predicted.weight_files) == ([], report["files"])
+    assert 0 < predicted.seconds < 5 + 10 * report["seconds"]
+    model = quant.load(tmp_path / "out")
+    assert {type(one).__name__ for one in model.modules()} >= {"PackedEmbedding", "PackedLinear", "Linear"}
+    assert "# `llama`, its embedding and head packed" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_one_may_be_skipped(llama: Path, words: Path, tmp_path: Path) -> None:
     report = quant.quantize(str(llama), tmp_path / "out", replace(recipe(words), skip=("model.embed*",))).report
     assert [end["site"] for end in report["ends"]] == ["lm_head"]

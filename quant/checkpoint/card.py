@@ -33,6 +33,7 @@ FIGURES = (  # label, where it is in an evaluation's report, format
 def card(report: Report) -> str:
     """The card for the content of report.json."""
     bits, name, specs = report["bits"], str(report["model"]["name"]).rstrip("/"), words.specs_words(report["sites"])
+    says = f"{bits['measured']:.5g} bits per weight" if report["sites"] else "its embedding and head packed"
     troubles = [f"- {_code(text)}: {_code(site)}" for site, text in words.notes(report)]
     left = [
         f"- {_code(reason)}: {', '.join(_code(name) for name in words.capped(names, MOST_NAMES))}"
@@ -40,7 +41,7 @@ def card(report: Report) -> str:
     ]
     return f"""{_front_matter(report)}
 
-# {_code(name.rpartition("/")[2])}, {bits["measured"]:.5g} bits per weight
+# {_code(name.rpartition("/")[2])}, {says}
 
 {_code(name)} with {len(report["sites"]):,} weight matrices packed by bitwright: {_code(specs)}.
 Everything else is the original, bit for bit{_folded(report)}.
@@ -119,7 +120,7 @@ def _limits(report: Report) -> str:
 
 def _front_matter(report: Report) -> str:
     """YAML, of which JSON is a part: so are names that are not ours."""
-    source, asked = report["source"], words.code_bits(report["recipe"]["spec"])
+    source, asked = report["source"], report["sites"] and words.code_bits(report["recipe"]["spec"])
     lines = [f"{key}: {json.dumps(source[key])}" for key in ("license", "base_model") if source[key]]
     lines += ["base_model_relation: quantized"] if source["base_model"] else []
     tags = ["bitwright", "quantized", *([f"{asked}-bit"] if asked else [])]

@@ -78,9 +78,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Walk:
-    """`chain`: names of all blocks in call order; `blocks`: those with sites; `left`: every other weight matrix by
-    parameter name, with the reason it stays float; `lent`: modules in blocks that the rest of the model calls too;
-    `ends`: the embedding and the head, where they were asked for."""
+    """`chain`: names of all blocks in call order; `blocks`: those with sites, or all where only ends are quantized;
+    `left`: every other weight matrix by parameter name, with the reason it stays float; `lent`: modules in blocks that
+    the rest of the model calls too; `ends`: the embedding and the head, where they were asked for."""
 
     chain: tuple[str, ...]
     blocks: tuple[Block, ...]
@@ -118,14 +118,14 @@ def walk(
     pick = _Pick(tuple(only), tuple(skip))
     left: dict[str, str] = {}
     blocks = tuple(Block(name, _stages(model, seen, name, left, pick)) for name in seen.chain)
-    blocks = tuple(block for block in blocks if block.stages)
+    some = tuple(block for block in blocks if block.stages)
     outer = _ends(model, seen, left, pick) if ends else ()
     pick.check()
-    _explain_the_rest(model, [*blocks, Block("", (outer,))], seen, left)
-    if not blocks:
+    _explain_the_rest(model, [*some, Block("", (outer,))], seen, left)
+    if not some and not outer:
         reasons = "; ".join(f"{name}: {left[name]}" for name in matrices(model)[:4]) or "it has no linear layers"
         raise ModelError(f"{type(model).__name__}: nothing to quantize ({reasons})")
-    return Walk(seen.chain, blocks, left, frozenset(seen.lent), outer)
+    return Walk(seen.chain, some or blocks, left, frozenset(seen.lent), outer)
 
 
 def turned(found: Walk, names: Collection[str]) -> Walk:
