@@ -209,7 +209,10 @@ def _walk(skeleton: Skeleton, recipe: Recipe, progress: Progress) -> Walk:
     if ends and not found.ends:
         reasons = [f"{name}: {why}" for name, why in found.left.items() if "embed" in name or "head" in name]
         why = "; ".join(reasons) or "the model has none"
-        raise SettingsError(f"embeddings: no embedding or head that could be packed ({why}); leave it out")
+        said = f"embeddings: no embedding or head that could be packed ({why})"
+        if not skeleton.source.inside:
+            raise SettingsError(f"{said}; leave it out")
+        progress.say(f"note: {skeleton.source.inside}: {said}; they stay float")  # other components may have some
     return found
 
 

@@ -79,6 +79,16 @@ def paint(folder: Path) -> torch.Tensor:
     return torch.from_numpy(made.images)
 
 
+class Said(Progress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, what: str) -> None:
+        self.lines.append(what)
+
+
 class StopIn(Progress):
     """Ctrl-C after the first block of a component, counted from 1."""
 
@@ -95,6 +105,23 @@ class StopIn(Progress):
 
 def rounded(bits: int = 4) -> Recipe:
     return override(quant.load_recipe("rtn"), ["spec.group_size=4", f"spec.bits={bits}"])
+
+
+def test_an_embedding_is_packed_where_a_component_has_one(source: Path, tmp_path: Path) -> None:
+    """T5's is one with another module's, a transformer has none: both are said, and all else is packed."""
+    told = Said()
+    made = replace(rounded(8), embeddings=quant.Uniform(bits=8, group_size=4))
+    parts = ("transformer", "text_encoder", "text_encoder_3")
+    result = quant.quantize(str(source), tmp_path / "packed", made, components=parts, progress=told)
+    clip, t5 = result.others
+    assert "ends" not in result.report
+    assert [end["site"].endswith("token_embedding") for end in clip.report["ends"]] == [True]
+    assert "ends" not in t5.report
+    assert t5.report["sites"]
+    said = next(line for line in told.lines if "text_encoder_3" in line)
+    assert "no embedding or head that could be packed (encoder.embed_tokens.weight: tied to shared.weight)" in said
+    assert "they stay float" in said
+    paint(tmp_path / "packed")
 
 
 def test_both_are_packed_and_load_as_one_pipeline(source: Path, tmp_path: Path) -> None:
