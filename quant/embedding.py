@@ -7,6 +7,7 @@ is a `PackedHead`, which multiplies by the embedding's tensors and has none of i
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection
 from typing import Any, Self
@@ -14,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from quant.errors import SettingsError
 from quant.held import Mixed, Slot, mixed, register
 from quant.kernels.dispatch import matmul
 from quant.kernels.layouts import PackedUniform
@@ -93,6 +95,19 @@ class PackedHead(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.embedding.embedding_dim} -> {self.embedding.num_embeddings}, the embedding's weight"
+
+
+def resized(embedding: Any, count: int | None = None, multiple: int | None = None, *_: Any, **named: Any) -> Any:
+    """In the place of transformers' `resize_token_embeddings`, where one of a model's ends is packed: the embedding, if
+    its rows are as many as are asked for already. Raises `SettingsError` otherwise."""
+    have, multiple = embedding.num_embeddings, named.get("pad_to_multiple_of", multiple) or 1
+    wanted = math.ceil((named.get("new_num_tokens", count) or have) / multiple) * multiple
+    if wanted != have:
+        raise SettingsError(
+            f"a packed embedding or head keeps its {have} rows, and {wanted} are wanted: resize the float model and "
+            "quantize that, without --embedding-bits if it is to be resized again; or load with dequantize=True"
+        )
+    return embedding
 
 
 def put_embedding(model: Any, site: Site, spec: Uniform) -> None:

@@ -441,6 +441,23 @@ def test_a_single_token_of_an_embedding_that_scales_and_pads(words: Path, tmp_pa
     assert model.generate(IDS, max_new_tokens=3).shape[1] == IDS.shape[1] + 3
 
 
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_rows_cannot_be_added(kind: str, request: pytest.FixtureRequest) -> None:
+    """To as many as there are is no change, and is often asked for; a float model can have more."""
+    loaded = quant.load(request.getfixturevalue(kind))
+    for model in (loaded, copy.deepcopy(loaded), AutoModel.from_pretrained(loaded.name_or_path)):
+        embedding = model.get_input_embeddings()
+        assert model.resize_token_embeddings(128) is embedding
+        assert model.resize_token_embeddings() is embedding
+        assert model.resize_token_embeddings(new_num_tokens=100, pad_to_multiple_of=64) is embedding
+        for given in ({"new_num_tokens": 130}, {"pad_to_multiple_of": 100}, {"new_num_tokens": 120}):
+            with pytest.raises(SettingsError, match=r"keeps its 128 rows.*without --embedding-bits.*dequantize=True"):
+                model.resize_token_embeddings(**given, mean_resizing=False)
+    whole = loaded.dequantize()
+    whole.resize_token_embeddings(130, mean_resizing=False)
+    assert logits(whole).shape[-1] == 130
+
+
 def test_tokens_that_are_none_are_refused(tied: Path) -> None:
     embedding = quant.load(tied).get_input_embeddings()
     for token in (-1, 128):

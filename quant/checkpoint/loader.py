@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quant.checkpoint import pipelines
 from quant.checkpoint.manifest import METHOD, VERIFIED, PackedSite, read_config, read_sites, stored_tensors, verified
 from quant.checkpoint.manifest import verify as verify_folder
-from quant.embedding import PackedEmbedding, PackedHead, put_embedding, untie
+from quant.embedding import PackedEmbedding, PackedHead, put_embedding, resized, untie
 from quant.errors import CheckpointError, SettingsError
 from quant.experts import PackedExperts
 from quant.held import Holder
@@ -59,9 +60,10 @@ class BitwrightQuantizer(HfQuantizer):
         where = getattr(model.config, "name_or_path", "") or "checkpoint"
         sites = read_sites(config.to_dict(), where)
         names = {name: put_site(model, packed) for name, packed in sites.items()}
-        if any(packed.site.end for packed in sites.values()) and files:
-            stored = stored_tensors(Path(files[0]).parent, [Path(file).name for file in files]).keys()
-            untie(model, [to for to, origin in model.all_tied_weights_keys.items() if {to, origin} <= stored])
+        if any(packed.site.end for packed in sites.values()):
+            model.resize_token_embeddings = partial(resized, model.get_input_embeddings())
+            stored = stored_tensors(Path(files[0]).parent, [Path(file).name for file in files]).keys() if files else {}
+            untie(model, [to for to, origin in model.all_tied_weights_keys.items() if {to, origin} <= {*stored}])
         config.entries["sites"] = {new: config.entries["sites"][name] for name, new in names.items() if new}
         self.model = model
         self.made = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
@@ -165,6 +167,7 @@ def as_made(model: Any, made: Mapping[str, tuple[torch.Size, torch.dtype]]) -> N
 def unpack_model(model: Any, dtype: torch.dtype) -> Any:
     """Every packed site expanded to the float module it stands for, in place; nothing of ours remains."""
     model._weight_conversions = None  # a plain model is saved as its architecture's files are
+    vars(model).pop("resize_token_embeddings", None)
     modules = list(model.named_modules())
     for name, module in modules:
         if isinstance(module, PackedLinear | PackedHead):
