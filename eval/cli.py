@@ -164,8 +164,9 @@ def _judge(
                 )
             return None, reports
         opened = open_subject(against, settings["device"], settings["dtype"])
-        original = run(opened, against, None, 0)
-        return original, [run(model, model, opened, prompts) for model in models]
+        reports = [run(model, model, opened, prompts) for model in models]
+        settings = {**settings, "window": reports[0].settings.window, "known": reports[0].original}  # seen beside it
+        return run(opened, against, None, 0), reports
 
 
 @contextmanager

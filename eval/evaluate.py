@@ -5,7 +5,8 @@
     print(report.perplexity.token, report.divergence.kl, report.size.linear_bits)
 
 An original that several candidates are compared with is opened once and handed in; its logits are computed again for
-each candidate, batch by batch, which costs a forward pass and keeps memory flat.
+each candidate, batch by batch, which costs a forward pass and keeps memory flat. What it says itself of the text is
+known from there.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def evaluate(
     dtype: str = "float32",
     generate: int = 0,
     progress: Progress | None = None,
+    known: Perplexity | None = None,
 ) -> Report:
     """Judges a model on a text.
 
@@ -60,6 +62,7 @@ def evaluate(
         device, dtype: for models opened here; "auto" is the checkpoint's own dtype.
         generate: how many prompts to continue greedily.
         progress: called with (windows done, windows in all).
+        known: the perplexity that another report has for this model as its original, so that it is not measured again.
 
     Raises:
         SettingsError: settings that cannot be, a text too short, tokenizers that differ.
@@ -72,7 +75,7 @@ def evaluate(
     original = None if against is None else open_subject(against, device, dtype)
     rule = _rule(subject, original, window, stride, max_windows)
     judge = _judge_causal if subject.kind == "causal-lm" else _judge_encoder
-    found = judge(subject, original, source, rule, bos, generate, progress)
+    found = judge(subject, original, source, rule, bos, generate, progress, known)
     return _report(subject, original, found, _settings(subject, source, found.rule, generate), start)
 
 
@@ -144,7 +147,7 @@ def _rule(
 
 def _judge_causal(
     subject: Subject, original: Subject | None, text: Text, rule: Rule, bos: bool | None, prompts: int,
-    progress: Progress | None,
+    progress: Progress | None, known: Perplexity | None,
 ) -> _Found:  # fmt: skip
     tokenizer = _tokenizer(subject, original)
     encoded = encode(tokenizer, text)
@@ -159,16 +162,17 @@ def _judge_causal(
     pairs = continued(subject, original, text, tokenizer, prompts, rule.bos) if prompts else ()
     ids_T = encoded.ids[: rule.length]
     if original is None:
-        return _Found(rule, ids_T, measure(subject, encoded, rule, progress), generations=pairs, note=note)
+        alone = known or measure(subject, encoded, rule, progress)
+        return _Found(rule, ids_T, alone, generations=pairs, note=note)
     both = compare(subject, original, encoded, rule, progress)
     return _Found(rule, ids_T, both.candidate, both.original, both.divergence, generations=pairs, note=note)
 
 
 def _judge_encoder(
     subject: Subject, original: Subject | None, text: Text, rule: Rule, bos: bool | None, prompts: int,
-    progress: Progress | None,
+    progress: Progress | None, known: Perplexity | None,
 ) -> _Found:  # fmt: skip
-    del bos, prompts  # an encoder continues nothing
+    del bos, prompts, known  # an encoder continues nothing
     tokenizer = _tokenizer(subject, original)
     ids_T = encode(tokenizer, Text(text.name, text.text[: 16 * rule.length])).ids[: rule.length]
     check_ids(ids_T, subject)

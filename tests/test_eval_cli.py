@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from quant.errors import ResourceError
 from quant.eval import cli, perplexity
+from quant.eval import evaluate as evaluation
 from quant.eval.evaluate import evaluate
 from quant.eval.table import table
 from tests import tiny
@@ -60,6 +61,22 @@ def test_table_json_and_plot(packed_llama: Path, llama: Path, words: Path, tmp_p
     assert {"python", "torch", "transformers", "bitwright"} <= stated["versions"].keys()
     assert stated["machine"]["threads"] == 1
     assert stated["machine"]["cpu"]
+
+
+def test_the_original_reads_the_text_no_more_often_than_it_is_compared(
+    packed_llama: Path, llama: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = list[Any]()
+    monkeypatch.setattr(evaluation, "measure", lambda *given: read.append(given) or perplexity.measure(*given))
+    data = tmp_path / "figures.json"
+    settings = ("--text", words, "--max-windows", 2, "--window", 32, "--no-generate", "--json", data)
+    assert call(packed_llama, "--against", llama, *settings).exit_code == 0
+    assert not read
+    figures = json.loads(data.read_text())
+    alone = evaluate(llama, text=words, max_windows=2, window=32)
+    assert read
+    assert figures["original"]["perplexity"] == figures["models"][0]["original"] == alone.to_dict()["perplexity"]
+    assert figures["original"]["settings"] == alone.to_dict()["settings"]
 
 
 def test_json_on_stdout_is_json_alone(llama: Path, words: Path) -> None:
