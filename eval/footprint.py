@@ -95,17 +95,16 @@ def size_of(subject: Subject) -> Size:
     for file in files:
         stored |= read_header(file)
     total = sum(file.stat().st_size for file in files)
-    sites = _sites(subject, stored)
+    sites, ends = _sites(subject, stored)
     if sites is None:
         matrices = [t for t in stored.values() if t.floating and len(t.shape) > 1]
         parameters = sum(math.prod(t.shape) for t in stored.values() if t.floating)
         bits = 8 * sum(t.nbytes for t in matrices) / max(1, sum(math.prod(t.shape) for t in matrices))
     else:
-        inside = {name for name in stored if _within(name, sites)}
+        inside, packed = ({name for name in stored if _within(name, some)} for some in (sites, {**sites, **ends}))
         weights = sum(sites.values())
-        parameters = weights + sum(
-            math.prod(t.shape) for name, t in stored.items() if t.floating and name not in inside
-        )
+        plain = sum(math.prod(t.shape) for name, t in stored.items() if t.floating and name not in packed)
+        parameters = weights + sum(ends.values()) + plain
         bits = 8 * sum(stored[name].nbytes for name in inside) / weights if weights else None
     total_bits = 8 * sum(t.nbytes for t in stored.values()) / max(1, parameters)
     return Size(total, parameters, bits, total_bits, "safetensors headers")
@@ -151,20 +150,22 @@ def read_header(file: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{file}: not a readable safetensors file ({error}); copy it again.") from error
 
 
-def _sites(subject: Subject, stored: dict[str, Stored]) -> dict[str, int] | None:
-    """Prefix of a quantized site's tensors -> number of its weights; None for a float checkpoint.
+def _sites(subject: Subject, stored: dict[str, Stored]) -> tuple[dict[str, int] | None, dict[str, int]]:
+    """Prefix of a quantized site's tensors -> number of its weights, None for a float checkpoint; and those of a packed
+    embedding and head, whose bits are no linear's.
 
     The prefix is `<linear>.`, or `<parameter>_` for an expert stack, whose codes carry the parameter's own name.
     """
     assert subject.folder is not None
     config = read_config(subject.folder).get("quantization_config")
     if not config:
-        return None
+        return None, {}
     if config.get("quant_method") == "bitwright":
         try:
-            sites = config["sites"].items()
-            inner = {name: site for name, site in sites if "end" not in site}  # an embedding's bits are no linear's
-            return {n + ("_" if "experts" in site else "."): math.prod(site["shape"]) for n, site in inner.items()}
+            found = dict[str, int](), dict[str, int]()
+            for name, site in config["sites"].items():
+                found["end" in site][name + ("_" if "experts" in site else ".")] = math.prod(site["shape"])
+            return found
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{subject.folder}/config.json: quantization_config has no sound list of sites."
@@ -179,7 +180,7 @@ def _sites(subject: Subject, stored: dict[str, Stored]) -> dict[str, int] | None
         f"{name}.": math.prod(shape)
         for name, shape in linears.items()
         if name in owners and (f"{name}.weight" not in stored or stored[f"{name}.weight"].shape != tuple(shape))
-    }
+    }, {}
 
 
 def _within(tensor: str, sites: dict[str, int]) -> bool:

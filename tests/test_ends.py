@@ -122,7 +122,10 @@ def test_they_are_counted_apart(tied: Path, words: Path, tmp_path: Path) -> None
     seen = look(tied)
     assert seen["bits"]["measured"] == report["bits"]["measured"]
     assert seen["ends"][0]["nbytes"] == end["nbytes"]
-    assert size_of(open_subject(tied)).linear_bits == pytest.approx(report["bits"]["measured"])
+    size, whole = size_of(open_subject(tied)), size_of(open_subject(source))
+    assert size.linear_bits == pytest.approx(report["bits"]["measured"])
+    assert size.parameters == whole.parameters
+    assert size.total_bits < 8 * size.bytes / whole.parameters < whole.total_bits / 2  # those have a header too
     assert "embedding and head" in (tied / "README.md").read_text()
     assert "--embedding-bits 5 " in report["command"]
     assert "--set embeddings.group_size=24" in report["command"]
