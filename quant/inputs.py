@@ -12,7 +12,7 @@ import torch
 from quant.calibration import painting, trajectory
 from quant.calibration.beginning import calibrates_behind
 from quant.calibration.samples import Samples, context_length, draw, load_tokenizer, noise
-from quant.models.diffusion import DiffusionSkeleton
+from quant.models.diffusion import DiffusionSkeleton, scheduler
 from quant.models.skeleton import Skeleton
 from quant.models.source import Source
 from quant.models.stream import Forward
@@ -66,15 +66,17 @@ def _follow(
     if recipe.calibration is None:
         return trajectory.noise(skeleton)
     missing = painting.complete(source := skeleton.source)
-    if missing is None:
-        progress.step("running the pipeline from noise to image")
-        with threads(settings.threads or torch.get_num_threads()):
+    with threads(settings.threads or torch.get_num_threads()):
+        if missing is None:
+            progress.step("running the pipeline from noise to image")
             return painting.follow(skeleton, found.chain, recipe, settings.spill_bytes, weighed(recipe, source))
-    progress.step("following the model from noise to image")
-    with (
-        threads(settings.threads or torch.get_num_threads()),
-        Forward(skeleton, found.chain, settings.spill_bytes) as forward,
-    ):
-        samples = trajectory.follow(skeleton, forward, recipe, weighed(recipe, source))
+        progress.step("following the model from noise to image")
+        if "FlowMatch" in type(scheduler(source)).__name__:  # no answer of the model tells the direction
+            progress.say(
+                f"note: its pipeline was not run ({missing}), so time runs as its scheduler counts; of a model that "
+                "counts backwards (Lumina, Z-Image) those are the wrong steps: give its whole pipeline"
+            )
+        with Forward(skeleton, found.chain, settings.spill_bytes) as forward:
+            samples = trajectory.follow(skeleton, forward, recipe, weighed(recipe, source))
     said = f"; the pipeline was not run: {missing}" if source.inside else ""
     return replace(samples, text=samples.text + said)

@@ -504,6 +504,30 @@ def test_a_model_that_takes_lists_is_calibrated_in_its_pipeline(tmp_path: Path) 
     torch.testing.assert_close(drawn(), drawn(transformer=plain), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "schedule", "noted", "first"),
+    [("ZImageTransformer2DModel", "FlowMatchEulerDiscreteScheduler", True, 1),
+     ("ZImageTransformer2DModel", "", False, 1),
+     ("Lumina2Transformer2DModel", "FlowMatchEulerDiscreteScheduler", True, 1000),
+     ("DiTTransformer2DModel", "DDIMScheduler", False, 1000)],
+)  # fmt: skip
+def test_which_way_time_runs_is_only_known_to_a_pipeline(
+    name: str, schedule: str, noted: bool, first: float, tmp_path: Path
+) -> None:
+    """Where it matters that is said. Z-Image's config tells that its time is a share of 1."""
+    told = list[str]()
+
+    class Said(Progress):
+        def say(self, what: str) -> None:
+            told.append(what)
+
+    source = tiny_dit.folder(name, tmp_path / "float", schedule)
+    prepared = prepare(str(source), Recipe(calibration=SMALL, trajectory=WAY), progress=Said())
+    times = torch.cat([batch["timestep"].float() for batch in prepared.samples.batches])
+    assert first / 2 < float(times.max()) <= first
+    assert any("counts backwards" in line and "it stands alone" in line for line in told) == noted
+
+
 def test_lists_of_blocks_before_the_chain_stay_float() -> None:
     """Chroma makes all modulations from the timestep in one, Lumina refines text and noise in two."""
     for name, apart in (("ChromaTransformer2DModel", 4), ("Lumina2Transformer2DModel", 15)):

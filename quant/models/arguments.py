@@ -146,11 +146,11 @@ def cast(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {key: value.to(dtype) if key in CAST else value for key, value in given.items()}
 
 
-def _share_of_one(model: nn.Module, names: Container[str]) -> bool:
+def _share_of_one(model: Any, names: Container[str]) -> bool:
     """Whether the timestep is a share of 1, which the model multiplies by 1000 itself, as it does its guidance; all
     others take both that large, the timestep as the scheduler numbers it."""
     scales = (getattr(part, "scale", 1) for part in model.modules() if type(part).__name__ == "Timesteps")
-    return "img_ids" in names or "img_shapes" in names or 1000 in scales
+    return "img_ids" in names or "img_shapes" in names or 1000 in (model.config.get("t_scale"), *scales)
 
 
 def _places(names: Mapping[str, Any], config: Any, frames: int, size: Size, rows: int) -> dict[str, Any]:
