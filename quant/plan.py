@@ -110,10 +110,11 @@ def left(recipe: Recipe, walk: Walk, told: Mapping[str, Spec | None]) -> float:
 def given(settings: Settings, walk: Walk) -> dict[str, Spec | None]:
     """The specs that a plan file has for the sites of a model. Raises `SettingsError` as `make_plan`."""
     sites = {site.name: site for site in walk.all}
-    inner = [site.name for site in walk.sites]  # what a pattern may stand for
+    kinds = [[site.name for site in some] for some in (walk.sites, walk.ends)]
     specs, file = dict[str, Spec | None](), settings.plan
     for pattern, spec in sorted(settings.told.items(), key=lambda item: item[0] in sites):  # names in full say it last
-        found = [pattern] if pattern in sites else [name for name in inner if fnmatchcase(name, pattern)]
+        linears, ends = ([name for name in names if fnmatchcase(name, pattern)] for names in kinds)
+        found = [pattern] if pattern in sites else linears or ends  # `*` is no word about ends
         if not found:
             raise SettingsError(
                 f"--plan {file}: {pattern} is no site of this model and no pattern of one; --dry-run shows patterns, "

@@ -319,6 +319,14 @@ def test_they_alone(llama: Path, words: Path, tmp_path: Path, name: str, by_plan
     assert "# `llama`, its embedding and head packed" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_pattern_that_no_linear_has_stands_for_ends(llama: Path, words: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"*embed*": None, "lm_*": Uniform(bits=6).to_dict(), "*": Uniform(bits=7).to_dict()}))
+    specs = prepare(str(llama), recipe(words), Settings(plan=plan)).plan.specs
+    assert (specs["model.embed_tokens"], specs["lm_head"]) == (None, Uniform(bits=6))
+    assert {spec for name, spec in specs.items() if name.startswith("model.layers")} == {Uniform(bits=7)}
+
+
 def test_one_may_be_skipped(llama: Path, words: Path, tmp_path: Path) -> None:
     report = quant.quantize(str(llama), tmp_path / "out", replace(recipe(words), skip=("model.embed*",))).report
     assert [end["site"] for end in report["ends"]] == ["lm_head"]
