@@ -47,7 +47,8 @@ NAMES = {
         top_k_experts depth altup_num_inputs global_attn_every_n_layers num_block_layers""",
     16: """head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim attention_head_dim kv_channels mamba_headdim
         mamba_head_dim mamba_d_head linear_key_head_dim linear_value_head_dim swa_head_dim swa_v_head_dim
-        linear_head_dim mamba_d_state state_size ssm_state_size d_state hidden_size_per_layer_input index_topk chunk_size mamba_chunk_size
+        linear_head_dim mamba_d_state state_size ssm_state_size d_state hidden_size_per_layer_input
+        index_topk chunk_size mamba_chunk_size
         sliding_window""",
     8: """rotary_dim mamba_n_heads mamba_num_heads linear_num_value_heads linear_num_key_heads index_n_heads
         linear_num_heads n_mamba_heads time_step_rank mamba_dt_rank patch_size laurel_rank""",
