@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from quant import Recipe, quantize
@@ -18,11 +18,12 @@ from quant.errors import CheckpointError, SettingsError
 from quant.estimate import _distillation, _Rehearsal, estimate  # pyright: ignore[reportPrivateUsage]
 from quant.kernels.packed import Packed
 from quant.kernels.spec import Codebook, Rotated, Smoothed, Spec, Trellis, Uniform
+from quant.models.walk import Site
 from quant.prepare import prepare
 from quant.progress import Progress
 from quant.recipe import override, recipe_from_dict
 from quant.recovery import timesteps
-from quant.recovery.distillation import Distillation
+from quant.recovery.distillation import Distillation, Whole
 from quant.recovery.tunable import training_bytes, tunable
 from quant.solvers.coupling import Coupling
 from quant.solvers.feedback import Feedback
@@ -70,6 +71,26 @@ def test_the_model_gets_better_in_as_many_bytes(tuned: tuple[Any, Any]) -> None:
     assert better.report["bits"] == plain.report["bits"]
     assert better.report["files"] == plain.report["files"]
     assert perplexity(better.out) < 0.97 * perplexity(plain.out)
+
+
+@pytest.mark.parametrize("block", ["", "0"])
+def test_a_model_that_is_one_block_is_tuned_too(block: str, tmp_path: Path) -> None:
+    """Blocks are found as lists of modules; a model without such a list is a block of its own, of no name."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Linear(64, 64, bias=False)]
+    model = nn.Sequential(*layers) if not block else nn.Sequential(nn.Sequential(*layers))
+    model.requires_grad_(False)
+    sites = {name: Site(name, "linear", 64, 64) for name, one in model.named_modules() if isinstance(one, nn.Linear)}
+    solve = lambda weight: Nearest().solve(weight, Statistics.identity(64), Uniform(bits=2, group_size=64)).packed  # noqa: E731
+    batches = [{"input": torch.randn(8, 64)} for _ in range(3)]
+    whole = Whole(
+        model, lambda batch: model(**batch), [block], sites,
+        {name: solve(model.get_parameter(site.parameter)) for name, site in sites.items()}, lambda _: None, {}, {},
+        batches, batches, None, lambda *_: None, tmp_path / "state", 1e9,
+    )  # fmt: skip
+    with torch.no_grad():
+        tuned = Distillation(steps=8).tune(whole)
+    assert 0 < tuned.after < 0.95 * tuned.before
 
 
 def test_only_scales_and_vectors_change(tuned: tuple[Any, Any]) -> None:

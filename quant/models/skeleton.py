@@ -9,7 +9,7 @@ the meta device after use. Tied parameters follow their source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from quant.errors import ModelError
 from quant.models.building import build, model_class, quiet, read_config, refuse_quantized
 from quant.models.conversions import spare
 from quant.models.source import STORED, Source
-from quant.models.structure import end_of, owner_of
+from quant.models.structure import end_of, inside, owner_of
 
 
 class Skeleton:
@@ -227,11 +227,7 @@ class Skeleton:
         """State names inside the modules of these names (`""` is the whole model), but for what is `lent`: parts of
         blocks that the model calls from outside them, which come and go with what is outside."""
         lent = () if prefixes == ("",) else self.lent
-        return [name for name in self.names if _inside(name, prefixes) and not _inside(name, lent)]
-
-
-def _inside(name: str, prefixes: Collection[str]) -> bool:
-    return any(not prefix or name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+        return [name for name in self.names if inside(name, *prefixes) and not inside(name, *lent)]
 
 
 def _finite(tensor: torch.Tensor) -> bool:

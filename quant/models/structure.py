@@ -61,6 +61,11 @@ def owner_of(model: nn.Module, name: str) -> tuple[Any, str]:
     return model.get_submodule(path), leaf
 
 
+def inside(name: str, *modules: str) -> bool:
+    """Whether what has this name lies in one of these modules or is one; all lies in the model itself, `""`."""
+    return any(not module or name == module or name.startswith(module + ".") for module in modules)
+
+
 def name_of(model: nn.Module, module: nn.Module | None) -> str:
     """What a module of the model is called; "" for any other."""
     return next((name for name, one in model.named_modules() if one is module), "")

@@ -39,6 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from quant.calibration.replay import instead
 from quant.errors import SettingsError, SolverError
 from quant.kernels.packed import Packed
+from quant.models.structure import inside
 from quant.models.walk import Site
 from quant.recovery.interrupted import keep, restore
 from quant.recovery.placed import as_parameter, oriented, placed
@@ -183,7 +184,7 @@ class _Student:
             self.tunables[name] = tunable(packed, matrix, train_codes, whole.metric(name))
         self.vectors = {n: Vector(whole.model.get_parameter(n), kind) for n, kind in whole.vectors.items()}
         self.inside = {
-            block: [name for name, site in whole.sites.items() if name in whole.packed and _within(site.name, block)]
+            block: [name for name, site in whole.sites.items() if name in whole.packed and inside(site.name, block)]
             for block in whole.blocks
         }
         self.vocabulary = has_vocabulary(whole.model)
@@ -280,7 +281,3 @@ class _Student:
             return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
         return block
-
-
-def _within(name: str, block: str) -> bool:
-    return name == block or name.startswith(block + ".")
