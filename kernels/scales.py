@@ -20,9 +20,14 @@ def scale_values(codes: Tensor, peaks: Tensor) -> Tensor:
     return scale_table(codes.device)[codes.int()] * peaks.float()
 
 
-@cache
+@torch.compiler.assume_constant_result
 def scale_table(device: torch.device) -> Tensor:
     """The scale of each of the 256 codes where the peak is 1, float32."""
+    return _table(device)
+
+
+@cache
+def _table(device: torch.device) -> Tensor:
     return torch.tensor([*(2.0 ** (-code / STEPS) for code in range(NO_SCALE)), 0.0], device=device)
 
 

@@ -57,9 +57,14 @@ MANY = 1 << 18  # weights from which a second thread is worth waking
 MAC = (437406744, 2580090504)
 
 
-@cache
+@torch.compiler.assume_constant_result  # or each product of a compiled model would make the table anew
 def values(code: str, window: int, vector: int = 1) -> Tensor:
     """The values of every state of a code without a table, float32 `[vector, 2^window]`; each is exact in float16."""
+    return _values(code, window, vector)
+
+
+@cache
+def _values(code: str, window: int, vector: int) -> Tensor:
     state = torch.arange(1 << window, dtype=torch.int64)
     if code == "mac":
         word = (MAC[0] * state + MAC[1]) & 0xFFFFFFFF

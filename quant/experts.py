@@ -114,6 +114,7 @@ class PackedExperts(Mixed):
     def slots(self) -> list[Slot]:
         return [self.slot(spec, site.shape, site.experts, name) for name, (spec, site) in self.bitwright_stacks.items()]
 
+    @torch.compiler.disable  # experts that are hit are data, which no graph holds: 20 pieces, compiled for 50 s
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         dtype = next((arg.dtype for arg in args if isinstance(arg, Tensor)), torch.float32)
         stacks = {

@@ -16,7 +16,7 @@ from torch.library import opcheck
 from torch.nn.functional import linear
 
 import quant
-from quant.kernels import available, counters, dispatch, integer, integer_launch, launch, measure
+from quant.kernels import available, counters, dispatch, integer, integer_launch, launch, measure, scales, trellis
 from quant.kernels.dispatch import KernelError, explain, matmul
 from quant.kernels.hadamard import hadamard, random_signs
 from quant.kernels.layouts import PackedUniform
@@ -61,6 +61,25 @@ def test_a_layer_in_the_order_of_the_checkpoint_is_one_graph() -> None:
     assert graphs.count == 1
     torch._dynamo.reset()
     assert torch.equal(torch.compile(module, backend="aot_eager", fullgraph=True)(x), module(x))
+
+
+def test_a_compiled_trellis_makes_no_tables() -> None:
+    """They are constants of the graph, also where nothing was run before it was compiled."""
+    module, graphs, x = turned(Trellis(bits=2, window=12), (True, False)), Graphs(), torch.randn(3, COLUMNS)
+    trellis._values.cache_clear()
+    scales._table.cache_clear()
+    assert torch.equal(compiled(module, graphs)(x), module(x))
+    assert not any("stack" in op for op in graphs.ops)
+    assert torch.equal(torch.export.export(module, (x,)).module()(x), module(x))
+
+
+def test_compiled_experts_run_as_they_are(packed_moe: Path) -> None:
+    """Which of them are hit is data: what is around them is compiled, in two parts."""
+    layer, graphs, x = quant.load(packed_moe).model.layers[0].mlp, Graphs(), torch.randn(1, 5, 64)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, backend=graphs)(x), layer(x))
+    assert graphs.count <= 2
 
 
 def turned(spec: Spec, sides: tuple[bool, bool]) -> PackedLinear:
