@@ -182,6 +182,12 @@ def test_packed_weights_stay_packed_in_memory(packed_llama: Path, packed_moe: Pa
         assert names.isdisjoint(sites(folder))
 
 
+def test_a_variant_is_said_to_be_one(packed_llama: Path, tmp_path: Path) -> None:
+    quant.load(packed_llama).save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: missing; model\.fp16\.safetensors is a variant's"):
+        quant.load(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["packed_llama", "packed_moe"])
 def test_where_it_goes_and_what_it_computes_in(kind: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(kind)

@@ -124,6 +124,12 @@ def test_an_embedding_is_packed_where_a_component_has_one(source: Path, tmp_path
     paint(tmp_path / "packed")
 
 
+def test_a_pipeline_of_a_variant_alone_says_what_to_do(source: Path, tmp_path: Path) -> None:
+    tiny_dit.library().DiffusionPipeline.from_pretrained(source).save_pretrained(tmp_path / "half", variant="fp16")
+    with pytest.raises(ModelError, match=r"cannot load this pipeline .*fp16\.safetensors is a variant's.* `variant`"):
+        quant.quantize(str(tmp_path / "half"), tmp_path / "packed", recipe(source))
+
+
 def test_both_are_packed_and_load_as_one_pipeline(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "packed"
     result = quant.quantize(str(source), out, recipe(source), components=BOTH)

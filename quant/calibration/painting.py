@@ -26,7 +26,7 @@ from quant.calibration.replay import Stop, instead
 from quant.calibration.samples import Batch, Samples, moved
 from quant.errors import CalibrationError, ModelError, SettingsError
 from quant.models.diffusion import DiffusionSkeleton, components, named, quiet
-from quant.models.source import PIPELINE, Source, first_line, read_json
+from quant.models.source import PIPELINE, Source, first_line, read_json, variant
 from quant.models.stream import outside_blocks
 from quant.recipe import Calibration, Recipe, Trajectory
 
@@ -236,7 +236,8 @@ def _load(skeleton: DiffusionSkeleton) -> Any:
         with quiet():
             pipe = cls.from_pretrained(home, torch_dtype=skeleton.dtype, **own)
     except Exception as error:  # whatever a component's loader raises
-        raise ModelError(f"{home}: diffusers cannot load this pipeline ({first_line(error)})") from error
+        why = f"{first_line(error)}{variant(home, '*/*.*.safetensors')}"
+        raise ModelError(f"{home}: diffusers cannot load this pipeline ({why})") from error
     for part in pipe.components.values():
         if isinstance(part, nn.Module) and part is not skeleton.model:
             part.to(skeleton.device)

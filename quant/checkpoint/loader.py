@@ -216,15 +216,10 @@ def load(
         raise CheckpointError(f"{folder}: architectures {config.get('architectures')} are unknown to transformers here")
     spread = {"": device} if isinstance(device, str) and device != "auto" else device
     options: dict[str, Any] = {} if device == "cpu" else {"device_map": spread}
+    options |= {"dtype": dtype or (torch.float32 if device == "cpu" else "auto"), "output_loading_info": True}
     with pipelines.reading(folder, "transformers"), verified():
-        model, info = getattr(transformers, names[0]).from_pretrained(
-            folder,
-            dtype=dtype or (torch.float32 if device == "cpu" else "auto"),
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
+        kind = getattr(transformers, names[0])
+        model, info = kind.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **options)
     packed = tuple(f"{name}." for name in model.config.quantization_config.entries["sites"])
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         wrong = sorted(info.get(what) or ())

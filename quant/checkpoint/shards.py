@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.errors import CheckpointError, ResourceError
+from quant.models.source import variant
 
 BUFFER = 4 * 1024 * 1024
 ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
@@ -63,7 +64,8 @@ def read_pieces(file: Path) -> dict[str, Piece]:
                 raise ValueError(f"{name} lies at bytes {begin} to {end}, past the end: the file was cut short")
             pieces[name] = Piece(name, entry["dtype"], tuple(entry["shape"]), end - begin, file, 8 + length + begin)
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: missing; copy the checkpoint again, whole") from None
+        advice = variant(file.parent) or "; copy the checkpoint again, whole"
+        raise CheckpointError(f"{file}: missing{advice}") from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}); copy the checkpoint again, whole") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

@@ -245,6 +245,12 @@ def is_plain(name: Any) -> bool:
     return plain and len(os.fsencode(name)) < 256  # as file systems have it
 
 
+def variant(folder: Path, pattern: str = "*.*.safetensors") -> str:
+    """What to say where weights are missed, of files that `save_pretrained(variant="fp16")` has written there."""
+    found = next(folder.glob(pattern), None)
+    return "" if found is None else f"; {found.name} is a variant's, and none is looked for: save it without `variant`"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     data = parsed(path)
     if not isinstance(data, dict):
