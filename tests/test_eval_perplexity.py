@@ -49,7 +49,8 @@ def test_a_name_is_its_default_split() -> None:
     [
         ("no/such/file.txt", "no such file, and not a known name"),
         ("python-docs:test", "has no split 'test'; it has heldout, calibration, train"),
-        ("latin.txt", "byte 1 is not UTF-8"),
+        ("my texts/latin.txt", "byte 1 is not UTF-8.* -f latin1 -t utf-8 'my texts/latin.txt' > utf8.txt"),
+        ("wide.txt", "byte 0 is not UTF-8.* -f utf-16 -t utf-8 wide.txt > utf8.txt"),
         ("empty.txt", "it is empty"),
         (".", "cannot be read"),
     ],
@@ -58,7 +59,9 @@ def test_texts_that_cannot_be_say_what_to_do(
     source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("latin.txt").write_bytes(b"h\xe9")
+    Path("my texts").mkdir()
+    Path("my texts/latin.txt").write_bytes(b"h\xe9")
+    Path("wide.txt").write_text("as Windows writes it", encoding="utf-16")
     Path("empty.txt").write_bytes(b"\n \n")
     with pytest.raises(SettingsError, match=said):
         resolve(source)

@@ -284,7 +284,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     folder = copied(checkpoint("llama"), tmp_path)
     edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     message = refusal(folder)
-    assert "1 parameters have no stored weights" in message
+    assert "no stored weights for" in message
     assert "model.layers.1.mlp.up_proj.weight" in message
 
 
@@ -347,6 +347,14 @@ def test_a_config_that_transformers_cannot_use(changes: dict[str, Any], tmp_path
     folder = copied(checkpoint("llama"), tmp_path)
     edit_config(folder, **changes)
     assert str(folder) in refusal(folder)
+
+
+def test_code_of_a_checkpoint_is_named_as_the_reason(tmp_path: Path) -> None:
+    """transformers would say how to inspect the code, as if a flag could allow it."""
+    folder = copied(checkpoint("llama"), tmp_path)
+    edit_config(folder, auto_map={"AutoConfig": "mine.Config"}, model_type="mine")
+    (folder / "mine.py").write_text("raise SystemExit('was run')\n")
+    assert "auto_map asks for code of its own; bitwright runs no code from a checkpoint" in refusal(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", "[" * 100_000, '{"model_type": "llama"'])

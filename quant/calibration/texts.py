@@ -16,6 +16,8 @@ from __future__ import annotations
 import bisect
 import hashlib
 import re
+import shlex
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -150,9 +152,10 @@ def _from_file(path: Path) -> Text:
     try:
         return Text(path.name, path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
+        written = "utf-16" if error.object.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "latin1"
         raise SettingsError(
             f"text {path}: byte {error.start} is not UTF-8; convert it first, for example with "
-            f"`iconv -f latin1 -t utf-8 {path.name}`."
+            f"`iconv -f {written} -t utf-8 {shlex.quote(str(path))} > utf8.txt`."
         ) from error
     except OSError as error:
         if isinstance(error, FileNotFoundError):

@@ -21,8 +21,11 @@ def read_config(source: Source) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # a config class may raise anything
+        reason = first_line(error)
+        if "auto_map" in source.config:
+            reason = "its auto_map asks for code of its own; bitwright runs no code from a checkpoint"
         raise ModelError(
-            f"{source.name}: transformers {transformers.__version__} cannot read its config.json ({first_line(error)})"
+            f"{source.name}: transformers {transformers.__version__} cannot read its config.json ({reason})"
         ) from None
 
 

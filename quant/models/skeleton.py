@@ -109,7 +109,7 @@ class Skeleton:
         missing = list(names)
         if missing:
             raise ModelError(
-                f"{self.source.name}: {len(missing)} parameters have no stored weights, first {missing[0]}; the "
+                f"{self.source.name}: no stored weights for {missing[0]} ({len(missing)} such parameters in all); the "
                 "checkpoint is incomplete or belongs to another architecture"
             )
 
