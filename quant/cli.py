@@ -1,7 +1,7 @@
 """Turn a float model into a packed low-bit checkpoint.
 
-Shipped recipes: {}. The default is balanced (trellis codes) below 4 bits and
-gptq (uniform grids) from there on and where a flag of a grid is. Without --bits they are the recipe's own: 4 of gptq.
+Shipped recipes: {}. Without --recipe it is balanced (trellis codes) below 4 bits and gptq (uniform grids) from
+4 on, or where --group-size, --symmetric or --activations is given. Without --bits the recipe's own hold: 4 for gptq.
 
 Examples:
 
@@ -32,6 +32,7 @@ Exit codes: 0 done, 2 settings, 3 model, 4 calibration, 5 solver, 6 checkpoint, 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -70,40 +71,38 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def quantize(
     model: Annotated[str, typer.Option(help="A local folder, or a name on the Hugging Face hub.")],
     bits: Annotated[
-        float | None, typer.Option(help="Of each code, 1 to 8, scales on top; 2.5: an average; default: the recipe's.")
+        float | None, typer.Option(help="Of each code, 1 to 8, plus scales; 2.5: an average; default: the recipe's.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: <model>-<bits>bit here.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; -1 for whole rows.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="No zero points, or with.")] = None,
     activations: Annotated[int | None, typer.Option(help="8: inputs rounded to 8 bits, token by token.")] = None,
-    embedding_bits: Annotated[int | None, typer.Option(help="Of embedding and head; default: float.")] = None,
+    embedding_bits: Annotated[int | None, typer.Option(help="Pack embedding and head too; default: float.")] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Shipped, or a file; default: balanced below 4 bits, or gptq.")
+        str | None, typer.Option(help="A name from above, or a file; default: balanced below 4 bits, else gptq.")
     ] = None,
     time_budget: Annotated[str | None, typer.Option(help="Pick best, balanced or fast by predicted time: 2h.")] = None,
-    size: Annotated[str | None, typer.Option(help="Most bytes of weights on disk, 5GiB; picks the bits.")] = None,
+    size: Annotated[str | None, typer.Option(help="Pick the most bits whose weight files fit into it: 5GiB.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="A recipe's field: solver.damp=0.05.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Calibration text: a name or a file (DiT: a file, or images).")
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if any.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the computation; default: float32 on a CPU, else bfloat16.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the calibration windows.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="To compute in; default: float32 on a CPU, else bfloat16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed that draws the calibration windows.")] = None,
     components: Annotated[
-        str | None, typer.Option(help="Of a pipeline: transformer,text_encoder; default: its transformer.")
+        str | None, typer.Option(help="Which of a pipeline, with commas between; default: transformer.")
     ] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="Keep sites of this pattern float ('*.down_proj').")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Quantize only sites of this pattern.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan.json: specs of sites, by name or pattern.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave float what this pattern names: '*.down_proj'.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Quantize only what this pattern names.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan.json: a spec for each linear, by name or pattern.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away what is in --out and begin anew.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print bytes, memory, time; write nothing.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an earlier run in --out, begin again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict bytes, memory and time; write nothing.")] = False,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads; default: torch's choice, and one to solve small matrices.")
+        int | None, typer.Option(help="CPU threads; default: torch's choice, but one to solve small matrices.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
@@ -114,7 +113,7 @@ def quantize(
     make = lambda name, b=bits: _with(_recipe(name, b, *grid), settings, values, only, skip, embedding_bits)  # noqa: E731
     place, console = _place(device, dtype, plan, threads), Console(stderr=True, quiet=quiet)
     names = [name.strip() for name in (components or "").split(",")]
-    out = out or (None if size else _folder(model, make(RECIPES[0] if time_budget else recipe)))
+    out = _home(out) or (None if size else _folder(model, make(RECIPES[0] if time_budget else recipe)))
     if out and not dry_run:
         check_place(out, [name or COMPONENT for name in names], mode)
     with Display(console) if not quiet else Progress() as shown:
@@ -187,6 +186,11 @@ def _place(device: str | None, dtype: str | None, plan: Path | None, threads: in
 def _folder(model: str, recipe: Recipe) -> Path:
     """Where a run goes that was not told where."""
     return Path(f"{Path(model).absolute().name}-{asked_bits(recipe.to_dict())}bit")
+
+
+def _home(out: Path | None) -> Path | None:
+    """Shells leave the ~ of `--out=~/q4`, and a folder of that name is a trap."""
+    return out and Path(os.path.expanduser(out))
 
 
 def _mode(

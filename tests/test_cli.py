@@ -183,6 +183,25 @@ def test_unknown_flag(quantize) -> None:
     assert "--bitz" in err
 
 
+def test_a_home_that_the_shell_left_in_a_flag(quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bash expands `--out ~/q4` but not `--out=~/q4`: a folder called ~ is one that people delete by its name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    code, _, err = quantize("--model", MODEL, "--recipe", "rtn", "--only", "*.0.*.q_proj", "--out=~/q4")
+    assert code == 0, err
+    assert (tmp_path / "q4" / "config.json").is_file()
+    assert list(here.iterdir()) == []
+
+
+def test_help_fits_a_terminal(quantize, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No word is cut at 80 columns."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    code, out, _ = quantize("--help")
+    assert code == 0
+    assert "…" not in out
+
+
 def test_help_has_examples(quantize) -> None:
     code, out, _ = quantize("--help")
     assert code == 0

@@ -182,6 +182,14 @@ def test_exhaustion_and_interruption(
     assert call(llama, "--text", words).exit_code == code
 
 
+def test_help_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No word is cut at 80 columns."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    result = call("--help")
+    assert result.exit_code == 0
+    assert "…" not in result.stdout
+
+
 def test_help_has_examples() -> None:
     result = call("--help")
     assert result.exit_code == 0
