@@ -21,6 +21,7 @@ from rich.console import Console
 
 from quant.calibration.texts import resolve
 from quant.checkpoint.card import add_evaluation
+from quant.display import show_any
 from quant.errors import BitwrightError, ResourceError, SettingsError
 from quant.eval import options
 from quant.eval.evaluate import evaluate
@@ -142,6 +143,7 @@ def _idle(model: str, **drawn: Any) -> None:
 def main() -> None:
     """The console entry point."""
     map_large()  # or scores hold the heap open: 0.8 GB more for each window where the vocabulary is 151,936
+    show_any()
     app(prog_name="quant-eval")
 
 

@@ -48,7 +48,7 @@ from rich.markup import escape
 from quant.budget import RECIPES, sized, within
 from quant.checkpoint.journal import Mode, check_place
 from quant.checkpoint.words import asked_bits, code_bits, spec_words
-from quant.display import Display
+from quant.display import Display, show_any
 from quant.errors import BitwrightError, SettingsError
 from quant.estimate import Estimate, estimate
 from quant.kernels.spec import SpecError, Uniform
@@ -238,6 +238,7 @@ def main() -> None:
     """The console entry point: one sentence for every error that has one."""
     signal.signal(signal.SIGTERM, terminate)
     map_large()
+    show_any()
     error_console = Console(stderr=True)
     try:
         code = app(standalone_mode=False)

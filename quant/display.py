@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
+from io import TextIOWrapper
 from typing import Self
 
 from rich.console import Console
@@ -123,6 +125,12 @@ def _memory() -> str:
     with open("/proc/self/statm") as stream:
         pages = int(stream.read().split()[1])
     return human(pages * resource.getpagesize())
+
+
+def show_any() -> None:
+    """A character that standard output cannot encode, as in what a model says, becomes a ? and ends nothing."""
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 def human(count: float) -> str:

@@ -31,6 +31,7 @@ from quant.checkpoint.manifest import CHECKSUMS, METHOD, PackedSite, read_config
 from quant.checkpoint.pipelines import component
 from quant.checkpoint.provenance import command as quantize_command
 from quant.checkpoint.shards import Piece
+from quant.display import show_any
 from quant.errors import BitwrightError, CheckpointError, ResumeError, SettingsError
 from quant.models.diffusion import components
 from quant.models.source import COMPONENT, Source
@@ -70,6 +71,7 @@ def command(
 
 def main() -> None:
     """The console entry point."""
+    show_any()
     app(prog_name="quant-inspect")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import sys
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from typer.testing import CliRunner, Result
 
 import quant
 import quant.cli
+import quant.eval.cli
+import quant.inspect
 from quant.checkpoint.journal import FOLDER
 from quant.inspect import app
 from quant.progress import Progress
@@ -63,6 +67,20 @@ def test_json_has_the_bytes_of_the_files(packed_llama: Path) -> None:
     assert weights - 20_000 < found["packed_bytes"] + found["float_bytes"] < weights
     assert found["damage"] is None
     assert all(0 < site["error"] < 1 for site in found["sites"])
+
+
+@pytest.mark.parametrize("command", [quant.inspect, quant.cli, quant.eval.cli])
+def test_an_output_of_few_characters(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model says, or a multiplication sign, ended a command after all its work where a locale is not UTF-8."""
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(written := BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(command, "app", lambda **_: print("128 \xd7 384", flush=True))
+    if command is quant.cli:
+        monkeypatch.setattr(quant.cli.signal, "signal", lambda *_: None)
+        with pytest.raises(SystemExit):
+            command.main()
+    else:
+        command.main()
+    assert written.getvalue() == b"128 ? 384\n"
 
 
 def test_many_sites_are_the_worst_ones(packed_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
