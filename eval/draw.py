@@ -23,6 +23,7 @@ import torch
 from quant.errors import ModelError, SettingsError
 from quant.eval.memory import Rise, watch
 from quant.eval.painter import Painter
+from quant.models.source import first_line
 
 Progress = Callable[[int, int], object]
 TRACED, TRACE_BYTES = 64, 2**28
@@ -83,7 +84,7 @@ def draw(painter: Painter, rule: Rule, progress: Progress | None = None) -> Draw
     """Draws `rule.images` images.
 
     Raises:
-        SettingsError: prompts for a model that takes classes, or none for one that wants them.
+        SettingsError: prompts for a model that takes classes, none for one that wants them, or too many steps.
         ModelError: an image that is not finite.
     """
     if painter.pipeline is None and rule.prompts:
@@ -140,7 +141,10 @@ def _classes(painter: Painter, rule: Rule, chunk: range, kept: int) -> tuple[tor
     generators = [torch.Generator().manual_seed(rule.seed + i) for i in chunk]
     x = torch.stack([torch.randn(config["in_channels"], side, side, generator=each) for each in generators])
     y = torch.tensor([i % painter.classes for i in chunk])
-    scheduler.set_timesteps(rule.steps)
+    try:
+        scheduler.set_timesteps(rule.steps)
+    except ValueError as error:  # more steps than it was trained for
+        raise SettingsError(f"steps is {rule.steps}: the scheduler takes fewer ({first_line(error)})") from None
     x = x * scheduler.init_noise_sigma
     extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     keep = _room(x, rule, kept)

@@ -127,13 +127,12 @@ def _show_result(result: Result, part: str, float_bytes: int, console: Console) 
         f"peak memory {human(report['peak_rss_bytes'])}"
     )
     if "ends" in report:
-        console.print(
-            f"packed too, and not counted in those bits: {escape(ends_words(report['ends']))}", highlight=False
-        )
+        console.print(f"packed too, counted separately: {escape(ends_words(report['ends']))}", highlight=False)
     _show_modulations(
         [spec_from_dict(s["spec"]) for s in report["sites"] if s["site"] in report["modulations"]], console
     )
     noted = [site for site in all_sites(report) if site["notes"]]
     if noted:
         console.print(f"[yellow]{len(noted)} sites have notes[/yellow]; see report.html")
-    console.print(f"verified: logits after reloading within {report['verification']['worst_difference']:.1e}")
+    worst, largest = (report["verification"][key] for key in ("worst_difference", "largest_logit"))
+    console.print(f"verified: outputs after reloading within {worst:.1e} (the largest is {largest:.3g})")

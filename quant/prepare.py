@@ -203,7 +203,7 @@ def prepare(
 def _walk(skeleton: Skeleton, recipe: Recipe, progress: Progress) -> Walk:
     ends = recipe.embeddings is not None
     if ends and skeleton.source.is_diffusion:
-        progress.say("note: a diffusion transformer has no embedding of tokens; recipe.embeddings says nothing of it")
+        progress.say("note: a diffusion transformer has no embedding of tokens: --embedding-bits changes nothing")
         ends = False
     found = walk(skeleton.model, _trace(skeleton), only=recipe.only, skip=recipe.skip, ends=ends)
     if ends and not found.ends:

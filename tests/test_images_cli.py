@@ -235,6 +235,7 @@ def test_what_goes_wrong_is_one_sentence(folders: tuple[Path, Path], tmp_path: P
         ((original, "--sheet", tmp_path / "none" / "s.png"), 2, "its folder does not exist"),
         ((original, "--card"), 2, "keep these with --json"),
         ((original, "--guidance", 5000), 2, "guidance is 5000"),
+        ((original, "--steps", 5000), 2, "steps is 5000: the scheduler takes fewer"),
         ((original, "--seed", 2**64), 2, "9223372036854775808"),
         ((original, "--judge", tmp_path / "none.safetensors"), 2, "no such file"),
         ((original, "--against", tmp_path), 3, "no model_index.json"),

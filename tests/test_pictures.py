@@ -24,6 +24,7 @@ PIL = pytest.importorskip("PIL.Image", reason="Pillow is not installed: it comes
 def draw(folder: Path, count: int, side: int = 16, mode: str = "L", labels: bool = False) -> Path:
     """Seeded noise as files, half of them JPEG; with `labels`, in subfolders named by the number modulo three."""
     generator = torch.Generator().manual_seed(1)
+    folder.mkdir(exist_ok=True)
     for n in range(count):
         pixels = torch.randint(0, 256, (side, side, len(mode)), generator=generator, dtype=torch.uint8)
         place = folder / str(n % 3) if labels else folder
@@ -112,6 +113,7 @@ def test_what_cannot_be_used_is_refused_in_words(tmp_path: Path) -> None:
     assert "6 images (.png, .jpg, .jpeg), and 8 samples are asked for; give more, or --samples 6" in said(
         asked(folder, samples=8)
     )
+    assert said(asked(draw(tmp_path / "none", 0), samples=4)).endswith("4 samples are asked for; give more")
     assert "20 x 20 pixels make latents [1, 20, 20], and the model takes [1, 16, 16]: resize them to 16 x 16" in said(
         asked(draw(tmp_path / "large", 6, 20))
     )

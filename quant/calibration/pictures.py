@@ -83,7 +83,7 @@ def pictures(skeleton: DiffusionSkeleton, calibration: Calibration, schedule: An
     if len(files) < count:
         raise CalibrationError(
             f"calibration {folder}: {len(files)} images ({', '.join(SUFFIXES)}), and {count} samples are asked for; "
-            f"give more, or --samples {max(1, len(files))}"
+            f"give more{f', or --samples {len(files)}' if files else ''}"
         )
     if schedule is None:
         raise CalibrationError(f"calibration {folder}: noise is added by a scheduler, and the model has none beside it")
