@@ -124,7 +124,9 @@ def _cards(models: list[str]) -> list[str]:
     folders = [Path(name).expanduser() for name in models]
     ours = [str(folder) for folder in folders if folder.is_dir() and packed_by_us(folder)]
     if not ours or not all(folder.is_dir() for folder in folders):
-        raise SettingsError("--card: it goes into a packed checkpoint's folder, so give its path, not a hub's name.")
+        raise SettingsError(
+            "--card: a packed checkpoint has the card; give its folder, no float model and no hub's name."
+        )
     return ours
 
 

@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from quant.errors import SettingsError
+from quant.errors import ResourceError, SettingsError
 from quant.eval.report import Report
 
 _WIDE = 2.5  # largest over smallest value from which an axis is logarithmic
@@ -22,7 +22,8 @@ def plot(reports: Sequence[Report], original: Report | None, path: Path) -> None
     """Draws one point per model; the original is a star and a dashed line.
 
     Raises:
-        SettingsError: no report has a perplexity, or the file cannot be written.
+        SettingsError: no report has a perplexity.
+        ResourceError: the file cannot be written.
     """
     points = [(r.size.bytes / 1e6, r.perplexity.token, r.model) for r in reports if r.perplexity is not None]
     if not points:
@@ -57,11 +58,12 @@ def blank(wide: float, high: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Raises `SettingsError` where it cannot be written."""
+    """Raises `ResourceError` where it cannot be written, `SettingsError` for a name of no picture."""
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:  # ValueError: an ending matplotlib does not know
-        raise SettingsError(f"plot {path}: cannot be written ({error}).") from error
+        kind = ResourceError if isinstance(error, OSError) else SettingsError
+        raise kind(f"plot {path}: cannot be written ({error}).") from error
 
 
 def _scale(axis: Any, set_scale: Any, values: Sequence[float]) -> None:

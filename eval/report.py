@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quant.errors import SettingsError
+from quant.errors import ResourceError
 from quant.eval.compare import Divergence
 from quant.eval.encoder import HiddenStates
 from quant.eval.footprint import Memory, Size, Speed
@@ -102,7 +102,7 @@ def write_json(target: str, figures: dict[str, Any]) -> None:
     """Writes figures with the command that made them; `-` is standard output.
 
     Raises:
-        SettingsError: the file cannot be written.
+        ResourceError: the file cannot be written.
     """
     data = {"format": 1, "command": ["quant-eval", *sys.argv[1:]], **figures}
     text = json.dumps(data, indent=2, allow_nan=False) + "\n"
@@ -112,4 +112,4 @@ def write_json(target: str, figures: dict[str, Any]) -> None:
     try:
         Path(target).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise SettingsError(f"json {target}: cannot be written ({error.strerror}).") from error
+        raise ResourceError(f"json {target}: cannot be written ({error.strerror}).") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from quant.errors import SettingsError
+from quant.errors import ResourceError, SettingsError
 from quant.eval.picture import Picture
 from quant.eval.plot import blank, save
 
@@ -20,7 +20,7 @@ def sheet(rows: Sequence[tuple[str, torch.Tensor]], path: Path, columns: int = 1
     """Draws one row per model (name, images `[N, C, H, W]` in [0, 1]), the same seed below itself, in two bands.
 
     Raises:
-        SettingsError: the file cannot be written.
+        ResourceError: the file cannot be written; `SettingsError` for a name of no picture.
     """
     count = min(len(images) for _, images in rows)
     columns = max(1, min(columns, count))
@@ -43,7 +43,8 @@ def sheet(rows: Sequence[tuple[str, torch.Tensor]], path: Path, columns: int = 1
     try:
         canvas.save(path)
     except (OSError, ValueError) as error:  # ValueError: an ending Pillow does not know
-        raise SettingsError(f"sheet {path}: cannot be written ({error}).") from error
+        kind = ResourceError if isinstance(error, OSError) else SettingsError
+        raise kind(f"sheet {path}: cannot be written ({error}).") from error
 
 
 def _image(image: torch.Tensor, scale: int) -> Image.Image:
@@ -58,7 +59,8 @@ def plot_steps(pictures: Sequence[Picture], path: Path) -> None:
     """Draws the error of each timestep, a line per model: of the noise on the original's inputs, of the latents drawn.
 
     Raises:
-        SettingsError: nothing was compared, or the file cannot be written.
+        SettingsError: nothing was compared.
+        ResourceError: the file cannot be written.
     """
     shown = [picture for picture in pictures if picture.steps]
     if not shown:

@@ -158,7 +158,9 @@ def test_a_card_is_of_a_folder_packed_by_us(
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(packed_llama))
     for models in ((llama,), (packed_llama, "somebody/model")):
         result = call(*models, "--text", words, "--card")
-        assert (result.exit_code, "give its path, not a hub's name" in result.stderr) == (2, True), result.output
+        assert (result.exit_code, "give its folder, no float model and no hub's name" in result.stderr) == (2, True), (
+            result.output
+        )
 
 
 def test_figures_are_kept_when_the_plot_fails(llama: Path, words: Path, tmp_path: Path) -> None:
@@ -167,8 +169,10 @@ def test_figures_are_kept_when_the_plot_fails(llama: Path, words: Path, tmp_path
     kept = tmp_path / "kept.json"
     options = ("--text", words, "--max-windows", 1, "--no-generate", "--json", kept)
     result = call(llama, *options, "--plot", tmp_path / "size.png")
-    assert (result.exit_code, "size.png: cannot be written" in result.stderr) == (2, True), result.output
+    assert (result.exit_code, "size.png: cannot be written" in result.stderr) == (8, True), result.output
     assert json.loads(kept.read_text())["models"][0]["perplexity"]["windows"] == 1
+    full = call(llama, *options[:-1], "/dev/full")
+    assert (full.exit_code, "No space left on device" in full.stderr) == (ResourceError.exit_code, True), full.output
 
 
 @pytest.mark.parametrize(("raised", "code"), [(MemoryError(), ResourceError.exit_code), (KeyboardInterrupt(), 130)])
