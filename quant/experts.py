@@ -115,7 +115,7 @@ class PackedExperts(Mixed):
         return [self.slot(spec, site.shape, site.experts, name) for name, (spec, site) in self.bitwright_stacks.items()]
 
     @torch.compiler.disable  # experts that are hit are data, which no graph holds: 20 pieces, compiled for 50 s
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         dtype = next((arg.dtype for arg in args if isinstance(arg, Tensor)), torch.float32)
         stacks = {
             name: PackedStack(slot, site.transposed, dtype)
