@@ -17,7 +17,7 @@ import quant
 
 ROOT = Path(__file__).parent.parent
 MAPPED = ("kernels", "eval", "recipes")
-LIMIT = {"quant": 11550, "kernels": 6000, "eval": 2545, "recipes": 50}
+LIMIT = {"quant": 11400, "kernels": 6000, "eval": 2545, "recipes": 50}
 """Lines of code; docstrings, comments and blank lines come on top."""
 
 

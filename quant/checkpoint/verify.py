@@ -20,9 +20,10 @@ from quant.models.source import Source
 from quant.models.stream import stream_all
 from quant.prepare import Prepared, skeleton_of
 
-# relative to the largest logit. The weights are the same numbers; only the order of a sum may differ (a packed matrix
-# is multiplied in row chunks): a few units of roundoff, times the square root of the depth.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# relative to the largest logit. The weights are the same numbers; only the order of sums differs (a packed matrix is
+# multiplied in row chunks, a rotated one after its inputs were rotated): a few units of roundoff, times the square root
+# of the depth, times what the model makes of them (a random CPM-Ant 1.3e-4). What is wrong with a matrix is far more.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 ROUNDED = 2e-2  # at least, where inputs are rounded: one that lies between two of 127 levels may go either way
 
 
