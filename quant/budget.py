@@ -53,7 +53,8 @@ def within(
     for name in RECIPES:
         progress.step(f"rehearsing recipe {name}")
         tried = prepared(recipe(name))
-        predicted = estimate(tried).seconds
+        expected = estimate(tried)
+        predicted = expected.seconds + expected.again_seconds
         left = limit - (time.perf_counter() - began)
         if predicted <= left:
             progress.say(f"recipe {name}: about {_seconds(predicted)} of the {_seconds(left)} left of {budget}")

@@ -44,7 +44,8 @@ WARM = 32  # columns
 @dataclass(frozen=True)
 class Estimate:
     """`weight_files`: exact bytes by name. `promised_bits`: per quantized weight. `peak_rss_bytes`, `peak_gpu_bytes`,
-    `seconds`: predicted for the run. `spilled_bytes`: activations that will go to disk meanwhile."""
+    `seconds`: predicted for the run; `again_seconds`: of them more where moving codes helps nothing, and scales are
+    tuned alone. `spilled_bytes`: activations that will go to disk meanwhile."""
 
     sites: int
     weights: int
@@ -55,6 +56,7 @@ class Estimate:
     peak_gpu_bytes: int
     spilled_bytes: int
     seconds: float
+    again_seconds: float
     rehearsal_seconds: float
 
     @property
@@ -119,7 +121,7 @@ def estimate(prepared: Prepared) -> Estimate:
         samples = passes(calibration, recipe.trajectory, weighed(recipe, source), piped)
         verification += samples * halves / len(batch["hidden_states"]) * whole
         verification += probes(recipe, source, len(prepared.walk.sites), batches) * whole
-    distillation, more = _distillation(prepared, seen, share, batches)
+    distillation, again, more = _distillation(prepared, seen, share, batches)
     return Estimate(
         sites=len(sites),
         weights=weights,
@@ -130,16 +132,18 @@ def estimate(prepared: Prepared) -> Estimate:
         peak_gpu_bytes=peak_gpu + (more + embedding if cuda else 0),
         spilled_bytes=max(activations - held, measuring),
         seconds=per_block * share + verification + distillation + ends,
+        again_seconds=again,
         rehearsal_seconds=time.perf_counter() - began,
     )
 
 
-def _distillation(prepared: Prepared, seen: _Rehearsal, share: float, batches: int) -> tuple[float, int]:
-    """Seconds of the end-to-end tuning, and the bytes it adds to the peak of solving: the whole float model, what is
-    trained of the codes, the outputs between the blocks, and the logits with their gradients."""
+def _distillation(prepared: Prepared, seen: _Rehearsal, share: float, batches: int) -> tuple[float, float, int]:
+    """Seconds of the end-to-end tuning, those of a second one without codes, and the bytes that it adds to the peak of
+    solving: the whole float model, what is trained of the codes, the outputs between the blocks, and the logits with
+    their gradients."""
     recipe, model = prepared.recipe, prepared.skeleton.model
     if recipe.distillation is None:
-        return 0.0, 0
+        return 0.0, 0.0, 0
     head = end_of(model, "head")
     logits = 0 if head is None else 3 * prepared.samples.tokens // max(1, batches) * head.weight.shape[0] * 4
     mixed = 1.0  # calibration batches in a step
@@ -154,7 +158,8 @@ def _distillation(prepared: Prepared, seen: _Rehearsal, share: float, batches: i
     held = sum(training_bytes(spec, trained) * site.weights for site, spec in quantized_sites(prepared).values())
     held += sum(4 * known.numel() for known in prepared.plan.pairs.values()) if trained else 0  # couplings, float32
     more = parameters * width + int(held) + int(seen.stored * mixed) * len(prepared.walk.chain) + logits
-    return recipe.distillation.steps * step + passes, more
+    seconds = recipe.distillation.steps * step + passes
+    return seconds, seconds if trained and recipe.distillation.rate else 0.0, more
 
 
 def _warm(prepared: Prepared) -> None:

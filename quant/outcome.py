@@ -82,7 +82,10 @@ def _show_estimate(prepared: Prepared, predicted: Estimate, console: Console) ->
     if predicted.spilled_bytes:
         facts.add_row("activations on disk", human(predicted.spilled_bytes))
     took = f"rehearsed in {predicted.rehearsal_seconds:.0f} s"
-    facts.add_row("time", f"about {predicted.seconds:.{0 if predicted.seconds >= 10 else 1}f} s ({took})")
+    again = (
+        f", {predicted.again_seconds:.0f} s more where moving codes helps nothing" if predicted.again_seconds else ""
+    )
+    facts.add_row("time", f"about {predicted.seconds:.{0 if predicted.seconds >= 10 else 1}f} s{again} ({took})")
     console.print(facts)
 
 

@@ -239,6 +239,9 @@ def test_a_dry_run_counts_it(llama: Path, words: Path) -> None:
     long = estimate(prepare(str(llama), replace(recipe, distillation=Distillation(steps=100_000))))
     assert long.seconds > without.seconds + 10
     assert long.weight_files == without.weight_files
+    assert long.again_seconds == without.again_seconds == 0
+    codes = estimate(prepare(str(llama), replace(recipe, distillation=Distillation(steps=100_000, codes=0.5))))
+    assert 10 < codes.again_seconds < codes.seconds  # where moving them helps nothing, scales are tuned alone
 
 
 def test_a_dry_run_counts_how_rows_go_together(llama: Path, words: Path) -> None:
@@ -253,11 +256,11 @@ def test_a_dry_run_counts_how_rows_go_together(llama: Path, words: Path) -> None
     metrics = [plan.metric(site) for site in bare.walk.sites]
     held = sum(Coupling([metric], spec.length).blocks.nbytes for metric in metrics if metric is not None)
     seen = _Rehearsal(1, *[0.0] * 6, 0, 0)
-    more = [_distillation(one, seen, 1, 1)[1] for one in (bare, known)]
+    more = [_distillation(one, seen, 1, 1)[2] for one in (bare, known)]
     short = sum(-len(one) % spec.length for one in rows.values()) * spec.length * 4  # rows of the last sequences
     assert 0 <= held - (more[1] - more[0]) <= short
     frozen = replace(recipe, distillation=Distillation(steps=4))
-    more = [_distillation(replace(one, recipe=frozen), seen, 1, 1)[1] for one in (bare, known)]
+    more = [_distillation(replace(one, recipe=frozen), seen, 1, 1)[2] for one in (bare, known)]
     assert more[0] == more[1]
 
 
