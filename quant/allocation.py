@@ -15,9 +15,12 @@ the factor that feedback itself uses (`solvers/factor.py`).
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
+import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -116,16 +119,17 @@ def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
     flat_costs, flat_sizes = (np.array([x for row in rows for x in row], dtype=float) for rows in (costs, sizes))
     rows = np.array([n for n, row in enumerate(costs) for _ in row])
     one_each = (rows[None] == np.arange(len(costs))[:, None]).astype(float)
-    solved: Any = optimize.milp(
-        flat_costs / max(flat_costs.max(), 1e-300),
-        integrality=np.ones(len(rows)),
-        bounds=optimize.Bounds(0, 1),
-        constraints=[
-            optimize.LinearConstraint(one_each, 1, 1),
-            optimize.LinearConstraint(flat_sizes[None] / budget, -np.inf, 1),
-        ],
-        options={"mip_rel_gap": 1e-6 if len(costs) <= MANY else 1e-3},
-    )
+    with unheard():
+        solved: Any = optimize.milp(
+            flat_costs / max(flat_costs.max(), 1e-300),
+            integrality=np.ones(len(rows)),
+            bounds=optimize.Bounds(0, 1),
+            constraints=[
+                optimize.LinearConstraint(one_each, 1, 1),
+                optimize.LinearConstraint(flat_sizes[None] / budget, -np.inf, 1),
+            ],
+            options={"mip_rel_gap": 1e-6 if len(costs) <= MANY else 1e-3},
+        )
     if solved.x is None:
         raise SettingsError(f"the integer program of {len(costs)} sites found no solution ({solved.message})")
     chosen = np.asarray(solved.x).round().astype(bool)
@@ -136,6 +140,22 @@ def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
     if budget - excess < least:  # within the program's tolerance of its constraints
         return [row.index(min(row)) for row in sizes]
     return cheapest(costs, sizes, budget - excess)
+
+
+@contextmanager
+def unheard() -> Generator[None]:
+    """What compiled code writes to standard output goes nowhere: HiGHS prints a line now and then though told not to
+    (ERGO-Code/HiGHS#2783), and --json is there to be parsed."""
+    with ExitStack() as closing:
+        with suppress(OSError, AttributeError):  # there is no standard output
+            sys.stdout.flush()
+            kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+            closing.callback(os.close, kept)
+            closing.callback(os.close, nowhere)
+            closing.callback(os.dup2, kept, 1)
+            closing.callback(ctypes.CDLL(None).fflush, None)  # first: what it holds back would come later
+            os.dup2(nowhere, 1)
+        yield
 
 
 def allocate(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +33,31 @@ def test_the_program_finds_what_brute_force_finds(seed: int) -> None:
         if sum(row[n] for row, n in zip(sizes, chosen, strict=True)) <= budget
     )
     assert sum(row[n] for row, n in zip(costs, found, strict=True)) == pytest.approx(best, rel=1e-5)
+
+
+TALKS = """
+import ctypes, sys
+from scipy import optimize
+from quant.allocation import cheapest
+solve = optimize.milp
+def talking(*given, **named):
+    ctypes.CDLL(None).puts(b"HighsMipSolverData::transformNewIntegerFeasibleSolution")  # held back if it is a pipe
+    return solve(*given, **named)
+optimize.milp = talking
+print("before", end="")
+if {closed}:
+    sys.stdout = None
+print(cheapest([[1.0, 0.1], [1.0, 0.2]], [[1, 3], [1, 3]], 4.0))
+"""
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_what_the_solver_prints_is_not_heard(closed: bool) -> None:
+    """--json is there to be parsed."""
+    talks = [sys.executable, "-c", TALKS.format(closed=closed)]
+    heard = subprocess.run(talks, capture_output=True, text=True, check=True).stdout
+    assert "Highs" not in heard or closed
+    assert closed or heard == "before[1, 0]\n"
 
 
 @pytest.mark.parametrize("size", [10**6, 10**7, 10**9])
