@@ -27,7 +27,7 @@ class Layer(nn.Module):
         if self.reads:
             x = x + board[self.reads][0]
         if self.writes:
-            board[self.writes] = (x * 3, x * 5)
+            board[self.writes] = (x, x)  # one tensor, and the output's memory
         return x
 
 

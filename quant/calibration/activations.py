@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class Activations:
         path = self.folder / f"{index:06d}.safetensors"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({str(place): tensor.contiguous().cpu() for place, tensor in enumerate(tensors)}, path)
+            own = partial(torch.Tensor.to, device="cpu", copy=True, memory_format=torch.contiguous_format)
+            save_file({str(place): own(tensor) for place, tensor in enumerate(tensors)}, path)  # which share no memory
         except (OSError, SafetensorError) as error:
             raise ResourceError(
                 f"{path}: activations do not fit ({first_line(error)}); they take {size:,} bytes a batch: {self.remedy}"
