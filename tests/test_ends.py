@@ -366,6 +366,7 @@ def test_what_cannot_be_packed_stays_float_with_a_reason() -> None:
     assert kinds == ["head"]
     assert left["model.embed_tokens.weight"] == "its weight is read from outside its own forward"
     assert ends_of(become(Asking))[0] == ["embedding", "head"]
+    assert ends_of(lambda model: setattr(model, "get_input_embeddings", lambda: None))[0] == ["head"]
     kinds, left = ends_of(lambda model: setattr(model.lm_head, "__class__", Tripled))
     assert kinds == ["embedding"]
     assert left["lm_head.weight"] == "a Tripled, which no packed head stands for"

@@ -225,7 +225,8 @@ def _ends(model: nn.Module, seen: Trace, left: dict[str, str], pick: _Pick) -> t
     found = dict[str, Site]()
     tokens, head = end_of(model, "embedding"), end_of(model, "head")
     tables = [owner_of(model, name)[0] for name in sorted(seen.looked - seen.tied.keys() - {*seen.tied.values()})]
-    more = [one for one in tables if one is not tokens and one.weight.numel() >= tokens.weight.numel()]
+    least = getattr(tokens, "weight", None)  # of some there is none to compare with
+    more = [one for one in tables if least is not None and one is not tokens and one.weight.numel() >= least.numel()]
     ends: list[tuple[Any, Literal["embedding", "head"]]] = [(one, "embedding") for one in (tokens, *more)]
     ends.append((head, "head"))
     for module, end in ends:
