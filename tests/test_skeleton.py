@@ -357,6 +357,15 @@ def test_code_of_a_checkpoint_is_named_as_the_reason(tmp_path: Path) -> None:
     assert "auto_map asks for code of its own; bitwright runs no code from a checkpoint" in refusal(folder)
 
 
+def test_code_that_is_not_needed_is_no_reason(tmp_path: Path) -> None:
+    """Many models that transformers has by now still name the code that they came with."""
+    folder = copied(checkpoint("llama"), tmp_path)
+    edit_config(folder, auto_map={"AutoConfig": "mine.Config"}, hidden_size="wide")
+    message = refusal(folder)
+    assert "hidden_size" in message
+    assert "auto_map" not in message
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", "[" * 100_000, '{"model_type": "llama"'])
 def test_a_config_that_is_not_json(content: str, tmp_path: Path) -> None:
     folder = copied(checkpoint("llama"), tmp_path)

@@ -22,7 +22,8 @@ def read_config(source: Source) -> Any:
         return transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # a config class may raise anything
         reason = first_line(error)
-        if "auto_map" in source.config:
+        known = str(source.config.get("model_type")) in transformers.CONFIG_MAPPING
+        if "auto_map" in source.config and not known:
             reason = "its auto_map asks for code of its own; bitwright runs no code from a checkpoint"
         raise ModelError(
             f"{source.name}: transformers {transformers.__version__} cannot read its config.json ({reason})"
