@@ -26,6 +26,7 @@ from quant.errors import CheckpointError, ModelError, SettingsError
 from quant.held import Holder
 from quant.kernels.spec import Rotated, Trellis, Uniform
 from quant.linear import PackedLinear
+from quant.models.source import variant
 from quant.recipe import with_spec
 from tests import tiny
 from tests.architectures import VOCABULARY, make
@@ -186,6 +187,16 @@ def test_a_variant_is_said_to_be_one(packed_llama: Path, tmp_path: Path) -> None
     quant.load(packed_llama).save_pretrained(tmp_path, variant="fp16")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: missing; model\.fp16\.safetensors is a variant's"):
         quant.load(tmp_path)
+
+
+def test_a_variant_beside_what_is_looked_for_is_not_at_fault(tmp_path: Path) -> None:
+    """As in many pipelines of the hub, which fail for other reasons."""
+    shard, index = "b.fp16-00001-of-00002.safetensors", "b.safetensors.index.json"
+    for name in ("a.fp16.safetensors", "a.safetensors", shard, index):
+        (tmp_path / name).touch()
+    assert variant(tmp_path) == ""
+    (tmp_path / index).rename(tmp_path / "b.safetensors.index.fp16.json")
+    assert f"{shard} is a variant's" in variant(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["packed_llama", "packed_moe"])

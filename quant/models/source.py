@@ -247,7 +247,9 @@ def is_plain(name: Any) -> bool:
 
 def variant(folder: Path, pattern: str = "*.*.safetensors") -> str:
     """What to say where weights are missed, of files that `save_pretrained(variant="fp16")` has written there."""
-    found = next(folder.glob(pattern), None)
+    ends = (".safetensors", ".safetensors.index.json")  # of those that are looked for, which may lie beside
+    alone = lambda file: not any(file.with_name(file.name.partition(".")[0] + end).exists() for end in ends)  # noqa: E731
+    found = next(filter(alone, folder.glob(pattern)), None)
     return "" if found is None else f"; {found.name} is a variant's, and none is looked for: save it without `variant`"
 
 
