@@ -154,6 +154,7 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress, ends: Ends
     blocks = {block.name: block for block in prepared.walk.blocks}
     outside, head = outside_blocks(skeleton, chain)
     skeleton.load(outside)
+    floats = ends.floats() if recipe.followed else {}  # for every block: Gemma 4 looks tokens up for each
     weights = {name: sum(s.weights for s in block.sites) for name, block in blocks.items()}
     progress.begin(len(chain), sum(weights.values()), sum(journal.finished(i) for i in range(len(chain))))
     with Replay(model, chain) as replay:
@@ -166,7 +167,7 @@ def _blocks(prepared: Prepared, journal: Journal, progress: Progress, ends: Ends
             progress.block(index, name)
             names = skeleton.names_under(name)
             skeleton.load(names)
-            originals = ends.floats() if index == 0 and recipe.followed else {}
+            originals = {**floats}
             wanted = range(len(batches)) if index + 1 < len(chain) else [len(batches) - 1]  # only the probe has a head
             if journal.finished(index):
                 kept = originals if recipe.followed else None

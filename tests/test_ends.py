@@ -28,6 +28,7 @@ from quant.inspect import look
 from quant.kernels import order
 from quant.kernels.spec import Trellis, Uniform
 from quant.linear import PackedLinear
+from quant.models.stream import first_tensor
 from quant.models.walk import walk
 from quant.prepare import Settings, prepare
 from quant.progress import Progress
@@ -104,6 +105,24 @@ def test_ends_of_any_architecture(name: str, kinds: list[str], scaled: bool, wor
         torch.testing.assert_close(model(IDS)[0], whole(IDS)[0], rtol=1e-5, atol=1e-5)
         rows = whole.get_input_embeddings()(IDS)
     assert torch.equal(embedding(IDS), rows)
+
+
+def test_the_float_path_is_the_float_model(words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block of a Gemma 4 is given rows of a second table: float ones on this path, beyond the first block too."""
+    source, ran = tiny.model("gemma4", tmp_path / "float"), pipeline._advance_float
+    batch, outputs = dict[str, Tensor](), list[Tensor]()
+
+    def advance(replay: Any, index: int, batches: Any, wanted: Any, store: Any, originals: Any) -> None:
+        ran(replay, index, batches, wanted, store, originals)
+        batch.update(batches[-1])
+        outputs.append(first_tensor(store[len(batches) - 1]))
+
+    monkeypatch.setattr(pipeline, "_advance_float", advance)
+    made = replace(recipe(words, "match=float"), embeddings=Uniform(bits=2, group_size=32))
+    quant.quantize(str(source), tmp_path / "out", made)
+    with torch.no_grad():
+        seen = AutoModelForCausalLM.from_pretrained(source)(**batch, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(outputs[:-1], [*seen[1:4]])
 
 
 def test_they_are_counted_apart(tied: Path, words: Path, tmp_path: Path) -> None:
