@@ -5,9 +5,9 @@
 A small random model of each type is made from the defaults of its config class, sizes replaced by small ones wherever
 they have a usual name (`SMALL`; what needs more is in `OWN`). It is quantized by the pipeline as any other: GPTQ at 4
 bits and the trellis of `balanced` at 2, each verified after writing. Then the packed model must give the logits of the
-same weights dequantized, and generate tokens. A type of which no small model can be made so is named, not counted: what
-fails there is this script's. `--pictures`: models that take pictures too, whose language model is what is quantized.
-Types that are named are measured anew, and take their places among what the results have.
+same weights dequantized, and generate tokens. A type of which no small model can be made so that transformers loads it
+and generates with it is named, not counted. `--pictures`: models that take pictures too, whose language model is what
+is quantized. Types that are named are measured anew, and take their places among what the results have.
 """
 
 from __future__ import annotations
@@ -226,8 +226,9 @@ def build(kind: str, name: str, folder: Path) -> Any:
             if not torch.isfinite(model(torch.arange(4, 24)[None]).logits).all():
                 raise ValueError("its logits are not finite")
         model.save_pretrained(folder)
+        generated(type(model).from_pretrained(folder))
     except Exception as error:  # as above
-        raise Unbuilt(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}") from None
+        raise Unbuilt(f"{type(error).__name__}: {(str(error) or '?').splitlines()[0][:200]}") from None
     for file in TOKENIZER:
         copy(record.DEMO / file, folder / file)
     return model
@@ -267,7 +268,13 @@ def check(folder: Path) -> None:
     worst, largest = float((got - expected).abs().max()), float(expected.abs().max())
     if not worst <= 1e-3 * largest:  # as of the verification
         raise ValueError(f"packed, its logits are off by {worst:.3g} of {largest:.3g}")
-    made = packed.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    generated(packed)
+
+
+def generated(model: Any) -> None:
+    """Raises `ValueError` if it cannot generate."""
+    ids = torch.arange(4, 24)[None]
+    made = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     if made.shape[1] != ids.shape[1] + 3:
         raise ValueError(f"it generated {made.shape[1] - ids.shape[1]} tokens of 3")
 
