@@ -61,7 +61,7 @@ class BitwrightQuantizer(HfQuantizer):
         sites = read_sites(config.to_dict(), where)
         names = {name: put_site(model, packed) for name, packed in sites.items()}
         if any(packed.site.end for packed in sites.values()):
-            model.resize_token_embeddings = partial(resized, model.get_input_embeddings())
+            model.resize_token_embeddings = partial(resized, end_of(model, "embedding"))
             stored = stored_tensors(Path(files[0]).parent, [Path(file).name for file in files]).keys() if files else {}
             untie(model, [to for to, origin in model.all_tied_weights_keys.items() if {to, origin} <= {*stored}])
         config.entries["sites"] = {new: config.entries["sites"][name] for name, new in names.items() if new}
