@@ -13,6 +13,7 @@ from rich.console import Console
 import quant
 from quant import display
 from quant.display import Display
+from quant.models.walk import Site
 from tests import tiny
 
 
@@ -23,7 +24,7 @@ def shown(watch: Display, width: int) -> str:
 
 
 def solved(name: str, weights: int) -> Any:
-    return SimpleNamespace(error=1.234e-3, site=SimpleNamespace(name=name, shape=(weights, 1)), notes=[])
+    return SimpleNamespace(error=1.234e-3, site=Site(name, "linear", weights, 1), notes=[])
 
 
 @pytest.fixture
