@@ -223,10 +223,14 @@ def build(kind: str, name: str, folder: Path) -> Any:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
-            if not torch.isfinite(model(torch.arange(4, 24)[None]).logits).all():
+            said = model(torch.arange(4, 24)[None]).logits
+            if not torch.isfinite(said).all():
                 raise ValueError("its logits are not finite")
-        model.save_pretrained(folder)
-        generated(type(model).from_pretrained(folder))
+            model.save_pretrained(folder)
+            again = type(model).from_pretrained(folder)
+            if not torch.allclose(again(torch.arange(4, 24)[None]).logits, said, rtol=1e-3, atol=1e-3):
+                raise ValueError("transformers does not load what it saved")
+            generated(again)
     except Exception as error:  # as above
         raise Unbuilt(f"{type(error).__name__}: {(str(error) or '?').splitlines()[0][:200]}") from None
     for file in TOKENIZER:

@@ -934,3 +934,18 @@ def test_a_walk_costs_no_memory(name: str) -> None:
     assert sum(site.shape[0] * site.inputs for site in found.sites) > 40e9
     assert grown < 300 * 1024
     assert seconds < 60  # under ten alone; the machine may be busy
+
+
+def test_a_mask_made_inside_a_vmap() -> None:
+    """Its tensors show no memory (as transformers makes those of pictures' tokens)."""
+
+    class Masked(Stack):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            place = torch.arange(input_ids.shape[1])
+            mask = torch.vmap(lambda i: i.new_zeros((), dtype=torch.bool) | (i >= 0))(place)
+            x = self.embedding(input_ids) * mask[:, None]
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    assert len(walk(Masked(2), batch()).blocks) == 2

@@ -132,6 +132,14 @@ def samples(batch: Mapping[str, Any]) -> int:
     return len(batch["hidden_states"]) if "timestep" in batch else 0
 
 
+def _place(x: torch.Tensor) -> int:
+    """The address of a tensor's memory; 0 inside a vmap, as of a mask, which shows none."""
+    try:
+        return x.untyped_storage().data_ptr()
+    except NotImplementedError:
+        return 0
+
+
 class _Watch(TorchFunctionMode):
     """Records blocks and products, and answers each product with noise."""
 
@@ -250,7 +258,7 @@ class _Watch(TorchFunctionMode):
         """Notes a look at a weight from outside its linear. What it would see of a packed one is nothing like it."""
         if func == torch.Tensor.device.__get__ or not args or not isinstance(args[0], torch.Tensor):
             return
-        places = [arg.untyped_storage().data_ptr() for arg in args[:2] if isinstance(arg, torch.Tensor)]
+        places = [_place(arg) for arg in args[:2] if isinstance(arg, torch.Tensor)]
         if self.block is None:
             asked, self.asked = self.asked, places[0] if func == torch.Tensor.is_floating_point else None
             if self.asked or (asked == places[0] and func == DTYPE.__get__):
