@@ -35,6 +35,7 @@ from quant.recipe import override
 
 LARGEST = 30_000_000  # parameters
 LIMIT = 300  # seconds for one type
+IDS = torch.arange(4, 24)[None]  # what every model is asked
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 QUICK = ["calibration.samples=4", "calibration.sequence_length=64", "calibration.batch_size=2"]
 NAMES = {
@@ -223,12 +224,12 @@ def build(kind: str, name: str, folder: Path) -> Any:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
-            said = model(torch.arange(4, 24)[None]).logits
+            said = model(IDS).logits
             if not torch.isfinite(said).all():
                 raise ValueError("its logits are not finite")
             model.save_pretrained(folder)
             again = type(model).from_pretrained(folder)
-            if not torch.allclose(again(torch.arange(4, 24)[None]).logits, said, rtol=1e-3, atol=1e-3):
+            if not torch.allclose(again(IDS).logits, said, rtol=1e-3, atol=1e-3):
                 raise ValueError("transformers does not load what it saved")
             generated(again)
     except Exception as error:  # as above
@@ -266,9 +267,8 @@ def merged(config: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def check(folder: Path) -> None:
     """Raises `ValueError` if the packed model is not the same as dequantized, or cannot generate."""
-    ids = torch.arange(4, 24)[None]
     packed, plain = quant.load(folder), quant.load(folder, dequantize=True)
-    got, expected = packed(ids).logits, plain(ids).logits
+    got, expected = packed(IDS).logits, plain(IDS).logits
     worst, largest = float((got - expected).abs().max()), float(expected.abs().max())
     if not worst <= 1e-3 * largest:  # as of the verification
         raise ValueError(f"packed, its logits are off by {worst:.3g} of {largest:.3g}")
@@ -277,10 +277,9 @@ def check(folder: Path) -> None:
 
 def generated(model: Any) -> None:
     """Raises `ValueError` if it cannot generate."""
-    ids = torch.arange(4, 24)[None]
-    made = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    if made.shape[1] != ids.shape[1] + 3:
-        raise ValueError(f"it generated {made.shape[1] - ids.shape[1]} tokens of 3")
+    made = model.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    if made.shape[1] != IDS.shape[1] + 3:
+        raise ValueError(f"it generated {made.shape[1] - IDS.shape[1]} tokens of 3")
 
 
 if __name__ == "__main__":

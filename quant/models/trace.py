@@ -232,7 +232,7 @@ class _Watch(TorchFunctionMode):
         named = tuple(kwargs[key] for key in ("input", "weight", "other", "mat2") if key in kwargs)
         used = product(func, args + named) if kwargs.keys() <= {"input", "weight", "bias", "other", "mat2"} else None
         x, weight, by_columns = used or (None, None, False)
-        name, parameter = self.parameters.get(0 if weight is None else weight.untyped_storage().data_ptr(), ("", None))
+        name, parameter = self.parameters.get(0 if weight is None else _place(weight), ("", None))
         if x is None or weight is None or parameter is None or weight.dim() < 2:
             result = func(*args, **kwargs)
             if self.recording:
